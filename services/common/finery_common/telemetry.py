@@ -1,0 +1,50 @@
+"""Logs and metrics of a process: JSON lines on standard error, `/metrics` for Prometheus.
+
+Owns their set-up, which each `__main__` calls once. What is measured is declared in each service's `metrics.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+from prometheus_client import start_http_server
+
+from finery_common.errors import FailedPreconditionError
+
+
+def configure_logging(service: str, *, level: str = "INFO") -> None:
+    """Sends structlog and the standard library's loggers to standard error as JSON with `service` bound. `level` is a name."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(service=service)
+
+
+def serve_metrics(*, host: str, port: int) -> int:
+    """Serves `/metrics` in a thread; answers the port taken. Raises FailedPreconditionError where `port` is in use."""
+    try:
+        server, _ = start_http_server(port, addr=host)
+    except OSError as error:
+        raise FailedPreconditionError(f"FINERY_METRICS_PORT: cannot listen on {host}:{port}: {error.strerror}; choose a free port") from error
+    return int(server.server_port)

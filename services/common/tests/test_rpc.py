@@ -1,0 +1,106 @@
+"""The RPC library against a real server on loopback."""
+
+from collections.abc import AsyncIterator
+from functools import partial
+
+import grpc
+import pytest
+from finery.common.v1 import job_pb2
+from finery.dataset.v1 import dataset_pb2, dataset_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from finery_common.errors import InternalError, InvalidArgumentError, NotFoundError, UnauthenticatedError, Violation
+from finery_common.rpc.channel import ServiceChannel, stream
+from finery_common.rpc.server import RpcServer, Servicer, token_authenticator
+from finery_common.rpc.tokens import Principal, TokenSigner, current_principal, require_project
+
+SIGNER = TokenSigner("s" * 40)
+
+
+class _Datasets(dataset_pb2_grpc.DatasetServiceServicer):
+    async def GetDataset(self, request, context):
+        if request.name == "bug":
+            raise ZeroDivisionError("the inside")
+        if request.name == "bad":
+            violations = (Violation("training.jsonl", "not JSON", 7), Violation("spec.seed", "got -1"))
+            raise InvalidArgumentError("2 fields are wrong", code="bad_rows", param="spec", violations=violations, retry_after_s=1.5)
+        return dataset_pb2.Dataset(name=f"{require_project()}/{current_principal().caller}")
+
+    async def WatchDataset(self, request, context):
+        yield job_pb2.JobEvent(sequence=1)
+        raise NotFoundError("gone")
+
+
+@pytest.fixture
+async def address() -> AsyncIterator[str]:
+    add = partial(dataset_pb2_grpc.add_DatasetServiceServicer_to_server, _Datasets())
+    servicers = [Servicer("finery.dataset.v1.DatasetService", add)]
+    server = RpcServer(address="127.0.0.1:0", servicers=servicers, authenticate=token_authenticator(SIGNER))
+    port = await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(drain_s=0)
+
+
+@pytest.fixture
+async def channel(address: str) -> AsyncIterator[ServiceChannel]:
+    channel = ServiceChannel(address, signer=SIGNER, caller="test")
+    yield channel
+    await channel.close()
+
+
+async def test_a_signed_call_reaches_the_servicer_with_its_project(channel):
+    stub = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
+    answer = await stub.GetDataset(dataset_pb2.GetDatasetRequest(name="x"), metadata=channel.metadata(project="alpha"))
+    assert answer.name == "alpha/test"
+
+
+async def test_a_call_without_or_with_a_foreign_token_is_refused(address, channel):
+    stub = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
+    with pytest.raises(UnauthenticatedError):
+        await stub.GetDataset(dataset_pb2.GetDatasetRequest(name="x"))
+    foreign = ServiceChannel(address, signer=TokenSigner("t" * 40), caller="test")
+    with pytest.raises(UnauthenticatedError):
+        await dataset_pb2_grpc.DatasetServiceStub(foreign.grpc).GetDataset(
+            dataset_pb2.GetDatasetRequest(name="x"), metadata=foreign.metadata(project="alpha")
+        )
+    await foreign.close()
+
+
+async def test_an_expired_token_is_refused(channel):
+    expired = SIGNER.sign(Principal("test", "alpha"), ttl_s=-1)
+    with pytest.raises(UnauthenticatedError, match="expired"):
+        await dataset_pb2_grpc.DatasetServiceStub(channel.grpc).GetDataset(
+            dataset_pb2.GetDatasetRequest(name="x"), metadata=(("authorization", f"Bearer {expired}"),)
+        )
+
+
+async def test_an_error_arrives_with_all_its_details(channel):
+    stub = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
+    with pytest.raises(InvalidArgumentError) as caught:
+        await stub.GetDataset(dataset_pb2.GetDatasetRequest(name="bad"), metadata=channel.metadata(project="alpha"))
+    error = caught.value
+    assert (error.message, error.code, error.param, error.retry_after_s) == ("2 fields are wrong", "bad_rows", "spec", 1.5)
+    assert error.violations == (Violation("training.jsonl", "not JSON", 7), Violation("spec.seed", "got -1"))
+
+
+async def test_a_bug_shows_a_correlation_id_and_nothing_of_the_inside(channel):
+    stub = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
+    with pytest.raises(InternalError) as caught:
+        await stub.GetDataset(dataset_pb2.GetDatasetRequest(name="bug"), metadata=channel.metadata(project="alpha"))
+    assert "correlation id" in caught.value.message
+    assert "inside" not in caught.value.message
+
+
+async def test_a_stream_ends_with_its_error(channel):
+    stub = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
+    seen: list[int] = []
+    with pytest.raises(NotFoundError, match="gone"):
+        async for event in stream(stub.WatchDataset(dataset_pb2.WatchDatasetRequest(), metadata=channel.metadata(project="alpha"))):
+            seen.append(event.sequence)
+    assert seen == [1]
+
+
+async def test_health_needs_no_credentials(address):
+    async with grpc.aio.insecure_channel(address) as plain:
+        answer = await health_pb2_grpc.HealthStub(plain).Check(health_pb2.HealthCheckRequest())
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
