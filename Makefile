@@ -1,0 +1,62 @@
+# `make help` lists the targets. Environments are built by tools/setup; nothing here needs root except setup-system.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+PYTEST := $(BIN)/pytest
+# buf keeps a cache, and would otherwise want a home to put it in.
+export BUF_CACHE_DIR := $(CURDIR)/.tools/buf-cache
+
+.PHONY: help
+help: ## List every target
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Build .venv, .venv-vllm and .tools, or what of them is out of date (PYTHON=… chooses the Python)
+	@python=$$(PYTHON="$(PYTHON)" sh tools/setup/find-python.sh) && exec "$$python" tools/setup
+
+.PHONY: setup-system
+setup-system: ## Install the Debian packages that the tests need (root), or name them
+	@sh tools/setup/system.sh
+
+.PHONY: quickstart
+quickstart: setup ## The main job on this machine: fine-tune, hot-swap, compare; needs no root
+	@$(BIN)/finery quickstart
+
+.PHONY: test
+test: setup-system setup lint ## Everything that needs no GPU: set-up, lint, all tests
+	@$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
+
+.PHONY: test-fast
+test-fast: setup ## The tests without a GPU that are not slow, end to end left out
+	@$(PYTEST) -m "not gpu and not slow" --ignore=tests/e2e $(PYTEST_ARGS)
+
+.PHONY: e2e
+e2e: setup ## The whole path through the official openai client against the real stack
+	@$(PYTEST) tests/e2e -v -m "not gpu" $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: setup ## ruff, buf, import-linter, pyright
+	@echo "ruff check" && $(BIN)/ruff check --quiet .
+	@echo "ruff format" && $(BIN)/ruff format --quiet --check . || { $(BIN)/ruff format --check .; exit 1; }
+	@echo "buf lint" && $(BIN)/buf lint protos
+	@echo "import-linter" && $(BIN)/lint-imports --no-timings
+	@echo "pyright" && $(BIN)/basedpyright --warnings
+
+.PHONY: format
+format: setup ## Format the code and mend what ruff can
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+.PHONY: protos
+protos: setup ## Regenerate the stubs in protos/gen
+	@$(BIN)/python tools/protos.py
+
+.PHONY: proto-breaking
+proto-breaking: setup ## Compare the protos with those of git's main for breaking changes
+	@$(BIN)/buf breaking protos --against '.git#branch=main,subdir=protos'
+
+.PHONY: clean
+clean: ## Remove environments, tools and caches; the state of a running system stays
+	@rm -rf .venv .venv-vllm .tools .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
