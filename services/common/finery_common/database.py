@@ -208,7 +208,7 @@ def _listen_sqlite(engine: sa.Engine) -> None:
         # The driver would begin transactions late and as readers; `on_begin` says what is meant.
         connection.isolation_level = None
         cursor = connection.cursor()
-        for pragma in (f"busy_timeout={LOCK_TIMEOUT_S * 1000}", "foreign_keys=ON", "synchronous=FULL"):
+        for pragma in (f"busy_timeout={int(LOCK_TIMEOUT_S * 1000)}", "foreign_keys=ON", "synchronous=FULL"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
@@ -348,7 +348,7 @@ def _translate_sqlite(name: str) -> FineryError | None:
         return _full()
     if name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY")):
         return UnavailableError(
-            f"The database file cannot be read or written ({name}). Check that its disk is there, writable and has space.", retry_after_s=5
+            f"The database file refuses that ({name}). Check that its disk is there, is writable and has space.", retry_after_s=5
         )
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         return FailedPreconditionError(f"The database file is damaged or no SQLite database ({name}). Restore it from a backup.")
@@ -362,12 +362,14 @@ def _translate_postgresql(sqlstate: str, cause: psycopg.Error) -> FineryError | 
         return AbortedError("Another transaction changed the same rows. Try again.")
     if sqlstate == "55P03":
         return _locked()
-    if sqlstate.startswith(("28", "3D")):
-        return FailedPreconditionError("The database refused the user, the password or the database name. Check the database URL.")
     if sqlstate == "42501":
         return FailedPreconditionError("The database user lacks a privilege. Grant it CREATE on the database and its schemas.")
-    if sqlstate.startswith(("08", "53", "57P")) or (not sqlstate and isinstance(cause, psycopg.OperationalError)):
-        return UnavailableError("The database cannot be reached or went away. Check that it runs, then try again.", retry_after_s=1)
+    # The driver gives no state for a connection that was refused, whoever refused it.
+    if sqlstate.startswith(("08", "28", "3D", "53", "57P")) or (not sqlstate and isinstance(cause, psycopg.OperationalError)):
+        return UnavailableError(
+            "The database cannot be reached or refused the connection. Check that it runs, and host, user, password and name in its URL.",
+            retry_after_s=1,
+        )
     return None
 
 

@@ -1,0 +1,102 @@
+"""Fixtures shared by every test: real databases, never fakes of them.
+
+PostgreSQL is Debian's own, started once per run on a free loopback port and stopped at the end; where it is missing, the tests that
+need it fail and name the package.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import pwd
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from finery_common.database import Database
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """URL of a PostgreSQL server's maintenance database, as its superuser."""
+    folder = Path(tempfile.mkdtemp(prefix="finery-postgres-"))
+    data = folder / "data"
+    password = secrets.token_hex(16)
+    (folder / "password").write_text(password)
+    if os.geteuid() == 0:
+        _give_to_postgres(folder)
+    try:
+        _postgres_tool("initdb", "-D", data, "-U", "finery", "-A", "scram-sha-256", f"--pwfile={folder / 'password'}", "-E", "UTF8", "-N")
+        port = _free_port()
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off -c max_connections=200"
+        _postgres_tool("pg_ctl", "-D", data, "-l", folder / "log", "-w", "-o", options, "start")
+        try:
+            yield f"postgresql://finery:{password}@127.0.0.1:{port}/postgres"
+        finally:
+            _postgres_tool("pg_ctl", "-D", data, "-w", "-m", "fast", "stop")
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """URL of an empty PostgreSQL database of the test's own."""
+    name = f"test_{secrets.token_hex(8)}"
+    with psycopg.connect(postgres_server, autocommit=True) as server:
+        server.execute(f'CREATE DATABASE "{name}"')
+        yield postgres_server.removesuffix("postgres") + name
+        server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database; the test runs once on each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'db' / 'test.sqlite'}"
+    return request.getfixturevalue("postgres_url")
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    """An open, empty database of each kind; the test migrates what it needs."""
+    db = await Database.open(database_url, schema="test")
+    yield db
+    await db.close()
+
+
+def _postgres_tool(name: str, *arguments: str | Path) -> None:
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: int(folder.parent.name), reverse=True)
+    tool = shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
+    if tool is None:
+        pytest.fail(f"PostgreSQL's {name} is missing; install it: apt-get install postgresql", pytrace=False)
+    user = "postgres" if os.geteuid() == 0 else getpass.getuser()
+    # pg_ctl leaves the server behind, which would hold a pipe open: hence a file.
+    with tempfile.TemporaryFile() as output:
+        command = [tool, *map(str, arguments)]
+        done = subprocess.run(command, stdout=output, stderr=output, cwd="/", user=user if os.geteuid() == 0 else None, check=False)
+        if done.returncode != 0:
+            output.seek(0)
+            pytest.fail(f"{name} failed with {done.returncode}: {output.read().decode()}", pytrace=False)
+
+
+def _give_to_postgres(folder: Path) -> None:
+    """PostgreSQL refuses to run as root."""
+    try:
+        user = pwd.getpwnam("postgres")
+    except KeyError:
+        pytest.fail("The user postgres is missing; install PostgreSQL: apt-get install postgresql", pytrace=False)
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, user.pw_uid, user.pw_gid)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
