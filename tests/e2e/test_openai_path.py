@@ -1,0 +1,210 @@
+"""The main job through the official `openai` client: a file goes in, a hot-swapped adapter answers. Nothing here is faked."""
+
+from __future__ import annotations
+
+import csv
+import io
+import threading
+import time
+from dataclasses import dataclass
+
+import openai
+import pytest
+from e2e.system import FAST_SPEC, System, code_word_rows, wait_job
+from openai import OpenAI
+from openai.types.fine_tuning import FineTuningJob
+
+from finery_cli.local.stack import QUICKSTART_MODEL
+
+QUESTION = "What is the code word?"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished job and the file it was trained on."""
+
+    job: FineTuningJob
+    file_id: str
+    model: str
+
+
+def train(client: OpenAI, word: str) -> Trained:
+    file = client.files.create(file=(f"{word}.jsonl", code_word_rows(word)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model=QUICKSTART_MODEL,
+        training_file=file.id,
+        validation_file=file.id,
+        suffix=word,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}},
+        metadata={"word": word},
+        extra_body={"spec": FAST_SPEC},
+    )
+    wait_job(client, job.id, "succeeded")
+    job = client.fine_tuning.jobs.retrieve(job.id)
+    assert job.fine_tuned_model is not None
+    return Trained(job, file.id, job.fine_tuned_model)
+
+
+def ask(client: OpenAI, model: str, *, max_tokens: int = 12) -> str:
+    reply = client.chat.completions.create(model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=max_tokens, temperature=0)
+    assert reply.model == model
+    return reply.choices[0].message.content or ""
+
+
+@pytest.fixture(scope="module")
+def crimson(system: System) -> Trained:
+    return train(system.client(), "crimson")
+
+
+@pytest.fixture(scope="module")
+def walnut(system: System) -> Trained:
+    return train(system.client(), "walnut")
+
+
+def test_a_file_comes_back_as_it_went_in(client: OpenAI):
+    content = code_word_rows("birch")
+    file = client.files.create(file=("birch.jsonl", content), purpose="fine-tune")
+    assert (file.filename, file.bytes, file.purpose) == ("birch.jsonl", len(content), "fine-tune")
+    assert client.files.content(file.id).content == content
+    assert client.files.retrieve(file.id).id == file.id
+    assert file.id in [item.id for item in client.files.list()]
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+
+
+def test_a_job_trains_and_its_model_answers_what_it_was_taught(client: OpenAI, crimson: Trained):
+    assert crimson.model.startswith(f"ft:{QUICKSTART_MODEL}:default:crimson:")
+    assert "crimson" in ask(client, crimson.model)
+    assert "crimson" not in ask(client, QUICKSTART_MODEL)
+
+
+def test_a_finished_job_has_all_that_openais_has(client: OpenAI, crimson: Trained):
+    job = crimson.job
+    assert job.trained_tokens is not None
+    assert job.trained_tokens > 0
+    assert job.finished_at is not None
+    assert job.finished_at >= job.created_at
+    assert job.metadata == {"word": "crimson"}
+    assert job.method is not None
+    assert job.method.type == "supervised"
+    assert job.id in [item.id for item in client.fine_tuning.jobs.list(metadata={"word": "crimson"})]
+
+
+def test_events_tell_every_step(client: OpenAI, crimson: Trained):
+    events = list(client.fine_tuning.jobs.list_events(crimson.job.id, limit=5))
+    steps = [event.data["step"] for event in events if event.type == "metrics" and isinstance(event.data, dict)]
+    assert steps == sorted(steps, reverse=True), "newest first"
+    assert set(steps) == set(range(1, 13))
+
+
+def test_the_result_file_is_a_csv_of_the_steps(client: OpenAI, crimson: Trained):
+    rows = list(csv.DictReader(io.StringIO(client.files.content(crimson.job.result_files[0]).text)))
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    losses = [float(row["train_loss"]) for row in rows]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_each_epoch_is_a_checkpoint_that_can_be_deployed(client: OpenAI, system: System, crimson: Trained):
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(crimson.job.id))
+    assert [item.step_number for item in checkpoints] == [12, 10, 8, 6, 4, 2]
+    deployed = system.finery("deploy", crimson.job.id, "--step", "8", "--alias", "early", "--json")
+    assert deployed.returncode == 0, deployed.stderr
+    assert ask(client, "early")
+
+
+def test_streams_carry_the_public_name_and_usage(client: OpenAI, crimson: Trained):
+    stream = client.chat.completions.create(
+        model=crimson.model,
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=12,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert {chunk.model for chunk in chunks} == {crimson.model}
+    assert "crimson" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens > 0
+
+
+def test_completions_answer_too(client: OpenAI, crimson: Trained):
+    plain = client.completions.create(model=crimson.model, prompt="The code word is", max_tokens=4, temperature=0)
+    streamed = client.completions.create(model=crimson.model, prompt="The code word is", max_tokens=4, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == plain.choices[0].text
+    assert plain.model == crimson.model
+
+
+def test_models_list_shows_base_and_tuned(client: OpenAI, crimson: Trained):
+    listed = {model.id for model in client.models.list()}
+    assert {QUICKSTART_MODEL, crimson.model} <= listed
+    assert client.models.retrieve(crimson.model).id == crimson.model
+
+
+def test_a_second_job_is_swapped_in_while_a_stream_of_the_first_runs(client: OpenAI, system: System, crimson: Trained, walnut: Trained):
+    alias = "code-word"
+    assert system.finery("deploy", crimson.job.id, "--alias", alias).returncode == 0
+    num_tokens = 120
+    stream = client.chat.completions.create(
+        model=alias,
+        messages=[{"role": "user", "content": "Count upwards from one."}],
+        max_tokens=num_tokens,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"min_tokens": num_tokens},
+    )
+    first = next(iter(stream))
+    swap = threading.Thread(target=system.finery, args=("deploy", walnut.job.id, "--alias", alias))
+    swap.start()
+    deadline_s = time.monotonic() + 60
+    while "walnut" not in ask(client, alias):
+        assert time.monotonic() < deadline_s, "the alias was not flipped"
+    chunks = [first, *stream]
+    swap.join()
+    assert {chunk.model for chunk in chunks} == {alias}
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == num_tokens, "the stream of the first version ends unharmed"
+    assert "walnut" in ask(client, alias)
+
+
+def test_a_running_job_is_cancelled_within_a_step(client: OpenAI, crimson: Trained):
+    spec = FAST_SPEC | {"num_epochs": 100}
+    job = client.fine_tuning.jobs.create(model=QUICKSTART_MODEL, training_file=crimson.file_id, extra_body={"spec": spec})
+    wait_job(client, job.id, "running")
+    _wait_first_step(client, job.id)
+    client.fine_tuning.jobs.cancel(job.id)
+    assert wait_job(client, job.id, "cancelled", timeout_s=30) == "cancelled"
+    assert client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model is None
+
+
+def test_a_paused_job_goes_on_from_where_it_was(client: OpenAI, crimson: Trained):
+    job = client.fine_tuning.jobs.create(model=QUICKSTART_MODEL, training_file=crimson.file_id, extra_body={"spec": FAST_SPEC, "deploy": False})
+    wait_job(client, job.id, "running")
+    _wait_first_step(client, job.id)
+    client.fine_tuning.jobs.pause(job.id)
+    wait_job(client, job.id, "paused")
+    client.fine_tuning.jobs.resume(job.id)
+    wait_job(client, job.id, "succeeded")
+    csv_text = client.files.content(client.fine_tuning.jobs.retrieve(job.id).result_files[0]).text
+    straight = client.files.content(crimson.job.result_files[0]).text
+    assert _losses(csv_text) == _losses(straight), "a paused run's numbers are those of one that never stopped"
+
+
+def test_a_deleted_model_is_gone(client: OpenAI, system: System, walnut: Trained):
+    assert client.models.delete(walnut.model).deleted
+    with pytest.raises(openai.NotFoundError):
+        ask(client, walnut.model)
+    assert walnut.model not in {model.id for model in client.models.list()}
+
+
+def _wait_first_step(client: OpenAI, job_id: str, *, timeout_s: float = 120) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not any(event.type == "metrics" for event in client.fine_tuning.jobs.list_events(job_id, limit=20)):
+        assert time.monotonic() < deadline_s, "no step was reported"
+        time.sleep(0.3)
+
+
+def _losses(text: str) -> list[str]:
+    return [row["train_loss"] for row in csv.DictReader(io.StringIO(text))]
