@@ -38,7 +38,9 @@ def _unpack(package: str, *, tools_dir: Path, reporter: Reporter) -> Path:
     # Without this apt drops to user _apt, who may not write into a home.
     options += ["-o", "APT::Sandbox::User="]
     reporter.run("package lists of this system", ["apt-get", *options, "-q", "update"])
-    reporter.run(f"{package} downloaded", ["sh", "-c", 'cd "$0" && exec apt-get "$@"', str(download_dir), *options, "-q", "download", package])
+    reporter.run(
+        f"{package} downloaded", ["sh", "-c", 'cd "$0" && exec apt-get "$@"', str(download_dir), *options, "-q", "download", package]
+    )
     deb = next(iter(download_dir.glob("*.deb")), None)
     if deb is None:
         raise SetupError(f"apt-get downloaded no {package}; see the log, or ask an administrator: apt-get install {package}")

