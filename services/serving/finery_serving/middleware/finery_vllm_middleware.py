@@ -1,0 +1,264 @@
+"""ASGI middleware that runs inside vLLM: what may be called, by whom, on which version, and under which name it answers.
+
+Owns the list of open paths, the tokens, the set of admitted versions with their requests in flight, and the public name in what goes
+out. Leaves loading to vLLM's own endpoints, the choice of a version to the agent, limits on fields to the gateway. It needs the standard
+library only, since it lives in vLLM's environment.
+
+The gateway's contract
+----------------------
+Send `POST /v1/chat/completions` or `POST /v1/completions` to the route's address (over a Unix socket the host means nothing), with
+
+    x-finery-replica-token   the route's `replica_token`
+    x-finery-version         the route's `version`
+    x-finery-alias           the public name to write out: the model the caller asked for
+    body `model`             the route's `version` too
+
+Answers are vLLM's, with the alias wherever it says `model`, in JSON and in every chunk of a stream, and in the text of errors. Beyond them:
+
+    409 with `x-finery-retired: 1`   the version is not admitted here (swapped out, evicted, or not loaded again after a restart). Nothing
+                                     was started: resolve the model again and repeat the request once.
+    401                              the token is not this replica's, which also happens after its agent restarted: resolve again as well.
+    404                              the path is not open.
+
+A connection that cannot be made or that breaks before the first byte means that vLLM is restarting: resolve again, which waits for it.
+Closing the connection aborts the generation.
+
+The agent's contract (header `x-finery-admin-token`)
+----------------------------------------------------
+`GET /health`, `/metrics`, `/v1/models`, `POST /v1/load_lora_adapter`, `/v1/unload_lora_adapter` reach vLLM. Own endpoints:
+
+    GET  /finery/state                                   {"admitted": [...], "in_flight": {version: n}, "adapters": {version: {"id", "path"}}}
+    POST /finery/admit   {"version"}                     lets requests for it in
+    POST /finery/retire  {"version", "wait_s"}           lets none in; answers {"in_flight"} when it is 0, at the latest after `wait_s`
+    POST /finery/remove  {"adapter_id"}                  drops an unloaded adapter from the engine's caches; answers {"removed"}
+
+A version counts as in flight from before vLLM sees the request until the last byte went out or the client left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import os
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+CONFIG_VARIABLE = "FINERY_MIDDLEWARE_CONFIG"
+INFERENCE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+ADMIN_PATHS = frozenset(
+    {
+        ("GET", "/health"),
+        ("GET", "/metrics"),
+        ("GET", "/v1/models"),
+        ("POST", "/v1/load_lora_adapter"),
+        ("POST", "/v1/unload_lora_adapter"),
+    }
+)
+_POLL_S = 0.02
+_ERROR_LINE = re.compile(rb'data:\s*\{\s*"error"\s*:')
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class FineryMiddleware:
+    """Wraps vLLM's app. `config` has `replica_token`, `admin_token`, `base_model` and `private_paths`; vLLM passes none, so that it
+    is read from the JSON file which the variable FINERY_MIDDLEWARE_CONFIG names.
+    """
+
+    def __init__(self, app: App, config: dict[str, Any] | None = None) -> None:
+        if config is None:
+            config = json.loads(Path(os.environ[CONFIG_VARIABLE]).read_text())
+        self._app = app
+        self._replica_token = config["replica_token"].encode()
+        self._admin_token = config["admin_token"].encode()
+        self._private_paths = tuple(config["private_paths"])
+        self._base_model = config["base_model"]
+        self._admitted = {self._base_model}
+        self._in_flight: dict[str, int] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:
+            # The only way to refuse a WebSocket before it is accepted.
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        method, path = scope["method"], scope["path"]
+        if path in INFERENCE_PATHS and method == "POST":
+            if not hmac.compare_digest(headers.get(b"x-finery-replica-token", b""), self._replica_token):
+                await _refuse(send, 401, "The replica token is missing or wrong; resolve the model again.")
+            else:
+                await self._inference(headers, scope, receive, send)
+        elif (method, path) in ADMIN_PATHS or path.startswith("/finery/"):
+            if not hmac.compare_digest(headers.get(b"x-finery-admin-token", b""), self._admin_token):
+                await _refuse(send, 401, "The admin token is missing or wrong.")
+            elif path.startswith("/finery/"):
+                await self._control(method, scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+        else:
+            await _refuse(send, 404, f"{method} {path} is not served here.")
+
+    async def _inference(self, headers: dict[bytes, bytes], scope: Scope, receive: Receive, send: Send) -> None:
+        version = headers.get(b"x-finery-version", b"").decode("latin-1")
+        alias = headers.get(b"x-finery-alias", b"").decode("latin-1")
+        if not version or not alias:
+            await _refuse(send, 400, "x-finery-version and x-finery-alias are wanted.")
+            return
+        if version not in self._admitted:
+            await _refuse(send, 409, "The version is not served here; resolve the model again.", headers=[(b"x-finery-retired", b"1")])
+            return
+        # No await between the check above and this count: retiring and then seeing 0 means that nothing is or comes in.
+        self._in_flight[version] = self._in_flight.get(version, 0) + 1
+        try:
+            await self._app(scope, receive, _Renamed(send, version=version, alias=alias, private_paths=self._private_paths))
+        finally:
+            self._in_flight[version] -= 1
+            if not self._in_flight[version]:
+                del self._in_flight[version]
+
+    async def _control(self, method: str, scope: Scope, receive: Receive, send: Send) -> None:
+        action = (method, scope["path"])
+        try:
+            body = json.loads(await _body(receive) or b"{}")
+            if action == ("GET", "/finery/state"):
+                answer = self._state(scope)
+            elif action == ("POST", "/finery/admit"):
+                self._admitted.add(body["version"])
+                answer = {}
+            elif action == ("POST", "/finery/retire"):
+                answer = {"in_flight": await self._retire(body["version"], wait_s=float(body.get("wait_s", 0)))}
+            elif action == ("POST", "/finery/remove"):
+                answer = {"removed": await scope["app"].state.engine_client.remove_lora(int(body["adapter_id"]))}
+            else:
+                await _refuse(send, 404, f"{method} {scope['path']} is not served here.")
+                return
+        except (KeyError, TypeError, ValueError) as error:
+            await _refuse(send, 400, f"The body is not what this call takes: {error!r}.")
+            return
+        await _answer(send, 200, answer)
+
+    def _state(self, scope: Scope) -> dict[str, Any]:
+        requests = scope["app"].state.openai_serving_models.lora_requests
+        adapters = {name: {"id": item.lora_int_id, "path": item.lora_path} for name, item in requests.items()}
+        return {"admitted": sorted(self._admitted), "in_flight": self._in_flight, "adapters": adapters}
+
+    async def _retire(self, version: str, *, wait_s: float) -> int:
+        if version == self._base_model:
+            raise ValueError("the base model cannot be retired")
+        self._admitted.discard(version)
+        deadline = asyncio.get_running_loop().time() + wait_s
+        while self._in_flight.get(version) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(_POLL_S)
+        return self._in_flight.get(version, 0)
+
+
+class _Renamed:
+    """A `send` that writes the alias where vLLM writes the version, whole bodies and streams alike."""
+
+    def __init__(self, send: Send, *, version: str, alias: str, private_paths: tuple[str, ...]) -> None:
+        self._send = send
+        self._version = version
+        self._alias = alias
+        self._private_paths = private_paths
+        # In a JSON string the quotes would be escaped, so this is found where `model` is a key and never in generated text.
+        self._pattern = re.compile(rb'"model"\s*:\s*"' + re.escape(version.encode()) + rb'"')
+        self._replacement = b'"model":' + json.dumps(alias).encode()
+        self._start: Message | None = None
+        self._streams = False
+        self._held = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            content_type = dict(message["headers"]).get(b"content-type", b"")
+            self._streams = content_type.startswith(b"text/event-stream") and message["status"] < 400
+            self._start = message
+            if self._streams:
+                await self._send(message)
+        elif message["type"] != "http.response.body":
+            await self._send(message)
+        elif self._streams:
+            await self._stream(message)
+        else:
+            await self._whole(message)
+
+    async def _stream(self, message: Message) -> None:
+        """Passes on complete lines only: a name may lie across two messages, never across two lines."""
+        held = self._held + message.get("body", b"")
+        more = message.get("more_body", False)
+        end = held.rfind(b"\n") + 1 if more else len(held)
+        self._held = held[end:]
+        if end or not more:
+            await self._send({"type": "http.response.body", "body": self._lines(held[:end]), "more_body": more})
+
+    def _lines(self, lines: bytes) -> bytes:
+        if _ERROR_LINE.search(lines):
+            lines = b"\n".join(self._error_line(line) if _ERROR_LINE.match(line) else line for line in lines.split(b"\n"))
+        return self._pattern.sub(lambda _: self._replacement, lines)
+
+    def _error_line(self, line: bytes) -> bytes:
+        return b"data: " + self._public_error(line.partition(b":")[2], status=500)
+
+    async def _whole(self, message: Message) -> None:
+        self._held += message.get("body", b"")
+        if message.get("more_body", False):
+            return
+        assert self._start is not None, "a body without its start"
+        status = int(self._start["status"])
+        body = self._held
+        if status >= 400:
+            body = self._public_error(body, status=status)
+        else:
+            body = self._pattern.sub(lambda _: self._replacement, body)
+        headers = [(key, value) for key, value in self._start["headers"] if key.lower() != b"content-length"]
+        await self._send({**self._start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _public_error(self, body: bytes, *, status: int) -> bytes:
+        """vLLM's error without names and paths of the inside; of its own faults only that there was one."""
+        try:
+            error = dict(json.loads(body)["error"])
+            code = int(error.get("code") or status)
+            message = str(error["message"])
+        except (ValueError, KeyError, TypeError):
+            error, code, message = {"type": "InternalServerError", "param": None}, status, ""
+        if code >= 500 or not message:
+            message = "The model could not answer this request. Repeat it; if it fails again, the operator finds the cause in vLLM's log."
+        message = message.replace(self._version, self._alias)
+        for path in self._private_paths:
+            message = message.replace(path, "…")
+        return json.dumps({"error": {**error, "message": message, "code": code}}, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def _body(receive: Receive) -> bytes:
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return body
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            return body
+
+
+async def _answer(send: Send, status: int, payload: dict[str, Any], *, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    body = json.dumps(payload).encode()
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *(headers or [])]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _refuse(send: Send, status: int, message: str, *, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    error = {"message": message, "type": "finery", "param": None, "code": status}
+    await _answer(send, status, {"error": error}, headers=headers)

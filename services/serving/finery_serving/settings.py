@@ -1,0 +1,37 @@
+"""What serving reads from the environment beyond what every service does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from finery_common.settings import ServiceSettings
+
+MaxLoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
+
+
+class ServingSettings(ServiceSettings):
+    """Serving's settings, prefix FINERY_."""
+
+    vllm_python: Path | None = None
+    """Python of the virtual environment that has vLLM."""
+    serving_base_model: str = ""
+    """Name of the base model to serve; may be empty where the catalogue has one only."""
+    serving_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where there is one."""
+    max_loras: int = Field(default=4, ge=1)
+    """Distinct adapters in one batch."""
+    max_cpu_loras: int = Field(default=8, ge=1)
+    """Adapters that vLLM holds at once; what is deployed beyond that is loaded when a request asks for it."""
+    max_lora_rank: MaxLoraRank = 64
+    """Largest rank that can be served."""
+    max_model_len: int = Field(default=0, ge=0)
+    """Context length in tokens; 0 takes the model's own."""
+    vllm_kv_cache_gib: int = Field(default=2, ge=1)
+    """Memory for attention caches in GiB, on a CPU."""
+    vllm_start_timeout_s: float = Field(default=900.0, gt=0)
+    """A vLLM that does not answer by then is killed and started again."""
+    runtime_dir: Path | None = None
+    """Short path for sockets, which may have 107 characters at most; a fresh folder under XDG_RUNTIME_DIR or /tmp where unset."""

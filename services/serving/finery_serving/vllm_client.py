@@ -1,0 +1,119 @@
+"""Talking to vLLM and to our middleware in it, over its Unix socket.
+
+Owns the calls and how their failures read in our tree. Leaves deciding what to call to `residency`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from finery_common.errors import FailedPreconditionError, FineryError, NotFoundError, UnavailableError
+
+_TIMEOUT_S = 10.0
+_LOAD_TIMEOUT_S = 120.0
+_PROBE_TIMEOUT_S = 60.0
+RETRY_AFTER_S = 5.0
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter as vLLM has it: the number of its engine and the folder it was read from."""
+
+    id: int
+    path: str
+
+
+@dataclass(frozen=True)
+class ReplicaState:
+    """What the middleware says: which versions may be asked, how many requests each has in flight, which adapters are registered."""
+
+    admitted: frozenset[str]
+    in_flight: dict[str, int]
+    adapters: dict[str, LoadedAdapter]
+
+
+class VllmClient:
+    """A client of the vLLM behind `socket`. Connection failures are UnavailableError: vLLM is starting or has died."""
+
+    def __init__(self, socket: Path, *, replica_token: str, admin_token: str) -> None:
+        self._admin = {"x-finery-admin-token": admin_token}
+        self._replica_token = replica_token
+        self._http = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(socket)), base_url="http://vllm", timeout=_TIMEOUT_S)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    async def is_healthy(self) -> bool:
+        """Whether vLLM answers its health check."""
+        try:
+            return (await self._http.get("/health", headers=self._admin)).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    async def max_model_len(self) -> int:
+        """The context length in tokens that vLLM settled on."""
+        models = (await self._call("GET", "/v1/models")).json()["data"]
+        return max(int(item.get("max_model_len") or 0) for item in models)
+
+    async def state(self) -> ReplicaState:
+        """The middleware's state."""
+        answer = (await self._call("GET", "/finery/state")).json()
+        adapters = {name: LoadedAdapter(**item) for name, item in answer["adapters"].items()}
+        return ReplicaState(frozenset(answer["admitted"]), dict(answer["in_flight"]), adapters)
+
+    async def load(self, version: str, *, path: Path) -> None:
+        """Registers the adapter in `path`. Raises FailedPreconditionError with vLLM's reason where it cannot be loaded."""
+        await self._call("POST", "/v1/load_lora_adapter", json={"lora_name": version, "lora_path": str(path)}, timeout_s=_LOAD_TIMEOUT_S)
+
+    async def unload(self, version: str, *, adapter_id: int) -> None:
+        """Unregisters an adapter and frees its memory; one that is not registered is fine."""
+        try:
+            await self._call("POST", "/v1/unload_lora_adapter", json={"lora_name": version})
+        except NotFoundError:
+            pass
+        await self._call("POST", "/finery/remove", json={"adapter_id": adapter_id})
+
+    async def admit(self, version: str) -> None:
+        """Lets requests for `version` in."""
+        await self._call("POST", "/finery/admit", json={"version": version})
+
+    async def retire(self, version: str, *, wait_s: float) -> int:
+        """Lets none in any more; answers how many are still in flight after at most `wait_s` seconds."""
+        answer = await self._call("POST", "/finery/retire", json={"version": version, "wait_s": wait_s}, timeout_s=wait_s + _TIMEOUT_S)
+        return int(answer.json()["in_flight"])
+
+    async def probe(self, version: str, *, alias: str) -> None:
+        """One greedy token by the way that requests take. Raises FailedPreconditionError where it does not come, or under another name."""
+        headers = {"x-finery-replica-token": self._replica_token, "x-finery-version": version, "x-finery-alias": alias}
+        body = {"model": version, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+        answer = (await self._call("POST", "/v1/completions", json=body, headers=headers, timeout_s=_PROBE_TIMEOUT_S)).json()
+        if answer.get("model") != alias or answer.get("usage", {}).get("completion_tokens") != 1:
+            raise FailedPreconditionError("The probe was answered, but not with one token under the alias.", code="probe_failed")
+
+    async def _call(
+        self, method: str, path: str, *, json: Any = None, headers: dict[str, str] | None = None, timeout_s: float = _TIMEOUT_S
+    ) -> httpx.Response:
+        try:
+            response = await self._http.request(method, path, json=json, headers=headers or self._admin, timeout=timeout_s)
+        except httpx.TransportError as error:
+            raise UnavailableError(f"vLLM did not answer ({type(error).__name__}); it is started again by itself.", retry_after_s=RETRY_AFTER_S) from error
+        if response.status_code >= 400:
+            raise _refusal(response)
+        return response
+
+
+def _refusal(response: httpx.Response) -> FineryError:
+    try:
+        message = str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = f"status {response.status_code}"
+    if response.status_code == 404:
+        return NotFoundError(message)
+    if response.status_code == 503:
+        return UnavailableError(message, retry_after_s=RETRY_AFTER_S)
+    return FailedPreconditionError(f"vLLM refused: {message}", code="vllm_refused")

@@ -1,0 +1,278 @@
+"""vLLM's process: its command and environment, its start, watch, restart and end.
+
+Owns the process group, the runtime folder with the socket, and the log file. Leaves what vLLM holds to `residency`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import structlog
+
+from finery_common.errors import FailedPreconditionError
+from finery_serving.metrics import VLLM_READY, VLLM_START_SECONDS, VLLM_STARTS
+from finery_serving.middleware import finery_vllm_middleware
+from finery_serving.vllm_client import VllmClient
+
+MAX_SOCKET_PATH = 107
+STOP_S = 10.0
+_FIRST_BACKOFF_S = 1.0
+_MAX_BACKOFF_S = 30.0
+_HEALTH_POLL_S = 0.25
+_HEALTHY_FOR_S = 60.0
+_TAIL_LINES = 20
+_KEPT_LOGS = 10
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class VllmConfig:
+    """How vLLM is to run; lengths in tokens."""
+
+    python: Path
+    base_model: str
+    base_model_dir: Path
+    device: str
+    max_loras: int
+    max_cpu_loras: int
+    max_lora_rank: int
+    max_model_len: int
+    kv_cache_gib: int
+    start_timeout_s: float
+    private_paths: tuple[str, ...]
+    """What must never show in an answer."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The folder (mode 700) with vLLM's socket and the middleware's configuration, and the tokens of this replica."""
+
+    folder: Path
+    replica_id: str
+    replica_token: str
+    admin_token: str
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "vllm.sock"
+
+    @property
+    def address(self) -> str:
+        return f"unix://{self.socket}"
+
+    def remove(self) -> None:
+        """Deletes the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None) -> Runtime:
+    """A fresh runtime folder under `parent`, the user's runtime folder or /tmp. Raises FailedPreconditionError where a socket there would be too long."""
+    candidates = [parent] if parent else [Path(item) for item in (xdg_runtime_dir, tempfile.gettempdir()) if item and os.access(item, os.W_OK)]
+    for candidate in candidates:
+        candidate.mkdir(parents=True, exist_ok=True)
+        if len(os.fsencode(candidate)) + len("/finery-xxxxxxxx/vllm.sock") <= MAX_SOCKET_PATH:
+            folder = Path(tempfile.mkdtemp(prefix="finery-", dir=candidate))
+            return Runtime(folder, f"replica-{secrets.token_hex(4)}", secrets.token_urlsafe(32), secrets.token_urlsafe(32))
+    raise FailedPreconditionError(
+        f"FINERY_RUNTIME_DIR: got {candidates[0]}, but a socket's path may have {MAX_SOCKET_PATH} characters; set it to a shorter folder"
+    )
+
+
+def vllm_command(config: VllmConfig, *, socket: Path) -> list[str]:
+    """The command line of vLLM."""
+    command = [str(config.python), "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
+    command += ["--model", str(config.base_model_dir), "--served-model-name", config.base_model]
+    command += ["--enable-lora", "--max-loras", str(config.max_loras), "--max-cpu-loras", str(config.max_cpu_loras)]
+    command += ["--max-lora-rank", str(config.max_lora_rank), "--api-server-count", "1"]
+    command += ["--middleware", f"{finery_vllm_middleware.__name__.rpartition('.')[2]}.{finery_vllm_middleware.FineryMiddleware.__name__}"]
+    if config.max_model_len:
+        command += ["--max-model-len", str(config.max_model_len)]
+    if config.device == "cpu":
+        command += ["--enforce-eager", "--dtype", "float32"]
+    return command
+
+
+def vllm_environment(inherited: Mapping[str, str], *, config: VllmConfig, middleware_config: Path) -> dict[str, str]:
+    """The environment of vLLM: what was inherited less our settings and Python's, so that no secret and no module of ours gets in."""
+    kept = {key: value for key, value in inherited.items() if not key.startswith(("FINERY_", "PYTHON", "VIRTUAL_ENV"))}
+    return kept | {
+        "PYTHONPATH": str(Path(finery_vllm_middleware.__file__).parent),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        finery_vllm_middleware.CONFIG_VARIABLE: str(middleware_config),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
+
+
+class VllmProcess:
+    """Keeps one vLLM running. `run()` is its life; `ready` says whether it answers; `generation` counts its starts.
+
+    `on_change` is called at every change of `ready`.
+    """
+
+    def __init__(self, config: VllmConfig, *, runtime: Runtime, state_dir: Path, environment: Mapping[str, str], client: VllmClient) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.ready = False
+        self.generation = 0
+        self.started_at: datetime | None = None
+        self.last_failure = ""
+        """Why the latest start failed, with the last lines of the log; for the operator."""
+        self.on_change: Callable[[], None] = lambda: None
+        self._client = client
+        self._logs_dir = state_dir / "logs"
+        self._pid_file = state_dir / "run" / "vllm.json"
+        self._environment = environment
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def run(self) -> None:
+        """Starts vLLM, and again after every end with growing pauses, until cancelled; then stops it."""
+        await asyncio.to_thread(self._prepare)
+        backoff_s = _FIRST_BACKOFF_S
+        try:
+            while True:
+                healthy_s = await self._life()
+                backoff_s = _FIRST_BACKOFF_S if healthy_s > _HEALTHY_FOR_S else min(backoff_s * 2, _MAX_BACKOFF_S)
+                log.warning("vLLM ended; starting it again", healthy_s=round(healthy_s, 1), backoff_s=backoff_s)
+                await asyncio.sleep(backoff_s)
+        finally:
+            await self._stop()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id while it runs."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    def _prepare(self) -> None:
+        self._logs_dir.mkdir(parents=True, exist_ok=True)
+        self._pid_file.parent.mkdir(parents=True, exist_ok=True)
+        kill_leftover(self._pid_file)
+        for old in sorted(self._logs_dir.glob("vllm-*.log"))[: -_KEPT_LOGS + 1]:
+            old.unlink(missing_ok=True)
+        config = {
+            "replica_token": self.runtime.replica_token,
+            "admin_token": self.runtime.admin_token,
+            "base_model": self.config.base_model,
+            "private_paths": [*self.config.private_paths, str(self.config.base_model_dir), str(self.runtime.folder)],
+        }
+        file = self._middleware_config
+        file.touch(mode=0o600)
+        file.write_text(json.dumps(config))
+
+    @property
+    def _middleware_config(self) -> Path:
+        return self.runtime.folder / "middleware.json"
+
+    async def _life(self) -> float:
+        """One process from start to end; answers for how many seconds it was healthy."""
+        log_file = self._logs_dir / f"vllm-{datetime.now(UTC):%Y%m%dT%H%M%S}.log"
+        started_s = time.monotonic()
+        self._process = process = await self._spawn(log_file)
+        log.info("vLLM starts", pid=process.pid, log=str(log_file), base_model=self.config.base_model)
+        VLLM_STARTS.inc()
+        try:
+            if not await self._became_healthy(process):
+                self.last_failure = await asyncio.to_thread(_tail, log_file)
+                log.error("vLLM did not start", exit_code=process.returncode, log=str(log_file), last_lines=self.last_failure)
+                return 0.0
+            ready_s = time.monotonic()
+            VLLM_START_SECONDS.observe(ready_s - started_s)
+            log.info("vLLM answers", start_s=round(ready_s - started_s, 1))
+            self.generation += 1
+            self.started_at = datetime.now(UTC)
+            self._set_ready(ready=True)
+            code = await process.wait()
+            log.error("vLLM died", exit_code=code, log=str(log_file), last_lines=await asyncio.to_thread(_tail, log_file))
+            return time.monotonic() - ready_s
+        finally:
+            self._set_ready(ready=False)
+            # The engine's processes outlive a killed server.
+            await self._stop()
+
+    async def _spawn(self, log_file: Path) -> asyncio.subprocess.Process:
+        self.runtime.socket.unlink(missing_ok=True)
+        environment = vllm_environment(self._environment, config=self.config, middleware_config=self._middleware_config)
+        with log_file.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                *vllm_command(self.config, socket=self.runtime.socket),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                cwd=self.runtime.folder,
+                start_new_session=True,
+            )
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._pid_file.write_text(json.dumps({"pid": process.pid, "created": psutil.Process(process.pid).create_time()}))
+        return process
+
+    async def _became_healthy(self, process: asyncio.subprocess.Process) -> bool:
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while process.returncode is None and time.monotonic() < deadline:
+            if await self._client.is_healthy():
+                return True
+            await asyncio.sleep(_HEALTH_POLL_S)
+        return False
+
+    def _set_ready(self, *, ready: bool) -> None:
+        if self.ready != ready:
+            self.ready = ready
+            VLLM_READY.labels(self.runtime.replica_id).set(int(ready))
+            self.on_change()
+
+    async def _stop(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        if process.returncode is None:
+            _signal_group(process.pid, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), STOP_S)
+        _signal_group(process.pid, signal.SIGKILL)
+        await process.wait()
+        self._process = None
+        self._pid_file.unlink(missing_ok=True)
+
+
+def kill_leftover(pid_file: Path) -> None:
+    """Ends the vLLM that a killed agent left behind, named by `pid_file`; the start time tells it from another process of that id."""
+    try:
+        noted = json.loads(pid_file.read_text())
+        alive = abs(psutil.Process(noted["pid"]).create_time() - noted["created"]) < 1
+    except (OSError, ValueError, KeyError, psutil.Error):
+        alive = False
+        noted = {}
+    if alive:
+        log.warning("ending the vLLM of an earlier run", pid=noted["pid"])
+        _signal_group(noted["pid"], signal.SIGKILL)
+    pid_file.unlink(missing_ok=True)
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    # The process leads its own group, whose id stays taken while any member lives.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+
+
+def _tail(file: Path) -> str:
+    lines: Sequence[str] = file.read_text(errors="replace").splitlines()
+    return "\n".join(lines[-_TAIL_LINES:])
