@@ -54,7 +54,7 @@ class Stack:
         self._grpc_port = grpc_port
         self._say = say
         self._stopping = False
-        self._store = SeaweedFS(layout.state_dir)
+        self._store = None if os.environ.get("FINERY_S3_ENDPOINT") else SeaweedFS(layout.state_dir)
         self._children: list[ChildProcess] = []
 
     @contextmanager
@@ -78,10 +78,9 @@ class Stack:
                 code = child.exit_code()
                 if child.keep_running():
                     self._say(f"{child.name} exited with {code} and was started again. {child.last_words(num_lines=3)}")
-            if self._store.process.poll() is not None:
+            if self._store is not None and self._store.process.poll() is not None:
                 self._say("the object store exited and is started again")
-                self._store.start()
-                self._store.wait_ready(timeout_s=START_S)
+                self._start_store()
             time.sleep(poll_s)
 
     def _start(self) -> RunningStack:
@@ -89,16 +88,7 @@ class Stack:
         python = vllm_python()
         self._say("preparing the base model")
         register_quickstart_model(self._layout)
-        self._say("starting the object store")
-        store = self._store.start()
-        self._store.wait_ready(timeout_s=START_S)
-        env = self._environment(ports) | {
-            "FINERY_S3_ENDPOINT": store.endpoint,
-            "FINERY_S3_BUCKET": store.bucket,
-            "FINERY_S3_ACCESS_KEY": store.access_key,
-            "FINERY_S3_SECRET_KEY": store.secret_key,
-            "FINERY_VLLM_PYTHON": str(python),
-        }
+        env = self._environment(ports) | self._start_store() | {"FINERY_VLLM_PYTHON": str(python)}
         self._say("starting " + ", ".join(SERVICES))
         for service in SERVICES:
             child = self._child(service, env=env, ports=ports)
@@ -106,9 +96,23 @@ class Stack:
             child.start()
         for child in self._children:
             child.wait_healthy(timeout_s=START_S, interrupted=lambda: self._stopping)
-        stack = self._describe(ports, s3_endpoint=store.endpoint)
+        stack = self._describe(ports, s3_endpoint=env["FINERY_S3_ENDPOINT"])
         self._layout.write_running(stack)
         return stack
+
+    def _start_store(self) -> dict[str, str]:
+        """Starts SeaweedFS where the environment names no store; answers what services need to reach it, at the same ports every time."""
+        if self._store is None:
+            return {}
+        self._say("starting the object store")
+        store = self._store.start()
+        self._store.wait_ready(timeout_s=START_S)
+        return {
+            "FINERY_S3_ENDPOINT": store.endpoint,
+            "FINERY_S3_BUCKET": store.bucket,
+            "FINERY_S3_ACCESS_KEY": store.access_key,
+            "FINERY_S3_SECRET_KEY": store.secret_key,
+        }
 
     def _choose_ports(self) -> Ports:
         for port, option in ((self._http_port, "--port"), (self._grpc_port, "--grpc-port")):
@@ -120,10 +124,9 @@ class Stack:
 
     def _environment(self, ports: Ports) -> dict[str, str]:
         """What all services share. PYTHONSAFEPATH keeps the working directory from shadowing packages."""
-        own = {key: value for key, value in os.environ.items() if not key.startswith("FINERY_S3_")}
         addresses = {f"FINERY_{service.upper()}_ADDRESS": f"127.0.0.1:{ports.rpc[service]}" for service in SERVICES if service != "gateway"}
         return {
-            **own,
+            **os.environ,
             **addresses,
             "PYTHONSAFEPATH": "1",
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
@@ -146,13 +149,14 @@ class Stack:
         )
 
     def _describe(self, ports: Ports, *, s3_endpoint: str) -> RunningStack:
+        store = {} if self._store is None else {"object store": self._store.process.pid}
         return RunningStack(
             pid=os.getpid(),
             http_url=f"http://127.0.0.1:{ports.http}",
             grpc_address=f"127.0.0.1:{ports.grpc}",
             s3_endpoint=s3_endpoint,
             metrics={service: f"127.0.0.1:{port}" for service, port in ports.metrics.items()},
-            processes={"object store": self._store.process.pid} | {child.name: child.pid or 0 for child in self._children},
+            processes=store | {child.name: child.pid or 0 for child in self._children},
         )
 
     def _stop(self) -> None:
@@ -160,8 +164,9 @@ class Stack:
         for child in reversed(self._children):
             self._say(f"stopping {child.name}")
             child.stop()
-        self._say("stopping the object store")
-        self._store.stop()
+        if self._store is not None:
+            self._say("stopping the object store")
+            self._store.stop()
 
 
 def register_quickstart_model(layout: Layout) -> None:

@@ -1,0 +1,181 @@
+"""Faults in the real system: what was running goes on, what was published stays, and the message says what happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import httpx
+import psutil
+import pytest
+from e2e.system import FAST_SPEC, System, code_word_rows, start_system, stop_system, wait_job
+from finery.serving.v1 import serving_pb2, serving_pb2_grpc
+from finery.training.v1 import training_pb2, training_pb2_grpc, worker_pb2, worker_pb2_grpc
+from openai import OpenAI
+
+from finery_cli.local.ports import free_ports
+from finery_cli.local.stack import QUICKSTART_MODEL
+
+LONG_SPEC = FAST_SPEC | {"num_epochs": 12, "checkpoint": {"interval_steps": 2}}
+
+
+def create_job(client: OpenAI, spec: dict[str, object]) -> str:
+    file = client.files.create(file=("rows.jsonl", code_word_rows("maple")), purpose="fine-tune")
+    return client.fine_tuning.jobs.create(model=QUICKSTART_MODEL, training_file=file.id, extra_body={"spec": spec, "deploy": False}).id
+
+
+def wait_steps(client: OpenAI, job_id: str, num_steps: int, *, timeout_s: float = 180) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while steps_of(client, job_id)[:1] < [num_steps]:
+        assert time.monotonic() < deadline_s, f"step {num_steps} was not reached"
+        time.sleep(0.2)
+
+
+def steps_of(client: OpenAI, job_id: str) -> list[int]:
+    """Steps reported so far, newest first."""
+    events = client.fine_tuning.jobs.list_events(job_id, limit=100)
+    return [int(event.data["step"]) for event in events if event.type == "metrics" and isinstance(event.data, dict)]
+
+
+def worker_of(system: System) -> psutil.Process:
+    trainer = psutil.Process(system.running.processes["trainer"])
+    workers = [child for child in trainer.children(recursive=True) if "finery_trainer.worker" in " ".join(child.cmdline())]
+    assert workers, "no worker runs"
+    return workers[0]
+
+
+def test_a_killed_worker_goes_on_from_its_checkpoint(system: System, client: OpenAI):
+    job_id = create_job(client, LONG_SPEC)
+    wait_steps(client, job_id, 4)
+    worker_of(system).kill()
+    wait_job(client, job_id, "succeeded")
+    steps = steps_of(client, job_id)
+    assert set(steps) == set(range(1, 25))
+    assert len(steps) < 24 + 8, "it did not start from the beginning"
+
+
+def test_a_store_that_is_gone_for_ten_seconds_loses_nothing(system: System, client: OpenAI):
+    job_id = create_job(client, LONG_SPEC)
+    wait_steps(client, job_id, 1)
+    store = psutil.Process(system.running.processes["object store"])
+    store.suspend()
+    try:
+        time.sleep(10)
+    finally:
+        store.resume()
+    wait_job(client, job_id, "succeeded")
+    assert client.files.content(client.fine_tuning.jobs.retrieve(job_id).result_files[0]).text.count("\n") == 25
+
+
+def test_grpc_clients_see_their_project_and_nothing_internal(system: System, client: OpenAI):
+    job_id = create_job(client, LONG_SPEC | {"max_steps": 1})
+    metadata = (("authorization", f"Bearer {system.api_key}"),)
+    with grpc.insecure_channel(system.running.grpc_address) as channel:
+        stub = training_pb2_grpc.TrainingServiceStub(channel)
+        job = stub.GetJob(training_pb2.GetJobRequest(name=f"projects/default/jobs/{job_id}"), metadata=metadata, timeout=30)
+        assert job.spec.max_steps == 1
+        refused = (
+            (lambda: stub.ListJobs(training_pb2.ListJobsRequest(parent="projects/default"), timeout=30), "UNAUTHENTICATED"),
+            (lambda: stub.ListJobs(training_pb2.ListJobsRequest(parent="projects/other"), metadata=metadata, timeout=30), "NOT_FOUND"),
+            (
+                lambda: worker_pb2_grpc.WorkerServiceStub(channel).GetAssignment(
+                    worker_pb2.GetAssignmentRequest(), metadata=metadata, timeout=30
+                ),
+                "UNIMPLEMENTED",
+            ),
+            (
+                lambda: serving_pb2_grpc.ServingServiceStub(channel).ResolveModel(
+                    serving_pb2.ResolveModelRequest(parent="projects/default", model=QUICKSTART_MODEL), metadata=metadata, timeout=30
+                ),
+                "UNIMPLEMENTED",
+            ),
+        )
+        for call, code in refused:
+            with pytest.raises(grpc.RpcError) as caught:
+                call()
+            assert caught.value.code().name == code
+    wait_job(client, job_id, "succeeded")
+
+
+def test_every_process_serves_its_metrics(system: System, client: OpenAI):
+    client.chat.completions.create(model=QUICKSTART_MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=1)
+    scraped = {service: httpx.get(f"http://{address}/metrics").text for service, address in system.running.metrics.items()}
+    for service, names in {
+        "trainer": ["finery_trainer_tokens_per_second", "finery_trainer_memory_bytes", "finery_trainer_jobs", "finery_trainer_queue_seconds"],
+        "serving": ["finery_serving_adapter_state", "finery_serving_swap_seconds", "vllm:"],
+        "gateway": ["finery_gateway_request_seconds", "finery_gateway_tokens_total"],
+        "dataprep": ["finery_rpc_requests_total"],
+        "converter": ["finery_rpc_requests_total"],
+    }.items():
+        for name in names:
+            assert name in scraped[service], f"{service} has no {name}"
+
+
+def test_a_client_that_hangs_up_in_the_middle_of_an_upload_leaves_nothing(system: System, client: OpenAI):
+    before = [file.id for file in client.files.list()]
+    port = int(system.running.http_url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(
+            b"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + system.api_key.encode() + b"\r\nContent-Length: 1000000\r\n"
+            b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: form-data; name=\"purpose\"\r\n\r\nfine-tune\r\n"
+            b"--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"half.jsonl\"\r\n\r\n" + b"x" * 5000
+        )
+    assert [file.id for file in client.files.list()] == before
+    assert client.models.list().data, "the gateway goes on"
+
+
+def test_a_client_that_hangs_up_in_the_middle_of_a_stream_frees_the_model(system: System, client: OpenAI):
+    stream = client.chat.completions.create(
+        model=QUICKSTART_MODEL, messages=[{"role": "user", "content": "Count."}], max_tokens=1500, stream=True, extra_body={"min_tokens": 1500}
+    )
+    next(iter(stream))
+    stream.close()
+    deadline_s = time.monotonic() + 30
+    while _running_requests(system) > 0:
+        assert time.monotonic() < deadline_s, "vLLM goes on generating for a client that left"
+        time.sleep(0.3)
+
+
+def test_ctrl_c_in_the_middle_of_training_loses_nothing(tmp_path: Path, base_model_dir: Path):
+    first = start_system(tmp_path, base_model_dir)
+    client = first.client()
+    job_id = create_job(client, LONG_SPEC)
+    wait_steps(client, job_id, 3)
+    stop_system(first)
+    assert first.process.returncode == 0
+    assert first.layout.running() is None
+    second = start_system(tmp_path, base_model_dir)
+    try:
+        client = second.client()
+        wait_job(client, job_id, "succeeded")
+        assert set(steps_of(client, job_id)) == set(range(1, 25))
+    finally:
+        stop_system(second)
+
+
+def test_a_taken_port_is_named(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "finery_cli", "up", "--state-dir", str(tmp_path), "--port", str(port), "--grpc-port", str(free_ports(1)[0])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 1
+    assert f"Port {port} is taken" in done.stderr
+    assert "--port" in done.stderr
+
+
+def test_a_dead_service_is_started_again(system: System, client: OpenAI):
+    pid = system.running.processes["dataprep"]
+    os.kill(pid, signal.SIGKILL)
+    job_id = create_job(client, LONG_SPEC | {"max_steps": 1})
+    wait_job(client, job_id, "succeeded")
+
+
+def _running_requests(system: System) -> float:
+    text = httpx.get(f"http://{system.running.metrics['serving']}/metrics").text
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith("vllm:num_requests_running"))
