@@ -1,0 +1,1 @@
+"""The converter: adapters become models that other engines read."""

@@ -1,0 +1,1 @@
+"""The merge against PEFT and transformers, on a tiny random model and on SmolLM2."""
