@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from finery_common.database import Database
 
@@ -50,9 +51,9 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     """URL of an empty PostgreSQL database of the test's own."""
     name = f"test_{secrets.token_hex(8)}"
     with psycopg.connect(postgres_server, autocommit=True) as server:
-        server.execute(f'CREATE DATABASE "{name}"')
+        server.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         yield postgres_server.removesuffix("postgres") + name
-        server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -245,7 +245,7 @@ def _prepare_sqlite(url: URL) -> None:
     assert url.database is not None
     path = Path(url.database)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = _exclusive_file(path)
         with lock, _translated_sync(), contextlib.closing(sqlite3.connect(path, timeout=LOCK_TIMEOUT_S)) as connection:
             # The mode stays with the file. Two processes switching it at once would fail at once: no busy handler runs there.
@@ -364,6 +364,8 @@ def _translate_postgresql(sqlstate: str, cause: psycopg.Error) -> FineryError | 
         return _locked()
     if sqlstate == "42501":
         return FailedPreconditionError("The database user lacks a privilege. Grant it CREATE on the database and its schemas.")
+    if not sqlstate and isinstance(cause, psycopg.DataError):
+        return InvalidArgumentError("A text contains the character U+0000, which cannot be stored; remove it.")
     # The driver gives no state for a connection that was refused, whoever refused it.
     if sqlstate.startswith(("08", "28", "3D", "53", "57P")) or (not sqlstate and isinstance(cause, psycopg.OperationalError)):
         return UnavailableError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
 from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
@@ -146,7 +147,7 @@ async def test_a_cancelled_writer_leaves_the_database_writable(database: Databas
 
 async def test_a_read_transaction_cannot_write(database: Database, package: str) -> None:
     await database.migrate(package, version_table="notes_version")
-    with pytest.raises((sa.exc.DBAPIError, UnavailableError), match="read-only|READONLY"):
+    with pytest.raises((DBAPIError, UnavailableError), match="read-only|READONLY"):
         async with database.read() as session:
             await session.execute(sa.text("INSERT INTO notes VALUES ('second')"))
     async with database.begin() as session:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -131,13 +131,13 @@ class JobStore:
         async with self._change(job_id, epoch=epoch) as (session, row):
             from_state = JobState(row.state)
             check_transition(job_id, from_state, to)
-            row.state = to
-            self._merge(row, result=result, progress=progress)
+            row.state = to.value
+            _merge(row, result=result, progress=progress)
             if error is not None:
                 row.error = _stored(error, "error")
-            self._enter(row, to)
             level = EventLevel.ERROR if to == JobState.FAILED else EventLevel.INFO
             self._record(session, row, "state", level, message or f"The job went from {from_state} to {to}.", data or {})
+            _enter(row, to)
             return job_of(row)
 
     async def append_event(
@@ -158,7 +158,7 @@ class JobStore:
         InvalidArgumentError for values JSON lacks, NaN among them.
         """
         async with self._change(job_id, epoch=epoch) as (session, row):
-            self._merge(row, result=result, progress=progress)
+            _merge(row, result=result, progress=progress)
             self._record(session, row, type, level, message, data or {})
             return job_of(row)
 
@@ -174,7 +174,7 @@ class JobStore:
             if row.wanted == Wanted.CANCEL and new != Wanted.CANCEL:
                 raise FailedPreconditionError(f"Job {job_id} is being cancelled; that cannot be taken back. Create a new job instead.")
             if row.wanted != new:
-                row.wanted = new
+                row.wanted = new.value
                 self._record(session, row, "message", EventLevel.INFO, _REQUEST_TEXT[new], {"wanted": new.value})
             return job_of(row)
 
@@ -210,11 +210,14 @@ class JobStore:
             rows = await session.scalars(query.order_by(order).limit(min(limit, _MAX_PAGE_SIZE)))
             return tuple(event_of(row) for row in rows)
 
-    async def watch(self, job_id: str, *, after_sequence: int = 0, until: Callable[[Job], bool] | None = None) -> AsyncIterator[JobEvent]:
+    async def watch(
+        self, job_id: str, *, after_sequence: int = 0, until: Callable[[Job], bool] | None = None
+    ) -> AsyncGenerator[JobEvent, None]:
         """Every event after `after_sequence`, then each new one, no matter which process writes it.
 
         Ends after the newest event once `until` holds for the job: by default once it is final. A watcher that comes back with the
-        last sequence it saw misses nothing and sees nothing twice. Raises UnavailableError when the database goes away.
+        last sequence it saw misses nothing and sees nothing twice. Raises UnavailableError when the database goes away and
+        NotFoundError when the job is deleted. One who leaves early closes it (`contextlib.aclosing`).
         """
         changed = asyncio.Event()
         self._watchers.setdefault(job_id, set()).add(changed)
@@ -375,22 +378,6 @@ class JobStore:
         for changed in self._watchers.get(job_id, ()):
             changed.set()
 
-    def _merge(self, row: JobRow, *, result: JsonObject | None, progress: JsonObject | None) -> None:
-        if result:
-            row.result = {**row.result, **_stored(result, "result")}
-        if progress:
-            row.progress = {**row.progress, **_stored(progress, "progress")}
-
-    def _enter(self, row: JobRow, state: JobState) -> None:
-        if not state.is_active:
-            _drop_lease(row)
-        if state == JobState.RUNNING and row.started_at is None:
-            row.started_at = self._now()
-        if state.is_final:
-            row.finished_at = self._now()
-        if state.is_final or (state == JobState.PAUSED and row.wanted == Wanted.PAUSE):
-            row.wanted = Wanted.NONE
-
     def _record(self, session: AsyncSession, row: JobRow, event_type: str, level: EventLevel, message: str, data: JsonObject) -> None:
         row.last_sequence += 1
         row.updated_at = self._now()
@@ -401,7 +388,7 @@ class JobStore:
             level=level.value,
             type=event_type,
             message=message,
-            state=str(row.state),
+            state=row.state,
             data=_stored(data, "data"),
         )
         session.add(event)
@@ -429,6 +416,25 @@ def _check_epoch(row: JobRow, epoch: int) -> None:
         return
     holder = f"epoch {row.epoch} holds it now" if held else f"nobody holds it now, and epoch {row.epoch} was the last"
     raise AbortedError(f"Epoch {epoch} does not hold job {row.id}: {holder}. Stop this attempt; nothing was written.", code="stale_epoch")
+
+
+def _merge(row: JobRow, *, result: JsonObject | None, progress: JsonObject | None) -> None:
+    if result:
+        row.result = {**row.result, **_stored(result, "result")}
+    if progress:
+        row.progress = {**row.progress, **_stored(progress, "progress")}
+
+
+def _enter(row: JobRow, state: JobState) -> None:
+    """What comes with `state`, at the time of the event just recorded."""
+    if not state.is_active:
+        _drop_lease(row)
+    if state == JobState.RUNNING and row.started_at is None:
+        row.started_at = row.updated_at
+    if state.is_final:
+        row.finished_at = row.updated_at
+    if state.is_final or (state == JobState.PAUSED and row.wanted == Wanted.PAUSE):
+        row.wanted = Wanted.NONE.value
 
 
 def _drop_lease(row: JobRow) -> None:
