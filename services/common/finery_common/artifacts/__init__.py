@@ -1,0 +1,28 @@
+"""Immutable artifacts in S3: the only package that talks to the store.
+
+An artifact is a key prefix with a manifest. It exists from the moment its manifest does, and nothing in it is ever written
+again. Inside: `manifest` (what is recorded), `store` (reading, listing, deleting), `writer` (publishing), `cache` (local
+copies), `client` (requests, retries, errors). What the bytes mean is left to the services.
+
+All calls block; async callers use `asyncio.to_thread`, and `put_chunks` for uploads that arrive piecemeal.
+"""
+
+from finery_common.artifacts.client import S3Settings
+from finery_common.artifacts.manifest import ArtifactKind, ArtifactRef, Manifest, ObjectEntry
+from finery_common.artifacts.reader import ObjectReader
+from finery_common.artifacts.store import ArtifactStore
+from finery_common.artifacts.upload import ObjectUpload, put_chunks
+from finery_common.artifacts.writer import ArtifactWriter
+
+__all__ = [
+    "ArtifactKind",
+    "ArtifactRef",
+    "ArtifactStore",
+    "ArtifactWriter",
+    "Manifest",
+    "ObjectEntry",
+    "ObjectReader",
+    "ObjectUpload",
+    "S3Settings",
+    "put_chunks",
+]
