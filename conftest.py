@@ -6,7 +6,6 @@ need it fail and name the package.
 
 from __future__ import annotations
 
-import getpass
 import os
 import pwd
 import secrets
@@ -77,11 +76,11 @@ def _postgres_tool(name: str, *arguments: str | Path) -> None:
     tool = shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
     if tool is None:
         pytest.fail(f"PostgreSQL's {name} is missing; install it: apt-get install postgresql", pytrace=False)
-    user = "postgres" if os.geteuid() == 0 else getpass.getuser()
+    user = "postgres" if os.geteuid() == 0 else None
     # pg_ctl leaves the server behind, which would hold a pipe open: hence a file.
     with tempfile.TemporaryFile() as output:
         command = [tool, *map(str, arguments)]
-        done = subprocess.run(command, stdout=output, stderr=output, cwd="/", user=user if os.geteuid() == 0 else None, check=False)
+        done = subprocess.run(command, stdout=output, stderr=output, cwd="/", user=user, check=False)
         if done.returncode != 0:
             output.seek(0)
             pytest.fail(f"{name} failed with {done.returncode}: {output.read().decode()}", pytrace=False)
