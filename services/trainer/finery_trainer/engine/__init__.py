@@ -1,0 +1,13 @@
+"""The training engine: tensors and specs in, trained weights out; no gRPC, no S3, no database.
+
+    model = engine.load(spec, base_dir)
+    outcome = engine.loop.train(model, data, spec, on_step)
+
+`model` loads and adapts, `data` reads shards, `loop` drives, `optim` steps, `checkpoint` saves everything that a run needs to go on,
+`adapter` writes what serving reads.
+"""
+
+from finery_trainer.engine import adapter, checkpoint, data, loop, optim
+from finery_trainer.engine.model import load
+
+__all__ = ["adapter", "checkpoint", "data", "load", "loop", "optim"]

@@ -1,0 +1,130 @@
+"""Prepared datasets: reading their shards, the order in which a run sees their rows, and padded micro-batches.
+
+A dataset folder holds `shard-00000.safetensors`, …, each with `input_ids` (int32, all rows behind each other), `label_mask` (uint8 or
+bool, 1 where that token is a label) and `row_offsets` (int64, rows + 1). Making them is dataprep's.
+
+Shapes: B rows of a micro-batch, T tokens of its longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+
+from finery_common.errors import InvalidArgumentError
+
+IGNORE = -100
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, padded on the right. `targets_BT[b, t]` is the token to predict after `input_ids_BT[b, t]`, or IGNORE."""
+
+    input_ids_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    num_tokens: int
+    num_labels: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return Batch(self.input_ids_BT.to(device), self.targets_BT.to(device), self.num_tokens, self.num_labels)
+
+
+class TokenDataset:
+    """The rows of a dataset folder, memory-mapped. Rows are counted over all shards in name order.
+
+    Raises InvalidArgumentError (code `invalid_dataset`) for a folder without rows, a shard of another form, or a row without a label.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._shards = [_Shard(path) for path in sorted(folder.glob("shard-*.safetensors"))]
+        if not self._shards or not sum(len(shard.lengths) for shard in self._shards):
+            raise _invalid(f"The dataset in {folder.name} has no rows; prepare it again.")
+        self._starts = np.cumsum([0] + [len(shard.lengths) for shard in self._shards])
+        self.row_lengths: IntArray = np.concatenate([shard.lengths for shard in self._shards])
+        """Tokens of each row."""
+        self.row_labels: IntArray = np.concatenate([shard.labels for shard in self._shards])
+        """Tokens of each row that the loss is taken on; a row's first token has nothing before it and is never one."""
+        self.max_token_id = max(shard.max_token_id for shard in self._shards)
+        if not self.row_labels.all():
+            raise _invalid(f"Row {int(np.argmin(self.row_labels))} of the dataset has no token to learn from; prepare it again.")
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.row_lengths.sum())
+
+    def check(self, *, vocab_size: int, max_sequence_length: int) -> None:
+        """Raises InvalidArgumentError where a token id or a row does not fit the model."""
+        if self.max_token_id >= vocab_size:
+            raise _invalid(
+                f"input_ids: got token id {self.max_token_id}, wanted ids below {vocab_size}, the model's vocabulary; prepare the dataset with this base model."
+            )
+        longest = int(self.row_lengths.max())
+        if longest > max_sequence_length:
+            row = int(self.row_lengths.argmax())
+            raise _invalid(f"input_ids: row {row} has {longest} tokens, the limit is {max_sequence_length}; shorten it or raise max_sequence_length.")
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The given rows as one micro-batch."""
+        width = int(self.row_lengths[list(rows)].max())
+        input_ids_BT = np.zeros((len(rows), width), dtype=np.int64)
+        targets_BT = np.full((len(rows), width), IGNORE, dtype=np.int64)
+        for position, row in enumerate(rows):
+            shard_index = int(np.searchsorted(self._starts, row, side="right")) - 1
+            ids, mask = self._shards[shard_index].row(row - int(self._starts[shard_index]))
+            input_ids_BT[position, : len(ids)] = ids
+            targets_BT[position, : len(ids) - 1] = np.where(mask[1:], ids[1:], IGNORE)
+        num_tokens, num_labels = int(self.row_lengths[list(rows)].sum()), int(self.row_labels[list(rows)].sum())
+        return Batch(torch.from_numpy(input_ids_BT), torch.from_numpy(targets_BT), num_tokens, num_labels)
+
+    def micro_batches(self, rows: Sequence[int], *, size: int) -> Iterator[Batch]:
+        """`rows` in micro-batches of `size`, neighbours in length together so that little is padding."""
+        by_length = sorted(rows, key=lambda row: (-int(self.row_lengths[row]), row))
+        for start in range(0, len(by_length), size):
+            yield self.batch(by_length[start : start + size])
+
+
+def epoch_order(num_rows: int, *, seed: int, epoch: int) -> list[int]:
+    """The rows in the order that epoch number `epoch`, counted from 0, sees them: a function of its arguments and nothing else."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows).tolist()
+
+
+class _Shard:
+    def __init__(self, path: Path) -> None:
+        try:
+            shard = safe_open(path, framework="numpy")
+            offsets = np.asarray(shard.get_tensor("row_offsets"), dtype=np.int64)
+            ids, mask = shard.get_tensor("input_ids"), shard.get_tensor("label_mask")
+        except (SafetensorError, OSError) as error:
+            raise _invalid(f"{path.name} cannot be read: {error}; prepare the dataset again.") from error
+        self.lengths: IntArray = np.diff(offsets)
+        if ids.ndim != 1 or ids.shape != mask.shape or offsets[0] != 0 or offsets[-1] != len(ids) or (self.lengths < 1).any():
+            raise _invalid(f"{path.name}: row_offsets, input_ids {ids.shape} and label_mask {mask.shape} do not fit together; prepare the dataset again.")
+        if len(ids) and int(ids.min()) < 0:
+            raise _invalid(f"{path.name}: input_ids: got token id {int(ids.min())}, wanted 0 or more; prepare the dataset again.")
+        is_label = mask.astype(np.int64)
+        is_label[offsets[:-1]] = 0
+        self.labels: IntArray = np.add.reduceat(is_label, offsets[:-1]) if len(self.lengths) else self.lengths
+        self.max_token_id = int(ids.max()) if len(ids) else -1
+        self._offsets = offsets
+        self._ids, self._mask = shard.get_slice("input_ids"), shard.get_slice("label_mask")
+
+    def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        start, stop = int(self._offsets[index]), int(self._offsets[index + 1])
+        return self._ids[start:stop], self._mask[start:stop].astype(bool)
+
+
+def _invalid(message: str) -> InvalidArgumentError:
+    return InvalidArgumentError(message, code="invalid_dataset")

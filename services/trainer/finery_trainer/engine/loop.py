@@ -1,0 +1,237 @@
+"""The supervised training loop: rows to gradients to steps, with a report after each step that may pause or cancel the run.
+
+Owns the order of things and the numbers reported. Where reports and checkpoints go is the caller's.
+
+Shapes: B rows of a micro-batch, T tokens, P positions that some row predicts from, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from torch.nn import functional
+
+from finery_common.errors import DataLossError
+from finery_common.spec import TrainingSpec
+from finery_trainer.engine import checkpoint
+from finery_trainer.engine.data import IGNORE, Batch, TokenDataset, epoch_order
+from finery_trainer.engine.optim import Stepper, build_optimizer, non_finite
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class Action(StrEnum):
+    """What the run does after a step."""
+
+    CONTINUE = "continue"
+    PAUSE = "pause"
+    """Save the state, then stop."""
+    CANCEL = "cancel"
+    """Stop at once."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step. `loss` is the mean over the step's labels; `step_seconds` leaves out validation."""
+
+    step: int
+    num_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    num_trained_tokens: int
+    memory_bytes: int
+    step_seconds: float
+    validation_loss: float | None
+    is_epoch_end: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: CONTINUE means that all steps are done. `last` is None where not one step ran."""
+
+    action: Action
+    last: StepReport | None
+
+
+OnStep = Callable[[StepReport], Action]
+OnCheckpoint = Callable[[StepReport, Callable[[Path], None]], None]
+"""Called with the report of the step just done and a function that writes the full state into an existing folder."""
+
+
+def train(
+    model: PeftModel,
+    data: TokenDataset,
+    spec: TrainingSpec,
+    on_step: OnStep,
+    *,
+    validation: TokenDataset | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
+    resume_from: Path | None = None,
+) -> Outcome:
+    """Trains `model` in place on `data` and answers how the run ended.
+
+    `on_step` is called after every step and obeyed at once. `on_checkpoint` is called at the end of every epoch, every
+    `spec.checkpoint.interval_steps`, at the last step and before a pause takes effect. `resume_from` is a folder that it filled.
+    On a CPU the run is deterministic, and a resumed one is bit-equal to one never stopped.
+    Raises FailedPreconditionError (`non_finite_loss`) where it diverges, InvalidArgumentError where data do not fit the model.
+    """
+    run = _Run(model, data, spec, validation=validation)
+    if resume_from is not None:
+        run.resume(resume_from)
+    report = None
+    while run.stepper.step < run.num_steps:
+        report = run.step()
+        action = on_step(report)
+        if action is Action.CANCEL:
+            return Outcome(action, report)
+        if on_checkpoint is not None and (action is Action.PAUSE or run.is_checkpoint_due(report)):
+            on_checkpoint(report, run.save)
+        if action is Action.PAUSE and report.step < run.num_steps:
+            return Outcome(action, report)
+    return Outcome(Action.CONTINUE, report)
+
+
+def steps_of(num_rows: int, spec: TrainingSpec) -> tuple[int, int]:
+    """(steps of an epoch, steps of the run)."""
+    per_epoch = math.ceil(num_rows / (spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps))
+    total = per_epoch * spec.num_epochs
+    return per_epoch, total if spec.max_steps is None else min(total, spec.max_steps)
+
+
+def accumulate(model: PeftModel, batches: Iterator[Batch], *, num_labels: int) -> float:
+    """Adds the gradients of `batches` to the parameters and answers their loss: its sum over labels, divided by `num_labels`.
+
+    However the same rows are split into batches, loss and gradient are the same up to rounding.
+    """
+    loss = 0.0
+    for batch in batches:
+        part = summed_loss(model, batch) / num_labels
+        part.backward()
+        loss += part.item()
+    return loss
+
+
+def summed_loss(model: PeftModel, batch: Batch) -> torch.Tensor:
+    """Cross-entropy summed over the batch's labels, in float32; a scalar.
+
+    There is no attention mask: padding stands to the right of every label, where causal attention does not look.
+    """
+    batch = batch.to(model.device)
+    positions_P = (batch.targets_BT != IGNORE).any(dim=0).nonzero().squeeze(1)
+    with _precision(model):
+        if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
+            logits_BPV = model(input_ids=batch.input_ids_BT, logits_to_keep=positions_P).logits
+        else:
+            logits_BPV = model(input_ids=batch.input_ids_BT).logits[:, positions_P]
+    targets_BP = batch.targets_BT[:, positions_P]
+    return functional.cross_entropy(logits_BPV.float().flatten(0, 1), targets_BP.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def mean_loss(model: PeftModel, data: TokenDataset, *, micro_batch_size: int) -> float:
+    """The loss over all labels of `data`, without dropout."""
+    model.eval()
+    with torch.no_grad():
+        batches = data.micro_batches(range(data.num_rows), size=micro_batch_size)
+        loss = math.fsum(summed_loss(model, batch).item() for batch in batches)
+    model.train()
+    return loss / int(data.row_labels.sum())
+
+
+class _Run:
+    def __init__(self, model: PeftModel, data: TokenDataset, spec: TrainingSpec, *, validation: TokenDataset | None) -> None:
+        self._model, self._data, self._spec, self._validation = model, data, spec, validation
+        config = model.get_base_model().config
+        limit = min(spec.max_sequence_length, getattr(config, "max_position_embeddings", None) or spec.max_sequence_length)
+        for dataset in (data, validation):
+            if dataset is not None:
+                dataset.check(vocab_size=config.vocab_size, max_sequence_length=limit)
+        self._steps_per_epoch, self.num_steps = steps_of(data.num_rows, spec)
+        self.stepper: Stepper = build_optimizer(spec.optimizer, model.parameters(), self.num_steps)
+        self._num_trained_tokens = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+        torch.manual_seed(spec.seed)
+        model.train()
+
+    def resume(self, folder: Path) -> None:
+        cursor = checkpoint.restore(folder, model=self._model, stepper=self.stepper)
+        if (cursor.num_steps, cursor.num_rows) != (self.num_steps, self._data.num_rows):
+            raise DataLossError(
+                f"The checkpoint belongs to a run of {cursor.num_steps} steps over {cursor.num_rows} rows, this one has {self.num_steps} over "
+                f"{self._data.num_rows}; start the job anew."
+            )
+        self._num_trained_tokens = cursor.num_trained_tokens
+
+    def save(self, folder: Path) -> None:
+        cursor = checkpoint.Cursor(self.stepper.step, self.num_steps, self._num_trained_tokens, self._data.num_rows)
+        checkpoint.save(folder, model=self._model, stepper=self.stepper, cursor=cursor)
+
+    def is_checkpoint_due(self, report: StepReport) -> bool:
+        interval = self._spec.checkpoint.interval_steps
+        return report.is_epoch_end or (interval is not None and report.step % interval == 0)
+
+    def step(self) -> StepReport:
+        started_s = time.perf_counter()
+        rows = self._rows(self.stepper.step)
+        num_tokens, num_labels = int(self._data.row_lengths[rows].sum()), int(self._data.row_labels[rows].sum())
+        loss = accumulate(self._model, self._data.micro_batches(rows, size=self._spec.batch.micro_batch_size), num_labels=num_labels)
+        if not math.isfinite(loss):
+            raise non_finite("loss", loss, step=self.stepper.step + 1)
+        grad_norm = self.stepper.apply()
+        self._num_trained_tokens += num_tokens
+        seconds = time.perf_counter() - started_s
+        return self._report(loss, grad_norm, num_tokens=num_tokens, seconds=seconds)
+
+    def _report(self, loss: float, grad_norm: float, *, num_tokens: int, seconds: float) -> StepReport:
+        step = self.stepper.step
+        is_epoch_end = step % self._steps_per_epoch == 0 or step == self.num_steps
+        validation_loss = None
+        if is_epoch_end and self._validation is not None:
+            validation_loss = mean_loss(self._model, self._validation, micro_batch_size=self._spec.batch.micro_batch_size)
+        return StepReport(
+            step=step,
+            num_steps=self.num_steps,
+            epoch=step / self._steps_per_epoch,
+            loss=loss,
+            learning_rate=self.stepper.learning_rate,
+            grad_norm=grad_norm,
+            tokens_per_second=num_tokens / seconds,
+            num_trained_tokens=self._num_trained_tokens,
+            memory_bytes=memory_bytes(self._model.device),
+            step_seconds=seconds,
+            validation_loss=validation_loss,
+            is_epoch_end=is_epoch_end,
+        )
+
+    def _rows(self, step: int) -> list[int]:
+        """The rows of the step after `step` steps."""
+        epoch, within = divmod(step, self._steps_per_epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, epoch_order(self._data.num_rows, seed=self._spec.seed, epoch=epoch)
+        size = self._spec.batch.micro_batch_size * self._spec.batch.gradient_accumulation_steps
+        return self._order[1][within * size : (within + 1) * size]
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak of allocated VRAM on a GPU, resident set of this process on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def _precision(model: PeftModel) -> contextlib.AbstractContextManager[object]:
+    """Adapters are float32 even on bfloat16 weights; autocast makes their products bfloat16, as the rest."""
+    if model.get_base_model().dtype is torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(model.device.type, dtype=torch.bfloat16)
