@@ -1,4 +1,4 @@
-"""Fixtures shared by every test: real databases, never fakes of them.
+"""Fixtures shared by every test: real databases and a real object store, never fakes of them.
 
 PostgreSQL is Debian's own, started once per run on a free loopback port and stopped at the end; where it is missing, the tests that
 need it fail and name the package.
@@ -20,6 +20,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from finery_cli.local.seaweedfs import SeaweedFS
+from finery_common.artifacts import ArtifactStore
 from finery_common.database import Database
 
 
@@ -69,6 +71,25 @@ async def database(database_url: str) -> AsyncIterator[Database]:
     db = await Database.open(database_url, schema="test")
     yield db
     await db.close()
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """A running object store for all tests of the session; whoever stops one starts its own."""
+    server = SeaweedFS(tmp_path_factory.mktemp("object-store"))
+    try:
+        server.start()
+        server.wait_ready()
+        yield server
+    finally:
+        # Nobody reads its data again: no need to wait for a clean end.
+        server.stop(grace_s=0)
+
+
+@pytest.fixture(scope="session")
+def object_store(seaweedfs: SeaweedFS) -> ArtifactStore:
+    """A real artifact store, shared by the session: a test that lists or counts takes a project name of its own."""
+    return ArtifactStore.connect(seaweedfs.settings)
 
 
 def _postgres_tool(name: str, *arguments: str | Path) -> None:

@@ -20,7 +20,7 @@ import urllib3
 from minio import Minio
 from minio.deleteobjects import DeleteObject
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field
 from urllib3.connectionpool import ConnectionPool
 from urllib3.exceptions import HTTPError, MaxRetryError
 from urllib3.response import BaseHTTPResponse
@@ -42,7 +42,7 @@ class S3Settings(BaseModel):
     endpoint: str = Field(min_length=1)
     """host:port, without a scheme."""
     access_key: str = Field(min_length=1)
-    secret_key: SecretStr
+    secret_key: str = Field(min_length=1, repr=False)
     bucket: str = "finery"
     region: str = "us-east-1"
     secure: bool = False
@@ -105,11 +105,10 @@ class S3Client:
         )
         timeout = Timeout(connect=5.0, read=min(settings.retry_deadline_s, 60.0))
         self._http = urllib3.PoolManager(maxsize=16, retries=retries, timeout=timeout)
-        secret = settings.secret_key.get_secret_value()
         self._minio = Minio(
             settings.endpoint,
             access_key=settings.access_key,
-            secret_key=secret,
+            secret_key=settings.secret_key,
             secure=settings.secure,
             region=settings.region,
             http_client=self._http,
@@ -216,7 +215,7 @@ class S3Client:
         """Drops uploads in parts below `prefix` that began before `before`: their writer died."""
         with self.translated("list"):
             # The client library has no public call for it.
-            listed = self._minio._list_multipart_uploads(self.bucket, prefix=prefix)  # pyright: ignore[reportPrivateUsage]
+            listed = self._minio._list_multipart_uploads(self.bucket, prefix=prefix)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         for upload in listed.uploads:
             if upload.upload_id and upload.initiated_time and upload.initiated_time < before:
                 self.abort_multipart(upload.object_name, upload_id=upload.upload_id)
