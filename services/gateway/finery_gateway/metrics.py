@@ -1,0 +1,22 @@
+"""The gateway's metrics."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+HTTP_REQUESTS = Counter("finery_gateway_requests_total", "Finished HTTP requests.", ["route", "method", "status", "project"])
+HTTP_SECONDS = Histogram(
+    "finery_gateway_request_seconds",
+    "Time from a request's arrival to the last byte of its answer.",
+    ["route", "method"],
+    buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+)
+FIRST_BYTE_SECONDS = Histogram(
+    "finery_gateway_first_byte_seconds",
+    "Time from an inference request's arrival to the first byte of its answer.",
+    ["route"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+)
+PROMPT_TOKENS = Counter("finery_gateway_prompt_tokens_total", "Prompt tokens of finished requests.", ["project"])
+COMPLETION_TOKENS = Counter("finery_gateway_completion_tokens_total", "Generated tokens of finished requests.", ["project"])
+UPLOAD_BYTES = Counter("finery_gateway_upload_bytes_total", "Bytes of files published.", ["project"])
+RETRIED = Counter("finery_gateway_upstream_retries_total", "Inference requests sent a second time, by cause.", ["cause"])
+STREAMS = Gauge("finery_gateway_open_generations", "Inference requests being answered now.")

@@ -1,0 +1,1 @@
+"""The tables of `finery_gateway.tables`, revision by revision; a test compares the two."""

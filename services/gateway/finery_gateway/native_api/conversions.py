@@ -1,0 +1,59 @@
+"""`/api/v1/conversions`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from uuid import uuid4
+
+from fastapi import APIRouter, Query
+from fastapi.responses import Response, StreamingResponse
+from finery_common.spec import ConversionSpec
+
+from finery_gateway.context import CreateAttempt, GatewayParts, Project
+from finery_gateway.native_api.sse import AfterSequence, event_stream
+from finery_gateway.resources import Conversion, Page
+
+PageSize = Annotated[int, Query(ge=1, le=1000)]
+router = APIRouter(prefix="/api/v1/conversions", tags=["conversions"])
+
+
+@router.post("", status_code=201)
+async def create_conversion(spec: ConversionSpec, gateway: GatewayParts, project: Project, attempt: CreateAttempt) -> Conversion:
+    """Merge an adapter and write it in another format."""
+
+    async def create(request_id: str) -> Conversion:
+        return await gateway.conversions.create(project, spec=spec, request_id=request_id)
+
+    body = spec.model_dump(mode="json")
+    return await gateway.creates.run(project, collection="conversions", attempt=attempt, body=body, request_id=uuid4().hex, create=create)
+
+
+@router.get("")
+async def list_conversions(gateway: GatewayParts, project: Project, *, page_size: PageSize = 50, page_token: str = "") -> Page[Conversion]:
+    """Conversions, newest first."""
+    return await gateway.conversions.list(project, page_size=page_size, page_token=page_token)
+
+
+@router.get("/{conversion_id}")
+async def get_conversion(gateway: GatewayParts, project: Project, conversion_id: str) -> Conversion:
+    """A conversion as it is now."""
+    return await gateway.conversions.get(project, conversion_id=conversion_id)
+
+
+@router.post("/{conversion_id}/cancel")
+async def cancel_conversion(gateway: GatewayParts, project: Project, conversion_id: str) -> Conversion:
+    """Stop converting."""
+    return await gateway.conversions.cancel(project, conversion_id=conversion_id)
+
+
+@router.delete("/{conversion_id}", status_code=204)
+async def delete_conversion(gateway: GatewayParts, project: Project, conversion_id: str) -> Response:
+    """Delete a final conversion and what it published."""
+    await gateway.conversions.delete(project, conversion_id=conversion_id)
+    return Response(status_code=204)
+
+
+@router.get("/{conversion_id}/events", response_class=StreamingResponse)
+async def watch_conversion(gateway: GatewayParts, project: Project, conversion_id: str, after_sequence: AfterSequence) -> StreamingResponse:
+    """Events as they come, until the conversion is final."""
+    return await event_stream(gateway.conversions.watch(project, conversion_id=conversion_id, after_sequence=after_sequence))

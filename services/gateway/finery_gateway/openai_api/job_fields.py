@@ -1,0 +1,155 @@
+"""OpenAI's body of a fine-tuning job as our TrainingSpec, and a spec as OpenAI's hyperparameters.
+
+How they meet:
+- `n_epochs` is `num_epochs`.
+- `batch_size` is the rows of one optimizer step: `micro_batch_size` is the largest divisor of it up to the spec's default, and
+  `gradient_accumulation_steps` the rest.
+- `learning_rate_multiplier` is a factor on the spec's default `optimizer.learning_rate`.
+- `"auto"`, or nothing, is the spec's default.
+- `spec` (in `extra_body`) holds any TrainingSpec field. What is said twice must agree.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from finery_common.errors import InvalidArgumentError, UnimplementedError, Violation
+from finery_common.spec import BatchSpec, OptimizerSpec, TrainingSpec
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+MAX_METADATA_PAIRS = 16
+SUFFIX = re.compile(r"[a-z0-9-]{0,64}")
+_DEFAULT_MICRO_BATCH_SIZE = BatchSpec().micro_batch_size
+_DEFAULT_LEARNING_RATE = OptimizerSpec().learning_rate
+_SUPPORTED = "supported is method.type 'supervised'"
+
+
+class Closed(BaseModel):
+    """A JSON object whose every field is known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Hyperparameters(Closed):
+    n_epochs: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
+    learning_rate_multiplier: Literal["auto"] | Annotated[float, Field(gt=0)] | None = None
+
+
+class Supervised(Closed):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(Closed):
+    type: str
+    supervised: Supervised | None = None
+    dpo: dict[str, Any] | None = None
+    """Not supported."""
+    reinforcement: dict[str, Any] | None = None
+    """Not supported."""
+
+
+class JobFields(Closed):
+    """The body of `POST /v1/fine_tuning/jobs`."""
+
+    model: str = Field(min_length=1, max_length=200)
+    """A base model of the catalogue."""
+    training_file: str
+    """The id of an uploaded file."""
+    validation_file: str | None = None
+    """The id of an uploaded file; its loss is measured at every epoch's end."""
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    """Deprecated: use `method`."""
+    suffix: str | None = None
+    """At most 64 of a-z, 0-9 and -; part of the model's name."""
+    seed: int | None = Field(None, ge=0)
+    metadata: dict[Annotated[str, StringConstraints(min_length=1, max_length=64)], Annotated[str, StringConstraints(max_length=512)]] | None = (
+        Field(None, max_length=MAX_METADATA_PAIRS)
+    )
+    integrations: list[Any] | None = None
+    """Not supported."""
+    spec: dict[str, Any] | None = None
+    """Fields of TrainingSpec, beyond OpenAI's."""
+    deploy: bool | None = None
+    """Whether the model is deployed when the job has succeeded; true unless said otherwise."""
+
+    @field_validator("suffix")
+    @classmethod
+    def _suffix_fits_a_name(cls, value: str | None) -> str | None:
+        if value is not None and not SUFFIX.fullmatch(value):
+            raise ValueError(f"got {value!r}, wanted at most 64 of a-z, 0-9 and -")
+        return value
+
+    def require_supported(self) -> Self:
+        """Raises UnimplementedError for what OpenAI has and this installation has not, saying what it has."""
+        if self.integrations:
+            raise UnimplementedError("integrations: none is supported; metrics are in the job's events, its result file and Prometheus.", param="integrations")
+        if self.method is None:
+            return self
+        if self.method.type != "supervised":
+            raise UnimplementedError(f"method.type: got {self.method.type!r}; {_SUPPORTED}.", param="method.type")
+        for name, value in (("dpo", self.method.dpo), ("reinforcement", self.method.reinforcement)):
+            if value is not None:
+                raise UnimplementedError(f"method.{name}: not supported; {_SUPPORTED}.", param=f"method.{name}")
+        return self
+
+    def training_spec(self) -> TrainingSpec:
+        """What the job trains with. Raises InvalidArgumentError, by field, for bounds and for what is said twice and differs."""
+        spec = dict(self.spec or {})
+        _merge(spec, "base_model", self.model, said_by="model")
+        if self.seed is not None:
+            _merge(spec, "seed", self.seed, said_by="seed")
+        given = self._hyperparameters()
+        if isinstance(given.n_epochs, int):
+            _merge(spec, "num_epochs", given.n_epochs, said_by="n_epochs")
+        if isinstance(given.batch_size, int):
+            _merge(spec, "batch", _batch(given.batch_size), said_by="batch_size")
+        if isinstance(given.learning_rate_multiplier, float):
+            optimizer = spec.get("optimizer", {})
+            if not isinstance(optimizer, dict):
+                raise InvalidArgumentError(f"spec.optimizer: got {optimizer!r}, wanted an object", param="spec.optimizer")
+            optimizer = dict(optimizer)
+            rate = given.learning_rate_multiplier * _DEFAULT_LEARNING_RATE
+            _merge(optimizer, "learning_rate", rate, said_by="learning_rate_multiplier", inside="optimizer.")
+            spec["optimizer"] = optimizer
+        return _parsed(spec)
+
+    def _hyperparameters(self) -> Hyperparameters:
+        new = self.method.supervised.hyperparameters if self.method is not None and self.method.supervised is not None else None
+        if new is not None and self.hyperparameters is not None and new != self.hyperparameters:
+            raise InvalidArgumentError(
+                "hyperparameters: said twice and differently; leave it out and use method.supervised.hyperparameters.", param="hyperparameters"
+            )
+        return new or self.hyperparameters or Hyperparameters()
+
+
+def shown_hyperparameters(spec: TrainingSpec) -> dict[str, Any]:
+    """What the spec means in OpenAI's terms; "auto" is resolved."""
+    return {
+        "n_epochs": spec.num_epochs,
+        "batch_size": spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps,
+        "learning_rate_multiplier": round(spec.optimizer.learning_rate / _DEFAULT_LEARNING_RATE, 9),
+    }
+
+
+def _merge(spec: dict[str, Any], field: str, value: object, *, said_by: str, inside: str = "") -> None:
+    if field in spec and spec[field] != value:
+        name = f"spec.{inside}{field}"
+        raise InvalidArgumentError(f"{name}: got {spec[field]!r}, but {said_by} says {value!r}; say it once.", param=name)
+    spec[field] = value
+
+
+def _batch(batch_size: int) -> dict[str, int]:
+    micro = next(size for size in range(_DEFAULT_MICRO_BATCH_SIZE, 0, -1) if batch_size % size == 0)
+    return {"micro_batch_size": micro, "gradient_accumulation_steps": batch_size // micro}
+
+
+def _parsed(fields: dict[str, Any]) -> TrainingSpec:
+    try:
+        return TrainingSpec.parse(fields)
+    except InvalidArgumentError as error:
+        violations = tuple(Violation(f"spec.{item.field}" if item.field else "spec", item.description) for item in error.violations)
+        text = "; ".join(f"{item.field}: {item.description}" for item in violations)
+        raise InvalidArgumentError(text, param=violations[0].field, violations=violations) from error

@@ -1,0 +1,229 @@
+"""One hop from a client to vLLM: finds the route, sends the request, streams the answer's bytes back.
+
+Owns retries before the first byte, the end of a generation whose client has left, and the words for what goes wrong upstream. The
+fields of a request are `inference_fields`' business, the model's name in the answer is rewritten inside vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import httpx
+import structlog
+from fastapi.responses import Response
+from finery_common.errors import FineryError, InternalError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
+from starlette.types import Receive, Scope, Send
+
+from finery_gateway.errors import envelope
+from finery_gateway.metrics import COMPLETION_TOKENS, FIRST_BYTE_SECONDS, PROMPT_TOKENS, RETRIED, STREAMS
+from finery_gateway.resources import Route
+from finery_gateway.routes import Routes
+from finery_gateway.usage import BodyTap, StreamTap
+
+CONNECT_TIMEOUT_S = 5.0
+_ERROR_BYTES = 64 * 1024
+_UNIX = re.compile(r"unix://(/.+)")
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One request for tokens, its fields already checked."""
+
+    project: str
+    model: str
+    path: str
+    body: Mapping[str, object]
+    streams: bool
+    wants_usage: bool
+    """The client asked for the usage event of a stream."""
+
+
+class Proxy:
+    """Connections to every vLLM, and the secret that keeps projects' prefix caches apart."""
+
+    def __init__(self, routes: Routes, *, secret: str, timeout_s: float) -> None:
+        self._routes = routes
+        self._secret = secret.encode()
+        self._timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=CONNECT_TIMEOUT_S)
+        self._clients: dict[str, httpx.AsyncClient] = {}
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        await self._routes.close()
+        for client in self._clients.values():
+            await client.aclose()
+
+    async def open(self, generation: Generation) -> httpx.Response:
+        """vLLM's answer, its body still to be read; the caller closes it.
+
+        Tries twice: a retired version, a restarted vLLM and a broken connection all mean that the route is no longer good. Raises
+        FineryError where there is no answer with status 200.
+        """
+        failure: FineryError | None = None
+        for _ in range(2):
+            route = await self._routes.route(generation.project, generation.model)
+            try:
+                response = await self._send(generation, route)
+            except httpx.TransportError as error:
+                log.warning("vLLM did not answer", error=repr(error), version=route.version)
+                failure, cause = _not_there(generation.model), "connection"
+            else:
+                if response.status_code == 200:
+                    return response
+                failure = await _failure(response, generation, version=route.version)
+                if not _is_outdated(response):
+                    raise failure
+                cause = "retired" if response.status_code == 409 else "token"
+            RETRIED.labels(cause).inc()
+            self._routes.forget(generation.project, generation.model, route=route)
+        raise _not_there(generation.model) from failure
+
+    async def _send(self, generation: Generation, route: Route) -> httpx.Response:
+        body = {**generation.body, "model": route.version, "cache_salt": self._cache_salt(generation.project)}
+        headers = {
+            "content-type": "application/json",
+            "x-finery-replica-token": route.replica_token,
+            "x-finery-alias": generation.model,
+            "x-finery-version": route.version,
+        }
+        client = self._client(route.replica_address)
+        request = client.build_request("POST", generation.path, content=json.dumps(body).encode(), headers=headers)
+        return await client.send(request, stream=True)
+
+    def _client(self, address: str) -> httpx.AsyncClient:
+        client = self._clients.get(address)
+        if client is None:
+            # vLLM bounds what runs at once; a second bound here would only hide its queue.
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30)
+            unix = _UNIX.fullmatch(address)
+            if unix:
+                transport = httpx.AsyncHTTPTransport(uds=unix[1], limits=limits)
+                client = httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=self._timeout)
+            else:
+                client = httpx.AsyncClient(base_url=address, limits=limits, timeout=self._timeout, trust_env=False)
+            self._clients[address] = client
+        return client
+
+    def _cache_salt(self, project: str) -> str:
+        """A prefix cache shared between projects would tell by its timing what others asked."""
+        return hmac.new(self._secret, f"cache_salt:{project}".encode(), hashlib.sha256).hexdigest()
+
+
+class GenerationResponse(Response):
+    """The answer to a generation. What fails before the first byte is raised, so that it becomes an envelope with its status."""
+
+    def __init__(self, proxy: Proxy, generation: Generation) -> None:
+        super().__init__()
+        self._proxy = proxy
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_s = time.perf_counter()
+        with STREAMS.track_inprogress():
+            relay = asyncio.ensure_future(self._relay(send, started_s=started_s))
+            gone = asyncio.ensure_future(_disconnected(receive))
+            try:
+                await asyncio.wait((relay, gone), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                # A client that left cancels the relay, which closes the connection, upon which vLLM stops generating.
+                for task in (relay, gone):
+                    task.cancel()
+                results = await asyncio.gather(relay, gone, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _relay(self, send: Send, *, started_s: float) -> None:
+        generation = self._generation
+        response = await self._proxy.open(generation)
+        tap = StreamTap(hide_usage=not generation.wants_usage) if generation.streams else BodyTap()
+        try:
+            content_type = response.headers.get("content-type", "application/json").encode("latin-1")
+            headers = [(b"content-type", content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            first = True
+            try:
+                async for chunk in response.aiter_raw():
+                    if first:
+                        FIRST_BYTE_SECONDS.labels(generation.path).observe(time.perf_counter() - started_s)
+                        first = False
+                    if out := tap.feed(chunk):
+                        await send({"type": "http.response.body", "body": out, "more_body": True})
+            except httpx.TransportError as error:
+                log.warning("vLLM broke off an answer", error=repr(error), model=generation.model)
+                if not generation.streams:
+                    raise
+                await send({"type": "http.response.body", "body": _broken_off(generation.model), "more_body": True})
+            await send({"type": "http.response.body", "body": tap.end(), "more_body": False})
+        finally:
+            await response.aclose()
+            PROMPT_TOKENS.labels(generation.project).inc(tap.usage.prompt_tokens)
+            COMPLETION_TOKENS.labels(generation.project).inc(tap.usage.completion_tokens)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _is_outdated(response: httpx.Response) -> bool:
+    """The route is no longer good: a version that is not admitted, a token of an earlier vLLM, a name vLLM does not know."""
+    return (response.status_code == 409 and response.headers.get("x-finery-retired") == "1") or response.status_code in (401, 403, 404)
+
+
+async def _failure(response: httpx.Response, generation: Generation, *, version: str) -> FineryError:
+    """vLLM's error as one of ours. Its own words go on only for what the request itself is to blame for."""
+    body = bytearray()
+    try:
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > _ERROR_BYTES:
+                break
+    except httpx.TransportError:
+        body.clear()
+    finally:
+        await response.aclose()
+    message, param = _words(bytes(body))
+    message = message.replace(version, generation.model)
+    if response.status_code in (400, 413, 422):
+        return InvalidArgumentError(message or "The model refused the request.", param=param, code="invalid_request")
+    if response.status_code == 429:
+        return ResourceExhaustedError(message or "The model has too many requests; try again.", retry_after_s=2)
+    if response.status_code == 501:
+        return InvalidArgumentError(message or "The model does not offer this.", param=param, code="not_supported")
+    if response.status_code == 503:
+        return _not_there(generation.model)
+    log.error("vLLM failed", status=response.status_code, model=generation.model, error=message)
+    return InternalError(f"{generation.model} failed on this request; the operator's log says more. Try again, or change the request.")
+
+
+def _words(body: bytes) -> tuple[str, str | None]:
+    """Message and parameter of an error body, in any of the forms vLLM has."""
+    try:
+        data = json.loads(body)
+    except ValueError:
+        return "", None
+    if isinstance(data, dict):
+        error = data.get("error", data)
+        if isinstance(error, dict):
+            message, param = error.get("message", error.get("detail", "")), error.get("param")
+            return str(message), param if isinstance(param, str) else None
+        return str(error), None
+    return "", None
+
+
+def _not_there(model: str) -> UnavailableError:
+    return UnavailableError(f"{model} cannot be reached at the moment; it is being loaded or restarted. Try again.", retry_after_s=3, code="model_unavailable")
+
+
+def _broken_off(model: str) -> bytes:
+    error = UnavailableError(f"{model} stopped in the middle of the answer; send the request again.", code="stream_broken")
+    return b"data: " + json.dumps(envelope(error)).encode() + b"\n\n"

@@ -1,0 +1,218 @@
+"""What the inner services own, as the gateway shows it: typed, frozen, and the response bodies of the native REST API.
+
+Field names are those of the protos; words of enums are in lower case.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Generic, Self, TypeVar
+
+from finery_common.spec import ConversionSpec, DatasetSpec, TrainingSpec
+from google.protobuf.message import Message
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+
+from finery_gateway.proto_data import plain
+
+T = TypeVar("T")
+FINAL_STATES = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class Resource(BaseModel):
+    """Base of all resources."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    @classmethod
+    def from_proto(cls, message: Message) -> Self:
+        """The resource that `message` holds; unset fields take defaults."""
+        return cls.model_validate(plain(message))
+
+
+class Named(Resource):
+    """A resource of a project."""
+
+    name: str
+    """`projects/{project}/{collection}/{id}`"""
+
+    @computed_field
+    @property
+    def id(self) -> str:
+        """The last part of the name."""
+        return self.name.rsplit("/", 1)[-1]
+
+
+class Page(BaseModel, Generic[T]):
+    """One page of a list."""
+
+    data: tuple[T, ...]
+    next_page_token: str
+    """Empty on the last page."""
+
+
+class FieldViolation(Resource):
+    field: str = ""
+    description: str = ""
+    line: int | None = None
+    """Counted from 1."""
+
+
+class JobError(Resource):
+    code: str = "internal_error"
+    message: str = ""
+    param: str | None = None
+    violations: tuple[FieldViolation, ...] = ()
+
+
+class Artifact(Resource):
+    prefix: str
+    manifest_sha256: str = ""
+    kind: str = ""
+    size_bytes: int = 0
+
+
+class JobEvent(Resource):
+    sequence: int
+    create_time: datetime
+    level: str = "info"
+    type: str = "message"
+    message: str = ""
+    state: str = ""
+    data: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+
+class StepMetrics(Resource):
+    step: int = 0
+    num_steps: int = 0
+    epoch: float = 0.0
+    loss: float = 0.0
+    learning_rate: float = 0.0
+    grad_norm: float = 0.0
+    tokens_per_second: float = 0.0
+    num_trained_tokens: int = 0
+    memory_bytes: int = 0
+    validation_loss: float | None = None
+
+
+class JobDeployment(Resource):
+    state: str = "none"
+    alias: str = ""
+    message: str = ""
+
+
+class Job(Named):
+    training_file: str
+    validation_file: str | None = None
+    spec: TrainingSpec
+    suffix: str = ""
+    metadata: dict[str, str] = Field(default_factory=dict[str, str])
+    deploy: bool = True
+    state: str
+    error: JobError | None = None
+    metrics: StepMetrics | None = None
+    adapter: Artifact | None = None
+    metrics_file: Artifact | None = None
+    deployment: JobDeployment = JobDeployment()
+    create_time: datetime
+    start_time: datetime | None = None
+    finish_time: datetime | None = None
+    estimated_finish_time: datetime | None = None
+    training_dataset: str = ""
+    validation_dataset: str = ""
+
+
+class Checkpoint(Named):
+    step: int = 0
+    metrics: StepMetrics = StepMetrics()
+    adapter: Artifact
+    alias: str
+    create_time: datetime
+
+
+class BaseModelEntry(Resource):
+    name: str
+    sha256: str = ""
+    max_sequence_length: int = 0
+
+
+class DatasetStatistics(Resource):
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_label_tokens: int = 0
+    min_row_tokens: int = 0
+    median_row_tokens: int = 0
+    max_row_tokens: int = 0
+
+
+class Dataset(Named):
+    spec: DatasetSpec
+    state: str
+    error: JobError | None = None
+    statistics: DatasetStatistics | None = None
+    artifact: Artifact | None = None
+    create_time: datetime
+    finish_time: datetime | None = None
+
+
+class Conversion(Named):
+    spec: ConversionSpec
+    state: str
+    error: JobError | None = None
+    artifact: Artifact | None = None
+    progress: float = 0.0
+    create_time: datetime
+    finish_time: datetime | None = None
+
+
+class Rollout(Resource):
+    state: str = ""
+    version: str = ""
+    error: JobError | None = None
+    swap_seconds: float = 0.0
+
+
+class Alias(Named):
+    alias: str
+    base_model: str = ""
+    version: str = ""
+    """Empty before the first flip."""
+    adapter: Artifact | None = None
+    etag: str = ""
+    epoch: int = 0
+    rollout: Rollout = Rollout()
+    job_id: str = ""
+    create_time: datetime | None = None
+    update_time: datetime | None = None
+
+
+class AliasEvent(Resource):
+    alias: Alias
+    deleted: bool = False
+
+
+class Replica(Resource):
+    id: str
+    ready: bool = False
+    start_time: datetime | None = None
+    loaded_versions: tuple[str, ...] = ()
+
+
+class ServedBase(Resource):
+    """A base model being served."""
+
+    base_model: str
+    base_model_sha256: str = ""
+    replicas: tuple[Replica, ...] = ()
+    max_lora_rank: int = 0
+    max_model_len: int = 0
+
+
+class Route(Resource):
+    """Where a request for one model goes. Never leaves the gateway: it holds the replica's token."""
+
+    version: str
+    epoch: int = 0
+    replica_address: str
+    replica_token: str = Field("", repr=False)
+    base_model: str = ""
+    max_model_len: int = 0

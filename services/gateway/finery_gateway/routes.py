@@ -1,0 +1,94 @@
+"""Which vLLM answers for a model: routes from the serving service, remembered, and dropped as soon as an alias changes.
+
+A forgotten or outdated route costs one refused request: vLLM's middleware refuses a retired version, and the proxy asks again. So the
+watch below is for speed, never for correctness.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+import structlog
+from finery_common.errors import DeadlineExceededError, FineryError, UnavailableError
+
+from finery_gateway.client import ServingClient
+from finery_gateway.resources import Route
+
+ROUTE_TTL_S = 30.0
+_WATCH_AGAIN_S = 1.0
+_MAX_ROUTES = 100_000
+
+log = structlog.get_logger(__name__)
+_Key = tuple[str, str]
+
+
+class Routes:
+    """Routes by (project, model). `close` ends the watches."""
+
+    def __init__(self, serving: ServingClient, *, cold_wait_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._serving = serving
+        self._cold_wait_s = cold_wait_s
+        self._clock = clock
+        self._known: dict[_Key, tuple[Route, float]] = {}
+        self._asking: dict[_Key, asyncio.Task[Route]] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+
+    async def route(self, project: str, model: str) -> Route:
+        """Where a request for `model` goes now.
+
+        Waits while it is being loaded. Raises NotFoundError for a model the project has not, UnavailableError when it takes too long.
+        """
+        key = (project, model)
+        route, expires_s = self._known.get(key, (None, 0.0))
+        if route is not None and expires_s > self._clock():
+            return route
+        if project not in self._watches:
+            self._watches[project] = asyncio.create_task(self._watch(project))
+        task = self._asking.get(key)
+        if task is None:
+            task = self._asking[key] = asyncio.create_task(self._resolve(key))
+            task.add_done_callback(lambda _: self._asking.pop(key, None))
+        # One question for all who wait; it goes on when one of them leaves.
+        return await asyncio.shield(task)
+
+    def forget(self, project: str, model: str, *, route: Route) -> None:
+        """Drops `route`, unless a newer one has taken its place."""
+        known = self._known.get((project, model))
+        if known is not None and known[0] == route:
+            del self._known[(project, model)]
+
+    async def close(self) -> None:
+        """Stops watching and asking."""
+        tasks: list[asyncio.Task[None] | asyncio.Task[Route]] = [*self._watches.values(), *self._asking.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _resolve(self, key: _Key) -> Route:
+        project, model = key
+        try:
+            route = await self._serving.resolve(project, model=model, after_epoch=0, timeout_s=self._cold_wait_s)
+        except DeadlineExceededError as error:
+            raise UnavailableError(
+                f"{model} is being loaded and was not ready within {self._cold_wait_s:.0f} s; try again.", retry_after_s=5, code="model_loading"
+            ) from error
+        if len(self._known) >= _MAX_ROUTES:
+            self._known.clear()
+        self._known[key] = (route, self._clock() + ROUTE_TTL_S)
+        return route
+
+    async def _watch(self, project: str) -> None:
+        while True:
+            with contextlib.suppress(FineryError):
+                async for event in self._serving.watch_aliases(project):
+                    key = (project, event.alias.alias)
+                    known = self._known.get(key)
+                    if known is not None and (event.deleted or event.alias.version != known[0].version):
+                        del self._known[key]
+            log.info("the watch of aliases ended; starting it again", project=project)
+            for key in [key for key in self._known if key[0] == project]:
+                del self._known[key]
+            await asyncio.sleep(_WATCH_AGAIN_S)

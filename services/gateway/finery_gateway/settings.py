@@ -1,0 +1,24 @@
+"""What the gateway reads from the environment beside what every service reads."""
+
+from __future__ import annotations
+
+from finery_common.settings import ServiceSettings
+
+
+class GatewaySettings(ServiceSettings):
+    """Settings of the gateway. `grpc_address` is where the public gRPC services listen."""
+
+    http_host: str = "127.0.0.1"
+    """Address of the REST API."""
+    http_port: int = 8080
+    """Port of the REST API; 0 takes a free one and logs it."""
+    grpc_address: str = "127.0.0.1:8081"
+    """Where the public gRPC services listen."""
+    upload_limit_bytes: int = 512 * 1024 * 1024
+    """The largest file that can be uploaded."""
+    body_limit_bytes: int = 8 * 1024 * 1024
+    """The largest body of any other request."""
+    cold_wait_s: float = 30.0
+    """How long a request waits for a model that is being loaded before it gets a 503."""
+    generation_timeout_s: float = 600.0
+    """How long vLLM may be silent within one request."""

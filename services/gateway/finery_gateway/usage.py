@@ -1,0 +1,87 @@
+"""Token counts read off an answer as it passes, without parsing its chunks.
+
+vLLM is always asked for the usage at a stream's end. Who did not ask for it does not get that event.
+"""
+
+from __future__ import annotations
+
+import re
+
+_PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
+_COMPLETION = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
+# In a JSON string the quotes would be escaped, so neither is ever found in generated text.
+_USAGE_EVENT = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_TAIL_BYTES = 4096
+
+
+class Usage:
+    """The counts of one answer; 0 until they were seen."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+
+    def read(self, data: bytes) -> None:
+        """Takes the last counts in `data`."""
+        for match in _PROMPT.finditer(data):
+            self.prompt_tokens = int(match[1])
+        for match in _COMPLETION.finditer(data):
+            self.completion_tokens = int(match[1])
+
+
+class StreamTap:
+    """Passes server-sent events on, whole ones only, and takes the usage out of the one that carries it."""
+
+    def __init__(self, *, hide_usage: bool) -> None:
+        self.usage = Usage()
+        self._hide_usage = hide_usage
+        self._held = b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What of the stream may go on now."""
+        if self._held:
+            chunk = self._held + chunk
+            self._held = b""
+        if not chunk.endswith(b"\n\n"):
+            end = chunk.rfind(b"\n\n") + 2
+            if end == 1:
+                self._held = chunk
+                return b""
+            self._held = chunk[end:]
+            chunk = chunk[:end]
+        if b'"usage"' not in chunk:
+            return chunk
+        return self._without_usage(chunk)
+
+    def end(self) -> bytes:
+        """What is left when the stream is over."""
+        held, self._held = self._held, b""
+        return held
+
+    def _without_usage(self, chunk: bytes) -> bytes:
+        kept: list[bytes] = []
+        for event in chunk.split(b"\n\n")[:-1]:
+            if _USAGE_EVENT.search(event):
+                self.usage.read(event)
+                if self._hide_usage:
+                    continue
+            kept.append(event + b"\n\n")
+        return b"".join(kept)
+
+
+class BodyTap:
+    """Passes a whole JSON body on and reads the usage at its end."""
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+        self._tail = b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """The chunk as it is."""
+        self._tail = (self._tail + chunk)[-_TAIL_BYTES:]
+        return chunk
+
+    def end(self) -> bytes:
+        """Nothing is held back."""
+        self.usage.read(self._tail)
+        return b""
