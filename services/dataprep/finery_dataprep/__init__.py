@@ -1,0 +1,1 @@
+"""The dataprep service: uploaded rows become checked, templated and tokenized shards."""
