@@ -371,3 +371,15 @@ async def test_jobs_survive_a_restart(tmp_path: Path) -> None:
     assert seen == [2, 3, 4]
     assert (await store.create("p", request_id="1", spec={"a": 1})).state == JobState.SUCCEEDED
     await second.close()
+
+
+async def test_jobs_are_found_by_state_and_result_over_all_projects(store: JobStore) -> None:
+    first = await store.create("alpha", request_id="1", spec={})
+    second = await store.create("beta", request_id="1", spec={})
+    await store.create("beta", request_id="2", spec={})
+    for job, deployment in ((first, "PENDING"), (second, "READY")):
+        await store.transition(job.id, JobState.RUNNING)
+        await store.transition(job.id, JobState.SUCCEEDED, result={"deployment_state": deployment})
+    assert [job.id for job in await store.find(JobState.SUCCEEDED)] == [first.id, second.id]
+    assert [job.id for job in await store.find(JobState.SUCCEEDED, result={"deployment_state": "PENDING"})] == [first.id]
+    assert not await store.find(JobState.QUEUED, result={"deployment_state": "PENDING"})

@@ -281,6 +281,13 @@ class JobStore:
         query = self._select().where(JobRow.state == JobState.QUEUED.value, self._unheld())
         return await self._fetch(query.order_by(JobRow.number).limit(limit))
 
+    async def find(self, *states: JobState, result: Mapping[str, str] | None = None, limit: int = 1000) -> tuple[Job, ...]:
+        """Jobs of every project that are in one of `states` and whose result has every pair of `result`. Oldest first."""
+        query = self._select().where(JobRow.state.in_([state.value for state in states]))
+        for key, value in (result or {}).items():
+            query = query.where(JobRow.result[key].as_string() == value)
+        return await self._fetch(query.order_by(JobRow.number).limit(limit))
+
     async def states_count(self) -> dict[JobState, int]:
         """How many jobs are in each state, over all projects; states without a job are there with 0."""
         query = sa.select(JobRow.state, sa.func.count()).group_by(JobRow.state)
