@@ -11,12 +11,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-ADAPTER_STATES = ("loading", "loaded", "draining", "cold", "failed")
+ADAPTER_STATES = ("cold", "loaded", "draining", "failed")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 60.0)
 
 VLLM_READY = Gauge("finery_serving_vllm_ready", "1 while vLLM answers", ["replica"])
 VLLM_STARTS = Counter("finery_serving_vllm_starts_total", "Starts of vLLM")
-VLLM_START_SECONDS = Histogram("finery_serving_vllm_start_seconds", "From the start of vLLM to its first answer", buckets=(10, 20, 40, 80, 160, 320, 640))
+VLLM_START_SECONDS = Histogram(
+    "finery_serving_vllm_start_seconds", "From the start of vLLM to its first answer", buckets=(10, 20, 40, 80, 160, 320, 640)
+)
 ADAPTER_STATE = Gauge(
     "finery_serving_adapter_state",
     f"State of a version on a replica: {', '.join(f'{number} {name}' for number, name in enumerate(ADAPTER_STATES))}",
@@ -61,7 +63,11 @@ def relabelled(text: str, *, replica: str) -> Iterator[Metric]:
     for family in text_string_to_metric_families(text):
         if not family.name.startswith("vllm:"):
             continue
-        made = CounterMetricFamily(family.name, family.documentation) if family.type == "counter" else Metric(family.name, family.documentation, family.type)
+        made = (
+            CounterMetricFamily(family.name, family.documentation)
+            if family.type == "counter"
+            else Metric(family.name, family.documentation, family.type)
+        )
         for sample in family.samples:
             made.samples.append(sample._replace(labels={**sample.labels, "replica": replica}))
         yield made

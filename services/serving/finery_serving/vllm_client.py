@@ -5,6 +5,7 @@ Owns the calls and how their failures read in our tree. Leaves deciding what to 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,24 +69,26 @@ class VllmClient:
 
     async def load(self, version: str, *, path: Path) -> None:
         """Registers the adapter in `path`. Raises FailedPreconditionError with vLLM's reason where it cannot be loaded."""
-        await self._call("POST", "/v1/load_lora_adapter", json={"lora_name": version, "lora_path": str(path)}, timeout_s=_LOAD_TIMEOUT_S)
+        body = {"lora_name": version, "lora_path": str(path)}
+        try:
+            await self._call("POST", "/v1/load_lora_adapter", json=body, timeout_s=_LOAD_TIMEOUT_S)
+        except (FailedPreconditionError, NotFoundError) as error:
+            message = error.message.replace(str(path), "its folder")
+            raise FailedPreconditionError(f"vLLM could not load the adapter: {message}", code="adapter_not_loadable") from error
 
     async def unload(self, version: str, *, adapter_id: int) -> None:
         """Unregisters an adapter and frees its memory; one that is not registered is fine."""
-        try:
+        with contextlib.suppress(NotFoundError):
             await self._call("POST", "/v1/unload_lora_adapter", json={"lora_name": version})
-        except NotFoundError:
-            pass
         await self._call("POST", "/finery/remove", json={"adapter_id": adapter_id})
 
     async def admit(self, version: str) -> None:
         """Lets requests for `version` in."""
         await self._call("POST", "/finery/admit", json={"version": version})
 
-    async def retire(self, version: str, *, wait_s: float) -> int:
-        """Lets none in any more; answers how many are still in flight after at most `wait_s` seconds."""
-        answer = await self._call("POST", "/finery/retire", json={"version": version, "wait_s": wait_s}, timeout_s=wait_s + _TIMEOUT_S)
-        return int(answer.json()["in_flight"])
+    async def retire(self, version: str) -> int:
+        """Lets none in any more; answers how many are still in flight."""
+        return int((await self._call("POST", "/finery/retire", json={"version": version})).json()["in_flight"])
 
     async def probe(self, version: str, *, alias: str) -> None:
         """One greedy token by the way that requests take. Raises FailedPreconditionError where it does not come, or under another name."""
@@ -101,7 +104,9 @@ class VllmClient:
         try:
             response = await self._http.request(method, path, json=json, headers=headers or self._admin, timeout=timeout_s)
         except httpx.TransportError as error:
-            raise UnavailableError(f"vLLM did not answer ({type(error).__name__}); it is started again by itself.", retry_after_s=RETRY_AFTER_S) from error
+            raise UnavailableError(
+                f"vLLM did not answer ({type(error).__name__}); it is started again by itself.", retry_after_s=RETRY_AFTER_S
+            ) from error
         if response.status_code >= 400:
             raise _refusal(response)
         return response
@@ -116,4 +121,4 @@ def _refusal(response: httpx.Response) -> FineryError:
         return NotFoundError(message)
     if response.status_code == 503:
         return UnavailableError(message, retry_after_s=RETRY_AFTER_S)
-    return FailedPreconditionError(f"vLLM refused: {message}", code="vllm_refused")
+    return FailedPreconditionError(message, code="vllm_refused")

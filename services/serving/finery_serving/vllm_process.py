@@ -80,8 +80,13 @@ class Runtime:
 
 
 def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None) -> Runtime:
-    """A fresh runtime folder under `parent`, the user's runtime folder or /tmp. Raises FailedPreconditionError where a socket there would be too long."""
-    candidates = [parent] if parent else [Path(item) for item in (xdg_runtime_dir, tempfile.gettempdir()) if item and os.access(item, os.W_OK)]
+    """A fresh runtime folder under `parent`, the user's runtime folder or /tmp.
+
+    Raises FailedPreconditionError where a socket's path would be too long there.
+    """
+    candidates = (
+        [parent] if parent else [Path(item) for item in (xdg_runtime_dir, tempfile.gettempdir()) if item and os.access(item, os.W_OK)]
+    )
     for candidate in candidates:
         candidate.mkdir(parents=True, exist_ok=True)
         if len(os.fsencode(candidate)) + len("/finery-xxxxxxxx/vllm.sock") <= MAX_SOCKET_PATH:
@@ -129,7 +134,9 @@ class VllmProcess:
     `on_change` is called at every change of `ready`.
     """
 
-    def __init__(self, config: VllmConfig, *, runtime: Runtime, state_dir: Path, environment: Mapping[str, str], client: VllmClient) -> None:
+    def __init__(
+        self, config: VllmConfig, *, runtime: Runtime, state_dir: Path, environment: Mapping[str, str], client: VllmClient
+    ) -> None:
         self.config = config
         self.runtime = runtime
         self.ready = False

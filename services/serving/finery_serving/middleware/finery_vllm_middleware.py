@@ -27,17 +27,16 @@ The agent's contract (header `x-finery-admin-token`)
 ----------------------------------------------------
 `GET /health`, `/metrics`, `/v1/models`, `POST /v1/load_lora_adapter`, `/v1/unload_lora_adapter` reach vLLM. Own endpoints:
 
-    GET  /finery/state                                   {"admitted": [...], "in_flight": {version: n}, "adapters": {version: {"id", "path"}}}
-    POST /finery/admit   {"version"}                     lets requests for it in
-    POST /finery/retire  {"version", "wait_s"}           lets none in; answers {"in_flight"} when it is 0, at the latest after `wait_s`
-    POST /finery/remove  {"adapter_id"}                  drops an unloaded adapter from the engine's caches; answers {"removed"}
+    GET  /finery/state                  {"admitted": [...], "in_flight": {version: n}, "adapters": {version: {"id", "path"}}}
+    POST /finery/admit   {"version"}    lets requests for it in
+    POST /finery/retire  {"version"}    lets none in any more; answers {"in_flight"}: 0 means that vLLM is done with it
+    POST /finery/remove  {"adapter_id"} drops an unloaded adapter from the engine's caches; answers {"removed"}
 
 A version counts as in flight from before vLLM sees the request until the last byte went out or the client left.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
 import os
@@ -57,7 +56,6 @@ ADMIN_PATHS = frozenset(
         ("POST", "/v1/unload_lora_adapter"),
     }
 )
-_POLL_S = 0.02
 _ERROR_LINE = re.compile(rb'data:\s*\{\s*"error"\s*:')
 
 Scope = MutableMapping[str, Any]
@@ -73,8 +71,7 @@ class FineryMiddleware:
     """
 
     def __init__(self, app: App, config: dict[str, Any] | None = None) -> None:
-        if config is None:
-            config = json.loads(Path(os.environ[CONFIG_VARIABLE]).read_text())
+        config = config or _configured()
         self._app = app
         self._replica_token = config["replica_token"].encode()
         self._admin_token = config["admin_token"].encode()
@@ -138,7 +135,7 @@ class FineryMiddleware:
                 self._admitted.add(body["version"])
                 answer = {}
             elif action == ("POST", "/finery/retire"):
-                answer = {"in_flight": await self._retire(body["version"], wait_s=float(body.get("wait_s", 0)))}
+                answer = {"in_flight": self._retire(body["version"])}
             elif action == ("POST", "/finery/remove"):
                 answer = {"removed": await scope["app"].state.engine_client.remove_lora(int(body["adapter_id"]))}
             else:
@@ -154,13 +151,10 @@ class FineryMiddleware:
         adapters = {name: {"id": item.lora_int_id, "path": item.lora_path} for name, item in requests.items()}
         return {"admitted": sorted(self._admitted), "in_flight": self._in_flight, "adapters": adapters}
 
-    async def _retire(self, version: str, *, wait_s: float) -> int:
+    def _retire(self, version: str) -> int:
         if version == self._base_model:
             raise ValueError("the base model cannot be retired")
         self._admitted.discard(version)
-        deadline = asyncio.get_running_loop().time() + wait_s
-        while self._in_flight.get(version) and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(_POLL_S)
         return self._in_flight.get(version, 0)
 
 
@@ -239,6 +233,10 @@ class _Renamed:
         for path in self._private_paths:
             message = message.replace(path, "…")
         return json.dumps({"error": {**error, "message": message, "code": code}}, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _configured() -> dict[str, Any]:
+    return json.loads(Path(os.environ[CONFIG_VARIABLE]).read_text())
 
 
 async def _body(receive: Receive) -> bytes:

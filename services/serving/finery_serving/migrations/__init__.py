@@ -1,0 +1,1 @@
+"""Alembic revisions of serving's tables, with the version table `serving_version`."""

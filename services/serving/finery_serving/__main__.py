@@ -1,0 +1,147 @@
+"""`python -m finery_serving`: reads the environment, starts vLLM first since it takes longest, then everything else, and serves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import structlog
+from prometheus_client import REGISTRY
+from pydantic import ValidationError
+
+from finery_common.artifacts import ArtifactStore, S3Settings
+from finery_common.catalogue import BaseModelEntry, folder_sha256, materialize
+from finery_common.database import Database
+from finery_common.errors import FailedPreconditionError, FineryError
+from finery_common.rpc.server import RpcServer, token_authenticator
+from finery_common.rpc.tokens import TokenSigner
+from finery_common.spec import invalid_fields
+from finery_common.telemetry import configure_logging, serve_metrics
+from finery_serving.agent import Agent
+from finery_serving.metrics import ReplicaCollector
+from finery_serving.preflight import BaseModel, base_shapes
+from finery_serving.server import ServingServicer, servicer_of
+from finery_serving.settings import ServingSettings
+from finery_serving.vllm_process import VllmConfig, make_runtime
+
+log = structlog.get_logger(__name__)
+
+
+def main() -> int:
+    """The process's exit code: 0 after SIGTERM, 1 with one line on standard error where it cannot start."""
+    try:
+        settings = ServingSettings()
+        configure_logging("serving", level=settings.log_level)
+        asyncio.run(_serve(settings))
+    except ValidationError as error:
+        sys.stderr.write(f"finery_serving: settings (FINERY_…): {invalid_fields(error).message}\n")
+        return 1
+    except FineryError as error:
+        sys.stderr.write(f"finery_serving: {error.message}\n")
+        return 1
+    return 0
+
+
+async def _serve(settings: ServingSettings) -> None:
+    signer = TokenSigner(settings.token_secret())
+    serve_metrics(host=settings.metrics_host, port=settings.metrics_port)
+    store = await asyncio.to_thread(ArtifactStore.connect, _s3(settings))
+    entry = base_entry(settings)
+    base_dir = await asyncio.to_thread(materialize, entry, cache_dir=settings.artifact_cache_dir, store=store)
+    runtime = make_runtime(settings.runtime_dir, xdg_runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
+    async with AsyncExitStack() as stack:
+        stack.callback(runtime.remove)
+        agent = Agent(
+            vllm_config(settings, entry=entry, base_dir=base_dir), runtime=runtime, state_dir=settings.state_dir, environment=os.environ
+        )
+        await stack.enter_async_context(agent.vllm_running())
+        database = await Database.open(settings.service_database_url("serving"), schema="serving")
+        stack.push_async_callback(database.close)
+        await database.migrate("finery_serving.migrations", version_table="serving_version")
+        base = await asyncio.to_thread(_describe, entry.name, base_dir, settings.artifact_cache_dir / "digests")
+        services = await stack.enter_async_context(
+            agent.reconciling(database, store=store, base=base, cache_dir=settings.artifact_cache_dir / "serving")
+        )
+        REGISTRY.register(ReplicaCollector(runtime.socket, replica=runtime.replica_id, admin_token=runtime.admin_token))
+        servicer = ServingServicer(
+            services.aliases, routes=services.routes, process=agent.process, residency=services.residency, base=base, changes=agent.changes
+        )
+        server = RpcServer(address=settings.grpc_address, servicers=[servicer_of(servicer)], authenticate=token_authenticator(signer))
+        await server.start()
+        await _signalled()
+        # Watches never end by themselves and would take up the whole time for draining.
+        servicer.end_watches()
+        await server.stop()
+
+
+def base_entry(settings: ServingSettings) -> BaseModelEntry:
+    """The base model to serve. Raises FailedPreconditionError where the catalogue has several and none is chosen."""
+    if settings.catalogue is None:
+        raise FailedPreconditionError("FINERY_CATALOGUE is not set; set it to the YAML file of base models.")
+    catalogue = Catalogue.load(settings.catalogue)
+    if settings.serving_base_model:
+        return catalogue.get(settings.serving_base_model)
+    entries = catalogue.list()
+    if len(entries) != 1:
+        names = ", ".join(entry.name for entry in entries) or "none"
+        raise FailedPreconditionError(
+            f"FINERY_SERVING_BASE_MODEL is not set and the catalogue has {len(entries)} models ({names}); name the one to serve."
+        )
+    return entries[0]
+
+
+def vllm_config(settings: ServingSettings, *, entry: BaseModelEntry, base_dir: Path) -> VllmConfig:
+    """How vLLM is to run by these settings. Raises FailedPreconditionError where there is no vLLM."""
+    if settings.vllm_python is None or not settings.vllm_python.exists():
+        raise FailedPreconditionError(
+            f"FINERY_VLLM_PYTHON: got {settings.vllm_python or 'nothing'}, wanted the Python of an environment with vLLM"
+        )
+    device = settings.serving_device
+    if device == "auto":
+        device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    return VllmConfig(
+        python=settings.vllm_python,
+        base_model=entry.name,
+        base_model_dir=base_dir,
+        device=device,
+        max_loras=settings.max_loras,
+        max_cpu_loras=max(settings.max_loras, settings.max_cpu_loras),
+        max_lora_rank=settings.max_lora_rank,
+        max_model_len=settings.max_model_len or entry.max_sequence_length,
+        kv_cache_gib=settings.vllm_kv_cache_gib,
+        start_timeout_s=settings.vllm_start_timeout_s,
+        private_paths=(str(settings.state_dir), str(settings.artifact_cache_dir)),
+    )
+
+
+def _s3(settings: ServingSettings) -> S3Settings:
+    access_key, secret_key = settings.s3_keys()
+    if not settings.s3_endpoint:
+        raise FailedPreconditionError("FINERY_S3_ENDPOINT is not set; set it to host:port of the object store")
+    return S3Settings(
+        endpoint=settings.s3_endpoint,
+        access_key=access_key,
+        secret_key=secret_key,
+        bucket=settings.s3_bucket,
+        region=settings.s3_region,
+        secure=settings.s3_secure,
+    )
+
+
+def _describe(name: str, folder: Path, memo_dir: Path) -> BaseModel:
+    return BaseModel(name, folder_sha256(folder, memo_dir=memo_dir), base_shapes(folder))
+
+
+async def _signalled() -> None:
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    await stopped.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

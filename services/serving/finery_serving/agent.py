@@ -1,0 +1,94 @@
+"""The agent of one replica: vLLM and everything that manages it, wired together.
+
+Owns the life of their tasks. Leaves the environment to `__main__` and gRPC to `server`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from finery_common.artifacts import ArtifactStore
+from finery_common.database import Database
+from finery_serving.aliases import AliasStore
+from finery_serving.changes import Changes
+from finery_serving.preflight import BaseModel
+from finery_serving.reconcile import Reconciler
+from finery_serving.residency import Residency
+from finery_serving.rollout import RolloutRunner
+from finery_serving.routes import Routes
+from finery_serving.staging import Staging
+from finery_serving.vllm_client import VllmClient
+from finery_serving.vllm_process import Runtime, VllmConfig, VllmProcess
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the gRPC face calls."""
+
+    aliases: AliasStore
+    routes: Routes
+    residency: Residency
+
+
+class Agent:
+    """One vLLM under supervision; `vllm_running` first, `reconciling` inside it."""
+
+    def __init__(self, config: VllmConfig, *, runtime: Runtime, state_dir: Path, environment: Mapping[str, str]) -> None:
+        self.changes = Changes()
+        self.client = VllmClient(runtime.socket, replica_token=runtime.replica_token, admin_token=runtime.admin_token)
+        self.process = VllmProcess(config, runtime=runtime, state_dir=state_dir, environment=environment, client=self.client)
+        self.process.on_change = self.changes.notify
+
+    @asynccontextmanager
+    async def vllm_running(self) -> AsyncIterator[None]:
+        """Starts vLLM and keeps it running; it is stopped at the end."""
+        try:
+            async with _background(self.process.run()):
+                yield
+        finally:
+            await self.client.close()
+
+    @asynccontextmanager
+    async def reconciling(self, database: Database, *, store: ArtifactStore, base: BaseModel, cache_dir: Path) -> AsyncIterator[Services]:
+        """Brings vLLM to what `database` wants for as long as the block runs."""
+        config, changes = self.process.config, self.changes
+        aliases = AliasStore(database, changes=changes)
+        staging = Staging(store, folder=cache_dir)
+        residency = Residency(self.process, client=self.client, max_resident=config.max_cpu_loras, changes=changes)
+        runner = RolloutRunner(
+            aliases,
+            staging=staging,
+            residency=residency,
+            client=self.client,
+            base=base,
+            max_lora_rank=config.max_lora_rank,
+            changes=changes,
+        )
+        reconciler = Reconciler(
+            aliases,
+            runner=runner,
+            residency=residency,
+            staging=staging,
+            changes=changes,
+            replica_id=self.process.runtime.replica_id,
+            max_resident=config.max_cpu_loras,
+        )
+        routes = Routes(aliases, process=self.process, residency=residency, staging=staging, client=self.client, changes=changes)
+        async with _background(reconciler.run()):
+            yield Services(aliases, routes, residency)
+
+
+@asynccontextmanager
+async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,193 @@
+"""Which versions vLLM holds: loading, room for more, draining, unloading.
+
+Owns the replica's observed state and its LRU order. vLLM never holds more than `max_cpu_loras` adapters, so it never reads one again
+from disk in the middle of its work; a version that had to make room is loaded again when it is asked for. Leaves what ought to be there
+to `reconcile`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter as Tally
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from finery_common.errors import FineryError, UnavailableError
+from finery_serving.changes import Changes
+from finery_serving.metrics import EVICTIONS, LOAD_SECONDS
+from finery_serving.vllm_client import RETRY_AFTER_S, VllmClient
+from finery_serving.vllm_process import VllmProcess
+
+_POLL_S = 0.1
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class _Resident:
+    adapter_id: int
+    path: Path
+    last_used_s: float
+
+
+class Residency:
+    """The versions in one vLLM. Methods that need it raise UnavailableError while it is starting or when it dies."""
+
+    def __init__(self, process: VllmProcess, *, client: VllmClient, max_resident: int, changes: Changes) -> None:
+        self._process = process
+        self._client = client
+        self._max_resident = max_resident
+        self._changes = changes
+        self._generation = 0
+        self._resident: dict[str, _Resident] = {}
+        self._draining: set[str] = set()
+        self._failed: set[str] = set()
+        self._pins: Tally[str] = Tally()
+        self._lock = asyncio.Lock()
+
+    @property
+    def ready(self) -> bool:
+        """Whether vLLM answers."""
+        return self._process.ready
+
+    @property
+    def generation(self) -> int:
+        """Counts the starts of vLLM; each begins with no version."""
+        return self._process.generation
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """What vLLM holds, draining or not."""
+        return tuple(self._resident) if self._process.ready and self._generation == self._process.generation else ()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The folders that vLLM may read."""
+        return tuple(self._resident[version].path for version in self.versions)
+
+    def serves(self, version: str) -> bool:
+        """Whether requests for `version` are let in; marks it as used now."""
+        if version not in self.versions or version in self._draining:
+            return False
+        self._resident[version].last_used_s = time.monotonic()
+        return True
+
+    def state_of(self, version: str) -> str:
+        """One of `metrics.ADAPTER_STATES`."""
+        if version not in self.versions:
+            return "failed" if version in self._failed else "cold"
+        return "draining" if version in self._draining else "loaded"
+
+    @contextmanager
+    def pinned(self, version: str) -> Iterator[None]:
+        """Keeps `version` from having to make room."""
+        self._pins[version] += 1
+        try:
+            yield
+        finally:
+            self._pins[version] -= 1
+
+    async def ensure(self, version: str, *, path: Path, deadline_s: float) -> None:
+        """Loads `version` from `path` and lets requests in, unless that is so already; `deadline_s` is on the monotonic clock.
+
+        Raises FailedPreconditionError where vLLM refuses it, UnavailableError where all versions that could make room are busy until then.
+        """
+        if self.serves(version):
+            return
+        with self.pinned(version):
+            while not await self._try_load(version, path=path):
+                if time.monotonic() > deadline_s:
+                    raise UnavailableError(
+                        "Every adapter that vLLM has room for is answering requests; repeat later.", retry_after_s=RETRY_AFTER_S
+                    )
+                await asyncio.sleep(_POLL_S)
+
+    async def drop(self, version: str) -> None:
+        """Lets no request in, waits until the last one in flight has ended, then unloads; given up where `ensure` wants it back meanwhile.
+
+        Raises UnavailableError where vLLM dies, and the version with it.
+        """
+        while version in self._draining:
+            await self._changes.wait_after(self._changes.count)
+        self._draining.add(version)
+        try:
+            # The count of requests in flight is another process's.
+            while not await self._try_drop(version):  # noqa: ASYNC110
+                await asyncio.sleep(_POLL_S)
+        finally:
+            self._draining.discard(version)
+            self._changes.notify()
+
+    async def _try_drop(self, version: str) -> bool:
+        async with self._lock:
+            if version not in self._draining or version not in self.versions:
+                return True
+            if await self._client.retire(version):
+                return False
+            await self._unload(version)
+            return True
+
+    async def _try_load(self, version: str, *, path: Path) -> bool:
+        """Whether `version` is served now; False where nothing could make room."""
+        async with self._lock:
+            if not self._process.ready:
+                raise UnavailableError("vLLM is starting; repeat later.", retry_after_s=RETRY_AFTER_S)
+            if self._generation != self._process.generation:
+                self._generation, self._resident = self._process.generation, {}
+            if version in self._draining:
+                self._draining.discard(version)
+                if version in self._resident:
+                    await self._client.admit(version)
+            if self.serves(version):
+                return True
+            if len(self._resident) >= self._max_resident and not await self._make_room():
+                return False
+            await self._load(version, path=path)
+            return True
+
+    async def _load(self, version: str, *, path: Path) -> None:
+        started_s = time.perf_counter()
+        self._failed.discard(version)
+        try:
+            adapter_id = await self._register(version, path=path)
+            await self._client.admit(version)
+        except FineryError:
+            self._failed.add(version)
+            raise
+        load_s = time.perf_counter() - started_s
+        LOAD_SECONDS.observe(load_s)
+        self._resident[version] = _Resident(adapter_id, path, time.monotonic())
+        log.info("adapter loaded", version=version, load_s=round(load_s, 3))
+        self._changes.notify()
+
+    async def _register(self, version: str, *, path: Path) -> int:
+        """vLLM's number of the adapter, which it may have already: where an answer of its was lost."""
+        known = (await self._client.state()).adapters.get(version)
+        if known is None:
+            await self._client.load(version, path=path)
+            known = (await self._client.state()).adapters[version]
+        assert Path(known.path) == path, "a version has one folder for good"
+        return known.id
+
+    async def _make_room(self) -> bool:
+        """Unloads the version that was used longest ago among those that are idle."""
+        in_flight = (await self._client.state()).in_flight
+        idle = [version for version in self._resident if not self._pins[version] and not in_flight.get(version)]
+        for version in sorted(idle, key=lambda name: self._resident[name].last_used_s):
+            if await self._client.retire(version):
+                await self._client.admit(version)
+                continue
+            await self._unload(version)
+            EVICTIONS.labels(self._process.runtime.replica_id).inc()
+            return True
+        return False
+
+    async def _unload(self, version: str) -> None:
+        await self._client.unload(version, adapter_id=self._resident[version].adapter_id)
+        del self._resident[version]
+        log.info("adapter unloaded", version=version)

@@ -1,0 +1,106 @@
+"""Where a request for a model goes.
+
+Owns waiting: for a rollout that is under way, for vLLM to start, for a cold version to load. The gateway asks, keeps the answer, sends the
+request to the replica as `middleware/finery_vllm_middleware.py` says, and asks again when the replica answers 409 with `x-finery-retired`,
+401, or not at all before the first byte. Repeat such a request once with the new route. Ask without `after_epoch` then: a version may be
+gone because it had to make room, and the answer brings the same one back under the same epoch.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from finery_common.errors import FineryError, NotFoundError, UnavailableError
+from finery_serving.aliases import Alias, AliasStore
+from finery_serving.changes import Changes
+from finery_serving.residency import Residency
+from finery_serving.staging import Staging
+from finery_serving.vllm_client import RETRY_AFTER_S, VllmClient
+from finery_serving.vllm_process import VllmProcess
+
+# Left of the caller's deadline, so that it gets our reason and not its own timeout.
+_MARGIN_S = 0.25
+
+
+@dataclass(frozen=True)
+class Route:
+    """A replica and the name it knows the version by; `epoch` is 0 for the base model, `max_model_len` is in tokens."""
+
+    version: str
+    epoch: int
+    replica_address: str
+    replica_token: str
+    base_model: str
+    max_model_len: int
+
+
+class Routes:
+    """Resolves models to routes."""
+
+    def __init__(
+        self, store: AliasStore, *, process: VllmProcess, residency: Residency, staging: Staging, client: VllmClient, changes: Changes
+    ) -> None:
+        self._store = store
+        self._process = process
+        self._residency = residency
+        self._staging = staging
+        self._client = client
+        self._changes = changes
+        self._max_model_len = (0, 0)
+
+    async def resolve(self, project: str, *, model: str, after_epoch: int, timeout_s: float) -> Route:
+        """The route of an alias of `project`, newer than `after_epoch`, or of the base model.
+
+        Waits up to `timeout_s` for a rollout, for vLLM or for a cold version. Raises NotFoundError where nothing is deployed under that
+        name, UnavailableError with `retry_after_s` when the time is over.
+        """
+        deadline_s = time.monotonic() + timeout_s - _MARGIN_S
+        while True:
+            seen = self._changes.count
+            waits_for = "vLLM is starting"
+            if model == self._process.config.base_model:
+                if self._process.ready:
+                    return await self._route(model, epoch=0)
+            else:
+                alias = await self._store.get(project, model)
+                if _awaits_flip(alias, after_epoch=after_epoch):
+                    waits_for = f"{model} is being deployed"
+                elif self._process.ready:
+                    return await self._alias_route(alias, deadline_s=deadline_s)
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0 or not await self._changes.wait_after(seen, timeout_s=left_s):
+                raise UnavailableError(f"{waits_for}; repeat in {RETRY_AFTER_S:.0f} s.", retry_after_s=RETRY_AFTER_S)
+
+    async def _alias_route(self, alias: Alias, *, deadline_s: float) -> Route:
+        if not self._residency.serves(alias.version):
+            await self._warm(alias, deadline_s=deadline_s)
+        return await self._route(alias.version, epoch=alias.epoch)
+
+    async def _warm(self, alias: Alias, *, deadline_s: float) -> None:
+        assert alias.adapter is not None, "an alias that serves has an adapter"
+        try:
+            path = await self._staging.fetch(alias.adapter)
+            await self._residency.ensure(alias.version, path=path, deadline_s=deadline_s)
+        except UnavailableError:
+            raise
+        except FineryError as error:
+            raise UnavailableError(f"{alias.alias} cannot be loaded: {error.message}", retry_after_s=RETRY_AFTER_S) from error
+
+    async def _route(self, version: str, *, epoch: int) -> Route:
+        generation, length = self._max_model_len
+        if generation != self._process.generation:
+            generation, length = self._process.generation, await self._client.max_model_len()
+            self._max_model_len = (generation, length)
+        runtime = self._process.runtime
+        return Route(version, epoch, runtime.address, runtime.replica_token, self._process.config.base_model, length)
+
+
+def _awaits_flip(alias: Alias, *, after_epoch: int) -> bool:
+    """Whether only a rollout can give the answer. Raises NotFoundError where none is on its way."""
+    if alias.version and alias.epoch > after_epoch:
+        return False
+    if alias.rollout.state.is_before_flip or alias.version:
+        return True
+    reason = (alias.rollout.error or {}).get("message", "")
+    raise NotFoundError(f"Nothing is deployed under {alias.alias}: its rollout failed. {reason}", code="model_not_found", param="model")

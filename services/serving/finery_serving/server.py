@@ -1,0 +1,161 @@
+"""The gRPC face of serving: translates, calls, translates back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import cast
+
+import grpc.aio
+from google.protobuf import empty_pb2
+
+from finery.serving.v1 import serving_pb2, serving_pb2_grpc
+from finery_common.errors import UnavailableError
+from finery_common.resource_names import parse_name, parse_parent
+from finery_common.rpc.messages import artifact_from_proto, artifact_to_proto, error_to_proto, timestamp
+from finery_common.rpc.server import UNARY_DEADLINE_S, Servicer
+from finery_common.rpc.tokens import require_project
+from finery_serving.aliases import Alias, AliasStore
+from finery_serving.changes import Changes
+from finery_serving.preflight import BaseModel
+from finery_serving.residency import Residency
+from finery_serving.routes import Routes
+from finery_serving.vllm_process import VllmProcess
+
+
+class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
+    """Every method acts inside the project that the caller's credentials name."""
+
+    def __init__(
+        self, store: AliasStore, *, routes: Routes, process: VllmProcess, residency: Residency, base: BaseModel, changes: Changes
+    ) -> None:
+        self._store = store
+        self._routes = routes
+        self._process = process
+        self._residency = residency
+        self._base = base
+        self._changes = changes
+        self._ending = False
+
+    def end_watches(self) -> None:
+        """Ends every watch with UNAVAILABLE, upon which its client watches anew."""
+        self._ending = True
+        self._changes.notify()
+
+    async def ListDeployments(
+        self, request: serving_pb2.ListDeploymentsRequest, context: grpc.aio.ServicerContext
+    ) -> serving_pb2.ListDeploymentsResponse:
+        require_project()
+        replica = serving_pb2.Replica(
+            id=self._process.runtime.replica_id,
+            ready=self._process.ready,
+            start_time=timestamp(self._process.started_at),
+            loaded_versions=await self._own_versions(require_project()),
+        )
+        deployment = serving_pb2.Deployment(
+            base_model=self._base.name,
+            base_model_sha256=self._base.sha256,
+            replicas=[replica],
+            max_lora_rank=self._process.config.max_lora_rank,
+            max_model_len=self._process.config.max_model_len,
+        )
+        return serving_pb2.ListDeploymentsResponse(deployments=[deployment])
+
+    async def DeployAdapter(self, request: serving_pb2.DeployAdapterRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
+        alias = await self._store.deploy(
+            parse_parent(request.parent, project=require_project()),
+            request.alias,
+            adapter=artifact_from_proto(request.adapter),
+            base_model=self._base.name,
+            request_id=request.request_id,
+            etag=request.etag,
+        )
+        return _alias_to_proto(alias)
+
+    async def GetAlias(self, request: serving_pb2.GetAliasRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
+        name = parse_name(request.name, collection="aliases", project=require_project())
+        return _alias_to_proto(await self._store.get(name.project, name.id))
+
+    async def ListAliases(
+        self, request: serving_pb2.ListAliasesRequest, context: grpc.aio.ServicerContext
+    ) -> serving_pb2.ListAliasesResponse:
+        project = parse_parent(request.parent, project=require_project())
+        found, next_page_token = await self._store.list(project, page_size=request.page_size, page_token=request.page_token)
+        return serving_pb2.ListAliasesResponse(aliases=[_alias_to_proto(alias) for alias in found], next_page_token=next_page_token)
+
+    async def DeleteAlias(self, request: serving_pb2.DeleteAliasRequest, context: grpc.aio.ServicerContext) -> empty_pb2.Empty:
+        name = parse_name(request.name, collection="aliases", project=require_project())
+        await self._store.delete(name.project, name.id, etag=request.etag)
+        return empty_pb2.Empty()
+
+    async def WatchAliases(
+        self, request: serving_pb2.WatchAliasesRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[serving_pb2.AliasEvent]:
+        project = parse_parent(request.parent, project=require_project())
+        known: dict[str, Alias] = {}
+        while not self._ending:
+            seen = self._changes.count
+            current = await self._all(project)
+            for alias in current.values():
+                if known.get(alias.alias) != alias:
+                    yield serving_pb2.AliasEvent(alias=_alias_to_proto(alias))
+            for gone in known.keys() - current.keys():
+                yield serving_pb2.AliasEvent(alias=_alias_to_proto(known[gone]), deleted=True)
+            known = current
+            await self._changes.wait_after(seen)
+        raise UnavailableError("Serving is stopping; watch again.", retry_after_s=1)
+
+    async def ResolveModel(self, request: serving_pb2.ResolveModelRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Route:
+        project = parse_parent(request.parent, project=require_project())
+        # None where the caller set no deadline, whatever the type says.
+        left_s = cast("float | None", context.time_remaining())
+        timeout_s = UNARY_DEADLINE_S if left_s is None else left_s
+        route = await self._routes.resolve(project, model=request.model, after_epoch=request.after_epoch, timeout_s=timeout_s)
+        return serving_pb2.Route(
+            version=route.version,
+            epoch=route.epoch,
+            replica_address=route.replica_address,
+            replica_token=route.replica_token,
+            base_model=route.base_model,
+            max_model_len=route.max_model_len,
+        )
+
+    async def _own_versions(self, project: str) -> list[str]:
+        """What vLLM holds of `project`."""
+        own = {alias.version for alias in (await self._all(project)).values()}
+        return [version for version in self._residency.versions if version in own]
+
+    async def _all(self, project: str) -> dict[str, Alias]:
+        found, token = await self._store.list(project)
+        aliases = list(found)
+        while token:
+            found, token = await self._store.list(project, page_token=token)
+            aliases += found
+        return {alias.alias: alias for alias in aliases}
+
+
+def servicer_of(servicer: ServingServicer) -> Servicer:
+    """The servicer for an RpcServer."""
+    return Servicer("finery.serving.v1.ServingService", partial(serving_pb2_grpc.add_ServingServiceServicer_to_server, servicer))
+
+
+def _alias_to_proto(alias: Alias) -> serving_pb2.Alias:
+    rollout = alias.rollout
+    return serving_pb2.Alias(
+        name=f"projects/{alias.project}/aliases/{alias.alias}",
+        alias=alias.alias,
+        base_model=alias.base_model,
+        version=alias.version,
+        adapter=None if alias.adapter is None else artifact_to_proto(alias.adapter),
+        etag=alias.etag,
+        epoch=alias.epoch,
+        rollout=serving_pb2.Rollout(
+            state=f"ROLLOUT_STATE_{rollout.state}",
+            version=rollout.version,
+            error=error_to_proto(rollout.error),
+            swap_seconds=rollout.swap_s or 0.0,
+        ),
+        job_id=alias.job_id,
+        create_time=timestamp(alias.created_at),
+        update_time=timestamp(alias.updated_at),
+    )

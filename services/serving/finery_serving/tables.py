@@ -1,0 +1,59 @@
+"""The tables of serving as SQLAlchemy sees them; the migrations under `migrations` create them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import sqlalchemy as sa
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from finery_common.database import UtcDateTime
+
+type_number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+
+class Base(DeclarativeBase):
+    """The metadata that belongs to the version table `serving_version`."""
+
+
+class RolloutRow(Base):
+    """One request to put a version under an alias. Rows stay, so that a request id is never used twice."""
+
+    __tablename__ = "rollouts"
+    __table_args__ = (
+        sa.UniqueConstraint("project", "request_id"),
+        sa.Index("rollouts_by_alias", "project", "alias", "number"),
+        {"sqlite_autoincrement": True},
+    )
+
+    number: Mapped[int] = mapped_column(type_number, sa.Identity(), primary_key=True)
+    project: Mapped[str] = mapped_column(sa.String(64))
+    alias: Mapped[str] = mapped_column(sa.String(256))
+    request_id: Mapped[str] = mapped_column(sa.String(128))
+    body_sha256: Mapped[str] = mapped_column(sa.String(64))
+    version: Mapped[str] = mapped_column(sa.String(256))
+    job_id: Mapped[str] = mapped_column(sa.String(128))
+    adapter: Mapped[dict[str, object]] = mapped_column(sa.JSON())
+    state: Mapped[str] = mapped_column(sa.String(16))
+    error: Mapped[dict[str, object] | None] = mapped_column(sa.JSON(none_as_null=True))
+    swap_s: Mapped[float | None]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime())
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime())
+
+
+class AliasRow(Base):
+    """A public model name and what serves under it; `rollout_number` is its newest rollout."""
+
+    __tablename__ = "aliases"
+
+    project: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    alias: Mapped[str] = mapped_column(sa.String(256), primary_key=True)
+    base_model: Mapped[str] = mapped_column(sa.String(256))
+    version: Mapped[str] = mapped_column(sa.String(256))
+    job_id: Mapped[str] = mapped_column(sa.String(128))
+    adapter: Mapped[dict[str, object] | None] = mapped_column(sa.JSON(none_as_null=True))
+    etag: Mapped[str] = mapped_column(sa.String(32))
+    epoch: Mapped[int] = mapped_column(type_number)
+    rollout_number: Mapped[int] = mapped_column(type_number, sa.ForeignKey("rollouts.number"))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime())
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime())
