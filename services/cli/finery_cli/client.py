@@ -32,7 +32,9 @@ class Gateway:
         url = os.environ.get("FINERY_URL") or (running.http_url if running else DEFAULT_URL)
         key = os.environ.get("FINERY_API_KEY") or _read_key(layout)
         if key is None:
-            raise UnauthenticatedError(f"No API key: set FINERY_API_KEY, or start the system here by `finery up`, which writes {layout.api_key_file}.")
+            raise UnauthenticatedError(
+                f"No API key: set FINERY_API_KEY, or start the system here by `finery up`, which writes {layout.api_key_file}."
+            )
         return cls(url.rstrip("/"), key)
 
     @cached_property
@@ -43,7 +45,9 @@ class Gateway:
     def native(self) -> httpx.Client:
         """The native API, `/api/v1`."""
         headers = {"authorization": f"Bearer {self.api_key}"}
-        return httpx.Client(base_url=f"{self.url}/api/v1", headers=headers, timeout=_TIMEOUT_S, event_hooks={"response": [_raise_for_status]})
+        return httpx.Client(
+            base_url=f"{self.url}/api/v1", headers=headers, timeout=_TIMEOUT_S, event_hooks={"response": [_raise_for_status]}
+        )
 
 
 def _raise_for_status(response: httpx.Response) -> None:

@@ -9,33 +9,27 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 
 import openai
 from openai import OpenAI
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from finery_cli import quickstart_data
 from finery_cli.client import Gateway
 from finery_cli.local.layout import Layout, RunningStack, find_one
 from finery_cli.local.stack import QUICKSTART_MODEL, Stack
 from finery_cli.output import err, out
+from finery_cli.quickstart_data import QuestionRow, Score
 from finery_cli.watch import watch_job
 from finery_common.errors import FailedPreconditionError, UnavailableError
 
 SHOWN_ROWS = 12
 CONCURRENCY = 8
+MAX_REPLY_TOKENS = 8
 SERVED_S = 300.0
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What both models answered to the held-out rows."""
-
-    rows: Sequence[quickstart_data.Row]
-    base_answers: Sequence[str]
-    tuned_answers: Sequence[str]
 
 
 def run_quickstart(layout: Layout, *, http_port: int, grpc_port: int) -> bool:
@@ -43,15 +37,16 @@ def run_quickstart(layout: Layout, *, http_port: int, grpc_port: int) -> bool:
     started_s = time.monotonic()
     with _system(layout, http_port=http_port, grpc_port=grpc_port):
         client = Gateway.connect(layout.state_dir).openai
-        train_rows, held_out_rows = quickstart_data.split(quickstart_data.load_rows(find_one("chatterbot-corpus")))
-        model, job_id = _train(client, train_rows)
-        _wait_served(client, QUICKSTART_MODEL)
-        _wait_served(client, model)
-        judged = _judge(client, held_out_rows, tuned_model=model)
-    better = _report(judged, model=model)
+        rows = quickstart_data.split(quickstart_data.load_rows(_corpus_folder()))
+        model, job_id = _train(client, rows.train)
+        for name in (QUICKSTART_MODEL, model):
+            _wait_served(client, name)
+        base_replies, tuned_replies = _ask_both(client, rows.held_out, tuned_model=model)
+    score = quickstart_data.score(rows.held_out, base_replies=base_replies, tuned_replies=tuned_replies)
+    _report(rows.held_out, base_replies=base_replies, tuned_replies=tuned_replies, score=score, model=model)
     _say_how_to_go_on(layout, model=model, job_id=job_id, http_port=http_port)
-    err.print(f"[dim]done in {time.monotonic() - started_s:.0f} s[/]")
-    return better
+    _say(f"done in {time.monotonic() - started_s:.0f} s")
+    return score.is_clear_win
 
 
 @contextmanager
@@ -65,7 +60,7 @@ def _system(layout: Layout, *, http_port: int, grpc_port: int) -> Iterator[Runni
         yield started
 
 
-def _train(client: OpenAI, rows: Sequence[quickstart_data.Row]) -> tuple[str, str]:
+def _train(client: OpenAI, rows: Sequence[QuestionRow]) -> tuple[str, str]:
     _say(f"uploading {len(rows)} training rows: questions, each with the topic it belongs to")
     file = client.files.create(file=("topics.jsonl", quickstart_data.to_jsonl(rows)), purpose="fine-tune")
     _say(f"fine-tuning {QUICKSTART_MODEL} with LoRA (vLLM starts meanwhile)")
@@ -92,36 +87,29 @@ def _wait_served(client: OpenAI, model: str) -> None:
     raise UnavailableError(f"{model} was not served within {SERVED_S:.0f} s; the logs of serving tell why.")
 
 
-def _judge(client: OpenAI, rows: Sequence[quickstart_data.Row], *, tuned_model: str) -> Judged:
-    def answer(call: tuple[str, quickstart_data.Row]) -> str:
+def _ask_both(client: OpenAI, rows: Sequence[QuestionRow], *, tuned_model: str) -> tuple[list[str], list[str]]:
+    def ask(call: tuple[str, QuestionRow]) -> str:
         model, row = call
-        reply = client.chat.completions.create(
-            model=model, messages=quickstart_data.prompt(row), max_tokens=quickstart_data.MAX_ANSWER_TOKENS, temperature=0
-        )
+        reply = client.chat.completions.create(model=model, messages=row.messages, max_tokens=MAX_REPLY_TOKENS, temperature=0)
         return (reply.choices[0].message.content or "").strip()
 
     calls = [(model, row) for model in (QUICKSTART_MODEL, tuned_model) for row in rows]
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        answers = list(track(pool.map(answer, calls), total=len(calls), description="asking base and tuned model", console=err))
-    return Judged(rows, answers[: len(rows)], answers[len(rows) :])
+        replies = list(track(pool.map(ask, calls), total=len(calls), description="asking base and tuned model", console=err))
+    return replies[: len(rows)], replies[len(rows) :]
 
 
-def _report(judged: Judged, *, model: str) -> bool:
-    base_hits = [quickstart_data.is_hit(row, text) for row, text in zip(judged.rows, judged.base_answers, strict=True)]
-    tuned_hits = [quickstart_data.is_hit(row, text) for row, text in zip(judged.rows, judged.tuned_answers, strict=True)]
+def _report(rows: Sequence[QuestionRow], *, base_replies: Sequence[str], tuned_replies: Sequence[str], score: Score, model: str) -> None:
     table = Table("held-out question", "topic", f"base: {QUICKSTART_MODEL}", f"tuned: {model}", box=None, header_style="bold")
-    for index, row in enumerate(judged.rows[:SHOWN_ROWS]):
-        table.add_row(
-            row.question, row.topic, _colored(judged.base_answers[index], base_hits[index]), _colored(judged.tuned_answers[index], tuned_hits[index])
-        )
+    for index, row in enumerate(rows[:SHOWN_ROWS]):
+        base = _colored(base_replies[index], hit=score.base_hits[index])
+        tuned = _colored(tuned_replies[index], hit=score.tuned_hits[index])
+        table.add_row(row.question, row.topic, base, tuned)
     out.print(table)
-    low, high = quickstart_data.paired_difference_interval(base_hits, tuned_hits)
-    total = len(judged.rows)
-    out.print(f"score on all {total} held-out questions: base {sum(base_hits) / total:.0%}, tuned {sum(tuned_hits) / total:.0%}")
-    better = low > 0
-    verdict = "[green]the tuned model is better[/]" if better else "[red]not shown to be better[/]"
-    out.print(f"difference {(sum(tuned_hits) - sum(base_hits)) / total:+.0%}, 95% interval {low:+.0%} to {high:+.0%}: {verdict}")
-    return better
+    low, high = score.interval
+    verdict = "[green]the tuned model is better[/]" if score.is_clear_win else "[red]not shown to be better[/]"
+    out.print(f"score on all {len(rows)} held-out questions: base {score.base_accuracy:.0%}, tuned {score.tuned_accuracy:.0%}")
+    out.print(f"difference {score.tuned_accuracy - score.base_accuracy:+.0%}, 95% interval {low:+.0%} to {high:+.0%}: {verdict}")
 
 
 def _say_how_to_go_on(layout: Layout, *, model: str, job_id: str, http_port: int) -> None:
@@ -140,8 +128,12 @@ def _say_how_to_go_on(layout: Layout, *, model: str, job_id: str, http_port: int
     )
 
 
-def _colored(answer: str, hit: bool) -> str:
-    return f"[{'green' if hit else 'red'}]{answer[:40]}[/]"
+def _colored(reply: str, *, hit: int) -> Text:
+    return Text(" ".join(reply.split())[:60], style="green" if hit else "red")
+
+
+def _corpus_folder() -> Path:
+    return find_one(f"chatterbot-corpus/**/english/{quickstart_data.TOPICS[0]}.yml").parent
 
 
 def _say(text: str) -> None:

@@ -34,10 +34,17 @@ def chat(
         name = model or _newest_model(gateway)
         messages: list[ChatCompletionMessageParam] = [{"role": "system", "content": system}] if system else []
         if question is not None:
-            _ask(gateway, name, [*messages, {"role": "user", "content": question}], max_tokens=max_tokens, temperature=temperature, as_json=as_json)
+            _ask(
+                gateway,
+                name,
+                [*messages, {"role": "user", "content": question}],
+                max_tokens=max_tokens,
+                temperature=temperature,
+                as_json=as_json,
+            )
             return
         if as_json:
-            fail("--json needs a question: finery chat --json \"…\"")
+            fail('--json needs a question: finery chat --json "…"')
         out.print(f"[dim]{name}; an empty line or Ctrl-D ends[/]")
         for line in iter(_read_line, ""):
             messages.append({"role": "user", "content": line})

@@ -138,7 +138,7 @@ def _spec(text: str | None, *, epochs: int | None, learning_rate: float | None) 
         except ValueError as error:
             fail(f"--spec: got {text[:80]!r}, wanted JSON or the path of a JSON file ({error})")
         if not isinstance(parsed, dict):
-            fail("--spec: wanted a JSON object such as {\"lora\": {\"rank\": 8}}")
+            fail('--spec: wanted a JSON object such as {"lora": {"rank": 8}}')
         settings = parsed
     if epochs is not None:
         settings["num_epochs"] = epochs

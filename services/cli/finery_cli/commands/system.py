@@ -127,7 +127,18 @@ def quickstart(
 def _up_detached(layout: Layout, *, port: int, grpc_port: int) -> None:
     layout.state_dir.mkdir(parents=True, exist_ok=True)
     log_file = layout.state_dir / "up.log"
-    command = [sys.executable, "-m", "finery_cli", "up", "--state-dir", str(layout.state_dir), "--port", str(port), "--grpc-port", str(grpc_port)]
+    command = [
+        sys.executable,
+        "-m",
+        "finery_cli",
+        "up",
+        "--state-dir",
+        str(layout.state_dir),
+        "--port",
+        str(port),
+        "--grpc-port",
+        str(grpc_port),
+    ]
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     deadline_s = time.monotonic() + 3 * START_S
@@ -141,7 +152,9 @@ def _up_detached(layout: Layout, *, port: int, grpc_port: int) -> None:
 
 def _say_how_to_go_on(layout: Layout, running: RunningStack) -> None:
     out.print(f"[bold green]Finery is up.[/]  REST {running.http_url}  gRPC {running.grpc_address}  API page {running.http_url}/docs")
-    out.print(f"Key: {layout.api_key_file}   Logs: {layout.log_dir}   vLLM takes about a minute more; `finery status` shows it.", soft_wrap=True)
+    out.print(
+        f"Key: {layout.api_key_file}   Logs: {layout.log_dir}   vLLM takes about a minute more; `finery status` shows it.", soft_wrap=True
+    )
 
 
 def _processes(running: RunningStack) -> list[dict[str, object]]:

@@ -108,7 +108,9 @@ def vllm_python() -> Path:
     """Python of vLLM's own environment. Raises FailedPreconditionError where there is none."""
     path = Path(os.environ.get("FINERY_VLLM_PYTHON") or CHECKOUT / ".venv-vllm" / "bin" / "python")
     if not path.exists():
-        raise FailedPreconditionError(f"No vLLM at {path}; run `make setup`, or set FINERY_VLLM_PYTHON to the Python of an environment that has it.")
+        raise FailedPreconditionError(
+            f"No vLLM at {path}; run `make setup`, or set FINERY_VLLM_PYTHON to the Python of an environment that has it."
+        )
     return path
 
 

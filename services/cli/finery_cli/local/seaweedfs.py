@@ -28,7 +28,7 @@ from finery_cli.local.ports import LOOPBACK, free_ports, is_free
 from finery_common.artifacts import ArtifactStore, S3Settings
 from finery_common.errors import FailedPreconditionError, UnavailableError
 
-_PORTS = ("master", "master_grpc", "volume", "volume_grpc", "filer", "filer_grpc", "s3", "s3_grpc")
+_PORTS: tuple[str, ...] = ("master", "master_grpc", "volume", "volume_grpc", "filer", "filer_grpc", "s3", "s3_grpc")
 _KEYS = ("access_key", "secret_key", "volume_write", "volume_read", "filer_write", "filer_read")
 _NOBODY = "192.0.2.1"
 _LISTEN_S = 30.0
@@ -118,8 +118,11 @@ class SeaweedFS:
 
         The volume server ends cleanly on TERM; the filer then waits for its own S3 server for ever, so KILL is the usual end.
         """
-        for name, pid in reversed(self._leftovers()):
-            self._end(name, pid=pid, grace_s=grace_s)
+        if self._process is not None:
+            _end_child(self._process.server, grace_s=grace_s)
+            _end_child(self._process.master, grace_s=grace_s)
+        for pid in self._leftovers():
+            self._end_leftover(pid, grace_s=grace_s)
         (self._dir / "pids.json").unlink(missing_ok=True)
 
     def _spawn(self, program: str, ports: Mapping[str, int]) -> StoreProcess:
@@ -145,25 +148,20 @@ class SeaweedFS:
             time.sleep(0.05)
         return False
 
-    def _leftovers(self) -> list[tuple[str, int]]:
-        """Our processes that run, this object's or a killed predecessor's; a recycled pid is not ours."""
+    def _leftovers(self) -> list[int]:
+        """What a killed predecessor left running; a recycled pid is not ours."""
         path = self._dir / "pids.json"
         pids = cast("dict[str, int]", _read_json(path)) if path.exists() else {}
-        return [(name, pid) for name, pid in pids.items() if str(self._dir) in _command_line(pid)]
+        return [pid for pid in reversed(pids.values()) if str(self._dir) in _command_line(pid)]
 
-    def _end(self, name: str, *, pid: int, grace_s: float) -> None:
+    def _end_leftover(self, pid: int, *, grace_s: float) -> None:
+        """As `_end_child`, for a process that is nobody's child and so cannot be waited for."""
         _signal(pid, signal.SIGTERM)
         deadline_s = time.monotonic() + grace_s
-        while self._runs(name, pid=pid):
+        while str(self._dir) in _command_line(pid):
             if time.monotonic() >= deadline_s:
                 _signal(pid, signal.SIGKILL)
             time.sleep(0.02)
-
-    def _runs(self, name: str, *, pid: int) -> bool:
-        child = getattr(self._process, name, None)
-        if isinstance(child, subprocess.Popen) and child.pid == pid:
-            return child.poll() is None
-        return str(self._dir) in _command_line(pid)
 
     def _choose_ports(self) -> dict[str, int]:
         path = self._dir / "ports.json"
@@ -278,6 +276,15 @@ def _weed() -> str:
             "or set FINERY_S3_ENDPOINT and the keys to use another object store."
         )
     return program
+
+
+def _end_child(child: subprocess.Popen[bytes], *, grace_s: float) -> None:
+    child.terminate()
+    try:
+        child.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def _command_line(pid: int) -> str:
