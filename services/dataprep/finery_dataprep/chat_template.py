@@ -81,7 +81,7 @@ class ChatTemplate:
             raise
         except MemoryError as error:
             raise TemplateError("chat_template_limit", "The chat template took more memory than it may for one row.") from error
-        except Exception as error:  # noqa: BLE001  somebody else's program: whatever it raises is its reason
+        except Exception as error:  # somebody else's program: whatever it raises is its reason
             raise RefusedByTemplate(f"{type(error).__name__}: {error}") from error
         return "".join(pieces)
 

@@ -25,6 +25,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -81,12 +82,12 @@ class RowEncoder:
         input_ids, offsets = self._tokenize(text, cuts=[span.start for span in spans])
         if not np.array_equal(self._specials_of(input_ids), self._specials_of(self._tokenize(probe, cuts=[])[0])):
             raise RowError(
-                "messages", f"a text forms a control token of {self._model} together with the chat template; rewrite its start or end"
+                "messages", f"together with the chat template a text forms a control token of {self._model}; rewrite its start or end"
             )
         if len(input_ids) > self._max_sequence_length:
             raise RowError(
                 "row",
-                f"{len(input_ids)} tokens, wanted at most {self._max_sequence_length} (max_sequence_length); shorten the row or raise the limit",
+                f"{len(input_ids)} tokens, wanted at most {self._max_sequence_length} (max_sequence_length); shorten it or raise the limit",
             )
         return EncodedRow(input_ids, _mask(offsets, spans))
 
@@ -96,7 +97,7 @@ class RowEncoder:
             if found:
                 raise RowError(
                     field,
-                    f"contains {found.group()!r} at character {found.start() + 1}, which {self._model} reads as a control token; remove or rewrite it",
+                    f"character {found.start() + 1} begins {found.group()!r}, a control token of {self._model}; remove or rewrite it",
                 )
 
     def _render(self, row: Row, *, add_generation_prompt: bool = False) -> str:
@@ -174,7 +175,7 @@ class RowEncoder:
         if not straddled:
             return whole_ids, whole_offsets
         bounds = [0, *straddled, len(text)]
-        parts = [self._encode(text[start:end], at=start) for start, end in zip(bounds, bounds[1:], strict=False)]
+        parts = [self._encode(text[start:end], at=start) for start, end in pairwise(bounds)]
         ids = np.concatenate([part[0] for part in parts])
         # A tokenizer that puts a space before whatever it is given cannot be cut: there the space stays with the turn's first token.
         if self._tokenizer.decode(ids.tolist(), skip_special_tokens=False) != self._tokenizer.decode(
@@ -259,7 +260,7 @@ def _restored(message: Message, kind: str, *, trimmed_left: bool, trimmed_right:
     return content.rstrip() if trimmed_right else content
 
 
-def _mask(offsets_N2: NDArray[np.int64], spans: Sequence[_Span]) -> NDArray[np.uint8]:  # noqa: N803  a shape suffix
+def _mask(offsets_N2: NDArray[np.int64], spans: Sequence[_Span]) -> NDArray[np.uint8]:
     starts, ends = offsets_N2[:, 0], offsets_N2[:, 1]
     mask = np.zeros(len(starts), dtype=np.uint8)
     for span in spans:

@@ -6,7 +6,6 @@ Owns the order of work, its progress and the report on bad rows. Leaves jobs, le
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -38,9 +37,16 @@ class _Outcome:
 
 
 async def prepare(
-    path: Path, *, base: BaseTokenizer, max_sequence_length: int, now: datetime, shards: ShardWriter, on_progress: OnProgress
+    path: Path,
+    *,
+    base: BaseTokenizer,
+    max_sequence_length: int,
+    now: datetime,
+    max_workers: int,
+    shards: ShardWriter,
+    on_progress: OnProgress,
 ) -> Statistics:
-    """Encodes the training file `path` into `shards`. Cancelling it ends the workers at once.
+    """Encodes the training file `path` into `shards`, a large one in `max_workers` processes. Cancelling it ends them at once.
 
     Raises InvalidArgumentError with a violation for each bad row (the first 100, with the total) or for a file that is no
     training file, and FailedPreconditionError for a base model whose template cannot be used.
@@ -49,7 +55,8 @@ async def prepare(
         raise _bad_file("The file is UTF-16, wanted UTF-8; save it as UTF-8.", [BadRow(1, "row", "begins with UTF-16's byte order mark")])
     num_lines = await asyncio.to_thread(count_lines, path)
     outcome = _Outcome()
-    num_workers = 1 if path.stat().st_size < _ONE_WORKER_BYTES else max(1, os.cpu_count() or 1)
+    size_bytes = (await asyncio.to_thread(path.stat)).st_size
+    num_workers = 1 if size_bytes < _ONE_WORKER_BYTES else max_workers
     async with open_pool(base, max_sequence_length=max_sequence_length, now=now, num_workers=num_workers) as pool:
         await _encode_all(path, pool, shards, outcome, depth=2 * num_workers, report=lambda done: on_progress(done, num_lines))
     _check(outcome)

@@ -47,12 +47,15 @@ def dataset_prefix(project: str, dataset_id: str) -> str:
 class DatasetRunner:
     """Runs until cancelled. `holder` names this process in leases."""
 
-    def __init__(self, jobs: JobStore, *, artifacts: ArtifactStore, base_folder: BaseFolder, cache_dir: Path, holder: str) -> None:
+    def __init__(
+        self, jobs: JobStore, *, artifacts: ArtifactStore, base_folder: BaseFolder, cache_dir: Path, holder: str, max_workers: int
+    ) -> None:
         self._jobs = jobs
         self._artifacts = artifacts
         self._base_folder = base_folder
         self._cache_dir = cache_dir
         self._holder = holder
+        self._max_workers = max_workers
         self._woken = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -102,7 +105,7 @@ class DatasetRunner:
         except AbortedError as error:
             log.warning("attempt stopped", job_id=job.id, epoch=lease.epoch, reason=error.message)
         except FineryError as error:
-            log.error("dataset left for another attempt", job_id=job.id, epoch=lease.epoch, error=error.message)  # noqa: TRY400
+            log.error("dataset left for another attempt", job_id=job.id, epoch=lease.epoch, error=error.message)
         finally:
             with contextlib.suppress(FineryError):
                 await asyncio.shield(self._jobs.release(lease))
@@ -173,6 +176,7 @@ class DatasetRunner:
                 base=base,
                 max_sequence_length=spec.max_sequence_length,
                 now=job.created_at,
+                max_workers=self._max_workers,
                 shards=ShardWriter(writer),
                 on_progress=_Progress(self._jobs, lease),
             )
@@ -195,7 +199,8 @@ class DatasetRunner:
             folder = self._artifacts.fetch(manifest.ref(prefix), self._cache_dir)
         except NotFoundError as error:
             raise NotFoundError(
-                f"There is no file {file_id} in project {project}: the id is wrong or the file was deleted. Upload it, or list files to see what there is.",
+                f"There is no file {file_id} in project {project}: the id is wrong or the file was deleted. "
+                "Upload it, or list files to see what there is.",
                 code="file_not_found",
                 param="file",
             ) from error

@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 import grpc.aio
-from finery.common.v1 import job_pb2
-from finery.dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from google.protobuf.empty_pb2 import Empty
 
+from finery.common.v1 import job_pb2
+from finery.dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from finery_common.artifacts import ArtifactRef, ArtifactStore
-from finery_common.errors import FailedPreconditionError
+from finery_common.errors import FailedPreconditionError, InvalidArgumentError
 from finery_common.jobs import Job, JobStore, Wanted
 from finery_common.resource_names import ResourceName, parse_name, parse_parent
 from finery_common.rpc.messages import artifact_to_proto, error_to_proto, event_to_proto, state_to_proto, timestamp
@@ -29,20 +29,21 @@ DEFAULT_PAGE_SIZE = 50
 
 
 class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
-    """The datasets of whichever project the caller's credentials name. `check_base` raises for a base model nobody knows."""
+    """The datasets of whichever project the caller's credentials name. `context_limit` answers how many
+    tokens a base model takes, and raises NotFoundError for one that nobody knows."""
 
-    def __init__(self, jobs: JobStore, *, artifacts: ArtifactStore, runner: DatasetRunner, check_base: Callable[[str], object]) -> None:
+    def __init__(self, jobs: JobStore, *, artifacts: ArtifactStore, runner: DatasetRunner, context_limit: Callable[[str], int]) -> None:
         self._jobs = jobs
         self._artifacts = artifacts
         self._runner = runner
-        self._check_base = check_base
+        self._context_limit = context_limit
 
     async def CreateDataset(
         self, request: dataset_pb2.CreateDatasetRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> dataset_pb2.Dataset:
         project = parse_parent(request.parent, project=require_project())
         spec = DatasetSpec.from_proto(request.spec)
-        self._check_base(spec.base_model)
+        _check_length(spec, self._context_limit(spec.base_model))
         job = await self._jobs.create(project, request_id=request.request_id, spec=spec.model_dump(mode="json"))
         self._runner.wake()
         return dataset_to_proto(job)
@@ -84,6 +85,14 @@ class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
     async def _job(self, name: str) -> Job:
         parsed = parse_name(name, collection=COLLECTION, project=require_project())
         return await self._jobs.get(parsed.project, parsed.id)
+
+
+def _check_length(spec: DatasetSpec, limit: int) -> None:
+    if spec.max_sequence_length > limit:
+        raise InvalidArgumentError(
+            f"max_sequence_length: got {spec.max_sequence_length}, wanted at most {limit}, the most that {spec.base_model} takes",
+            param="max_sequence_length",
+        )
 
 
 def servicer_of(servicer: DatasetServicer) -> Servicer:

@@ -1,9 +1,16 @@
-"""Settings of dataprep: those that every service has."""
+"""What dataprep reads from the environment beyond what every service does."""
 
 from __future__ import annotations
+
+import os
+
+from pydantic import Field
 
 from finery_common.settings import ServiceSettings
 
 
 class DataprepSettings(ServiceSettings):
-    """Nothing of its own so far."""
+    """Dataprep's settings, prefix FINERY_."""
+
+    dataprep_workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    """Processes that tokenize one large file; the number of cores where unset."""

@@ -1,4 +1,4 @@
-"""Base models in small: byte-level and SentencePiece-like tokenizers trained on the spot, with templates in the style of well-known ones."""
+"""Base models in small: tokenizers trained on the spot, byte-level and SentencePiece-like, and templates in well-known styles."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LLAMA3 = (
 )
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate user and assistant') }}{% endif %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
@@ -48,6 +48,14 @@ MARKED = (
     "{% else %}{{ message.content }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TEMPLATES = {
+    "chatml": CHATML_DEFAULT_SYSTEM,
+    "chatml-tools": CHATML_TOOLS,
+    "llama3": LLAMA3,
+    "mistral": MISTRAL,
+    "gemma": GEMMA,
+    "marked": MARKED,
+}
 SPECIAL_TOKENS = [
     "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
     "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>",
@@ -62,7 +70,7 @@ MakeBase = Callable[..., BaseTokenizer]
 
 @pytest.fixture
 def make_base(tmp_path: Path) -> MakeBase:
-    """Makes a base model's folder with `template` and reads it; the folder is `tmp_path/base`."""
+    """Makes a base model's folder, `tmp_path/base`, with a template (or the one of that name) and reads it."""
 
     def make(template: str, *, sentencepiece: bool = False, bos: str = "<s>", eos: str = "</s>") -> BaseTokenizer:
         folder = tmp_path / "base"
@@ -72,7 +80,7 @@ def make_base(tmp_path: Path) -> MakeBase:
         (folder / "tokenizer_config.json").write_text(
             json.dumps({"bos_token": bos, "eos_token": {"content": eos}, "model_max_length": 4096})
         )
-        (folder / "chat_template.jinja").write_text(template)
+        (folder / "chat_template.jinja").write_text(TEMPLATES.get(template, template))
         return read_base_tokenizer(folder, model="tiny")
 
     return make

@@ -1,0 +1,94 @@
+"""`python -m finery_dataprep`: wires the service from the environment and runs it until SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from functools import partial
+
+from pydantic import ValidationError
+
+from finery_common.artifacts import ArtifactStore, S3Settings
+from finery_common.catalogue import Catalogue, materialize
+from finery_common.database import Database
+from finery_common.errors import FailedPreconditionError, FineryError
+from finery_common.jobs import JobStore, migrate
+from finery_common.rpc.server import RpcServer, token_authenticator
+from finery_common.rpc.tokens import TokenSigner
+from finery_common.spec import invalid_fields
+from finery_common.telemetry import configure_logging, serve_metrics
+from finery_dataprep.runner import DatasetRunner
+from finery_dataprep.server import DatasetServicer, servicer_of
+from finery_dataprep.settings import DataprepSettings
+
+
+def main() -> int:
+    """Runs the service; answers the exit status: 1, with one line on standard error, where it cannot start."""
+    try:
+        settings = DataprepSettings()
+        configure_logging("dataprep", level=settings.log_level)
+        asyncio.run(_serve(settings))
+    except ValidationError as error:
+        sys.stderr.write(f"finery_dataprep: settings (FINERY_…): {invalid_fields(error).message}\n")
+        return 1
+    except FineryError as error:
+        sys.stderr.write(f"finery_dataprep: {error.message}\n")
+        return 1
+    return 0
+
+
+async def _serve(settings: DataprepSettings) -> None:
+    if settings.catalogue is None:
+        raise FailedPreconditionError("FINERY_CATALOGUE is not set; set it to the YAML file of base models.")
+    catalogue = Catalogue.load(settings.catalogue)
+    signer = TokenSigner(settings.token_secret())
+    artifacts = await asyncio.to_thread(ArtifactStore.connect, _s3_settings(settings))
+    database = await Database.open(settings.service_database_url("dataprep"), schema="dataprep")
+    try:
+        await migrate(database)
+        serve_metrics(host=settings.metrics_host, port=settings.metrics_port)
+        jobs = JobStore(database, kind="dataset", id_prefix="ds-")
+        runner = DatasetRunner(
+            jobs,
+            artifacts=artifacts,
+            base_folder=lambda name: materialize(catalogue.get(name), cache_dir=settings.artifact_cache_dir, store=artifacts),
+            cache_dir=settings.artifact_cache_dir,
+            holder=f"{socket.gethostname()}:{os.getpid()}",
+            max_workers=settings.dataprep_workers,
+        )
+        context_limit = partial(_context_limit, catalogue)
+        servicer = DatasetServicer(jobs, artifacts=artifacts, runner=runner, context_limit=context_limit)
+        server = RpcServer(address=settings.grpc_address, servicers=[servicer_of(servicer)], authenticate=token_authenticator(signer))
+        await server.start()
+        running = asyncio.create_task(runner.run())
+        try:
+            await server.wait()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+    finally:
+        await database.close()
+
+
+def _context_limit(catalogue: Catalogue, name: str) -> int:
+    return catalogue.get(name).max_sequence_length
+
+
+def _s3_settings(settings: DataprepSettings) -> S3Settings:
+    access_key, secret_key = settings.s3_keys()
+    return S3Settings.model_validate(
+        {
+            "endpoint": settings.s3_endpoint,
+            "access_key": access_key,
+            "secret_key": secret_key,
+            "bucket": settings.s3_bucket,
+            "region": settings.s3_region,
+            "secure": settings.s3_secure,
+        }
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
