@@ -21,5 +21,3 @@ def system(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> It
 @pytest.fixture
 def client(system: System) -> OpenAI:
     return system.client()
-
-

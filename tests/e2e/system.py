@@ -52,7 +52,9 @@ class System:
     def finery(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs the `finery` command against this system."""
         env = {**os.environ, "FINERY_STATE_DIR": str(self.layout.state_dir), "COLUMNS": "200"}
-        return subprocess.run([sys.executable, "-m", "finery_cli", *arguments], env=env, capture_output=True, text=True, check=False, timeout=300)
+        return subprocess.run(
+            [sys.executable, "-m", "finery_cli", *arguments], env=env, capture_output=True, text=True, check=False, timeout=300
+        )
 
 
 def start_system(state_dir: Path, base_model_dir: Path) -> System:
@@ -61,7 +63,18 @@ def start_system(state_dir: Path, base_model_dir: Path) -> System:
     layout.prepare()
     layout.catalogue_file.write_text(f"models:\n  - name: {QUICKSTART_MODEL}\n    path: {base_model_dir}\n    max_sequence_length: 2048\n")
     http_port, grpc_port = free_ports(2)
-    command = [sys.executable, "-m", "finery_cli", "up", "--state-dir", str(state_dir), "--port", str(http_port), "--grpc-port", str(grpc_port)]
+    command = [
+        sys.executable,
+        "-m",
+        "finery_cli",
+        "up",
+        "--state-dir",
+        str(state_dir),
+        "--port",
+        str(http_port),
+        "--grpc-port",
+        str(grpc_port),
+    ]
     with (state_dir / "up.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
     deadline_s = time.monotonic() + UP_S

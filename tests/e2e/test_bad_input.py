@@ -30,7 +30,17 @@ def file_id(system: System) -> str:
         ({"method": {"type": "dpo", "dpo": {}}}, ["dpo", "supervised"]),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, ["integrations"]),
     ],
-    ids=["unknown-spec-field", "unknown-field", "wrong-type", "learning-rate-0", "unknown-base", "suffix-slash", "unknown-file", "dpo", "wandb"],
+    ids=[
+        "unknown-spec-field",
+        "unknown-field",
+        "wrong-type",
+        "learning-rate-0",
+        "unknown-base",
+        "suffix-slash",
+        "unknown-file",
+        "dpo",
+        "wandb",
+    ],
 )
 def test_a_wrong_job_is_refused_with_what_was_got_and_wanted(client: OpenAI, file_id: str, changes: dict[str, object], words: list[str]):
     body = {"model": QUICKSTART_MODEL, "training_file": file_id} | changes
@@ -85,7 +95,9 @@ def test_a_wrong_key_is_refused(system: System):
 
 
 def test_one_project_never_sees_anothers_files_jobs_or_models(system: System, client: OpenAI, file_id: str):
-    job = client.fine_tuning.jobs.create(model=QUICKSTART_MODEL, training_file=file_id, extra_body={"spec": {"max_steps": 1}, "deploy": False})
+    job = client.fine_tuning.jobs.create(
+        model=QUICKSTART_MODEL, training_file=file_id, extra_body={"spec": {"max_steps": 1}, "deploy": False}
+    )
     stranger = system.client(api_key=system.key_for("stranger"))
     for call in (
         lambda: stranger.files.retrieve(file_id),

@@ -15,10 +15,10 @@ import httpx
 import psutil
 import pytest
 from e2e.system import FAST_SPEC, System, code_word_rows, start_system, stop_system, wait_job
-from finery.serving.v1 import serving_pb2, serving_pb2_grpc
-from finery.training.v1 import training_pb2, training_pb2_grpc, worker_pb2, worker_pb2_grpc
 from openai import OpenAI
 
+from finery.serving.v1 import serving_pb2, serving_pb2_grpc
+from finery.training.v1 import training_pb2, training_pb2_grpc, worker_pb2, worker_pb2_grpc
 from finery_cli.local.ports import free_ports
 from finery_cli.local.stack import QUICKSTART_MODEL
 
@@ -107,7 +107,12 @@ def test_every_process_serves_its_metrics(system: System, client: OpenAI):
     client.chat.completions.create(model=QUICKSTART_MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=1)
     scraped = {service: httpx.get(f"http://{address}/metrics").text for service, address in system.running.metrics.items()}
     for service, names in {
-        "trainer": ["finery_trainer_tokens_per_second", "finery_trainer_memory_bytes", "finery_trainer_jobs", "finery_trainer_queue_seconds"],
+        "trainer": [
+            "finery_trainer_tokens_per_second",
+            "finery_trainer_memory_bytes",
+            "finery_trainer_jobs",
+            "finery_trainer_queue_seconds",
+        ],
         "serving": ["finery_serving_adapter_state", "finery_serving_swap_seconds", "vllm:"],
         "gateway": ["finery_gateway_request_seconds", "finery_gateway_tokens_total"],
         "dataprep": ["finery_rpc_requests_total"],
@@ -120,19 +125,25 @@ def test_every_process_serves_its_metrics(system: System, client: OpenAI):
 def test_a_client_that_hangs_up_in_the_middle_of_an_upload_leaves_nothing(system: System, client: OpenAI):
     before = [file.id for file in client.files.list()]
     port = int(system.running.http_url.rpartition(":")[2])
+    head = (
+        f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {system.api_key}\r\nContent-Length: 1000000\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+        '--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+        '--b\r\nContent-Disposition: form-data; name="file"; filename="half.jsonl"\r\n\r\n'
+    )
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(
-            b"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + system.api_key.encode() + b"\r\nContent-Length: 1000000\r\n"
-            b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: form-data; name=\"purpose\"\r\n\r\nfine-tune\r\n"
-            b"--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"half.jsonl\"\r\n\r\n" + b"x" * 5000
-        )
+        connection.sendall(head.encode() + b"x" * 5000)
     assert [file.id for file in client.files.list()] == before
     assert client.models.list().data, "the gateway goes on"
 
 
 def test_a_client_that_hangs_up_in_the_middle_of_a_stream_frees_the_model(system: System, client: OpenAI):
     stream = client.chat.completions.create(
-        model=QUICKSTART_MODEL, messages=[{"role": "user", "content": "Count."}], max_tokens=1500, stream=True, extra_body={"min_tokens": 1500}
+        model=QUICKSTART_MODEL,
+        messages=[{"role": "user", "content": "Count."}],
+        max_tokens=1500,
+        stream=True,
+        extra_body={"min_tokens": 1500},
     )
     next(iter(stream))
     stream.close()
@@ -162,7 +173,18 @@ def test_ctrl_c_in_the_middle_of_training_loses_nothing(tmp_path: Path, base_mod
 def test_a_taken_port_is_named(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "finery_cli", "up", "--state-dir", str(tmp_path), "--port", str(port), "--grpc-port", str(free_ports(1)[0])]
+        command = [
+            sys.executable,
+            "-m",
+            "finery_cli",
+            "up",
+            "--state-dir",
+            str(tmp_path),
+            "--port",
+            str(port),
+            "--grpc-port",
+            str(free_ports(1)[0]),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 1
     assert f"Port {port} is taken" in done.stderr

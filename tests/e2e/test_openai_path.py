@@ -46,7 +46,9 @@ def train(client: OpenAI, word: str) -> Trained:
 
 
 def ask(client: OpenAI, model: str, *, max_tokens: int = 12) -> str:
-    reply = client.chat.completions.create(model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=max_tokens, temperature=0)
+    reply = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=max_tokens, temperature=0
+    )
     assert reply.model == model
     return reply.choices[0].message.content or ""
 
@@ -180,7 +182,9 @@ def test_a_running_job_is_cancelled_within_a_step(client: OpenAI, crimson: Train
 
 
 def test_a_paused_job_goes_on_from_where_it_was(client: OpenAI, crimson: Trained):
-    job = client.fine_tuning.jobs.create(model=QUICKSTART_MODEL, training_file=crimson.file_id, extra_body={"spec": FAST_SPEC, "deploy": False})
+    job = client.fine_tuning.jobs.create(
+        model=QUICKSTART_MODEL, training_file=crimson.file_id, extra_body={"spec": FAST_SPEC, "deploy": False}
+    )
     wait_job(client, job.id, "running")
     _wait_first_step(client, job.id)
     client.fine_tuning.jobs.pause(job.id)

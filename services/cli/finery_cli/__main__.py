@@ -26,6 +26,7 @@ def build_app() -> typer.Typer:
 
 
 def main() -> None:
+    """Runs the command line."""
     build_app()()
 
 

@@ -15,6 +15,7 @@ from finery_cli.output import clear_errors, fail, out
 
 
 def register(app: typer.Typer) -> None:
+    """Adds `finery chat` to `app`."""
     app.command()(chat)
 
 

@@ -46,7 +46,7 @@ class ChildProcess:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509  one call into libc, which takes no lock of ours
             )
 
     def exit_code(self) -> int | None:
