@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
+from typing import Self
 from xml.sax.saxutils import escape
 
 import urllib3
@@ -68,7 +69,7 @@ class _DeadlineRetry(Retry):
         self.deadline_s = deadline_s
         self.first_failure_s = first_failure_s
 
-    def new(self, **kw: object) -> _DeadlineRetry:
+    def new(self, **kw: object) -> Self:
         started_s = time.monotonic() if self.first_failure_s is None else self.first_failure_s
         return super().new(deadline_s=self.deadline_s, first_failure_s=started_s, **kw)
 
@@ -80,7 +81,7 @@ class _DeadlineRetry(Retry):
         error: Exception | None = None,
         _pool: ConnectionPool | None = None,
         _stacktrace: TracebackType | None = None,
-    ) -> _DeadlineRetry:
+    ) -> Self:
         if self.first_failure_s is not None and time.monotonic() - self.first_failure_s > self.deadline_s:
             return super(_DeadlineRetry, self.new(total=0)).increment(method, url, response, error, _pool, _stacktrace)
         return super().increment(method, url, response, error, _pool, _stacktrace)
