@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from finery_common.errors import FailedPreconditionError, InternalError, ResourceExhaustedError, UnimplementedError
 from finery_common.spec import OutputType
@@ -52,7 +52,8 @@ def convert(
 def _run(arguments: list[str], *, converter_dir: Path, on_progress: Callable[[float], None]) -> None:
     if not (converter_dir / SCRIPT).is_file():
         raise FailedPreconditionError(
-            f"FINERY_CONVERT_HF_TO_GGUF: {converter_dir} has no {SCRIPT}; run `make setup`, which installs it there.", code="gguf_converter_missing"
+            f"FINERY_CONVERT_HF_TO_GGUF: {converter_dir} has no {SCRIPT}; run `make setup`, which installs it there.",
+            code="gguf_converter_missing",
         )
     process = subprocess.Popen(
         leashed([sys.executable, str(converter_dir / SCRIPT), *arguments]),
@@ -80,7 +81,7 @@ def _environment(converter_dir: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
-def _lines(stream: BinaryIO) -> Iterator[str]:
+def _lines(stream: IO[bytes]) -> Iterator[str]:
     """Lines as they come; a progress bar ends its own with a carriage return."""
     pending = b""
     while chunk := os.read(stream.fileno(), 65536):
@@ -94,10 +95,13 @@ def _failure(text: str, returncode: int, converter_dir: Path) -> Exception:
     unsupported = _UNSUPPORTED.search(text)
     if unsupported:
         return UnimplementedError(
-            f"GGUF has no form of the architecture {unsupported[1]}. Known are: {_known_architectures(converter_dir)}.", code="gguf_unsupported_architecture"
+            f"GGUF has no form of the architecture {unsupported[1]}. Known are: {_known_architectures(converter_dir)}.",
+            code="gguf_unsupported_architecture",
         )
     if "BPE pre-tokenizer was not recognized" in text:
-        return UnimplementedError("GGUF does not know this model's tokenizer (its BPE pre-tokenizer was not recognised).", code="gguf_unsupported_tokenizer")
+        return UnimplementedError(
+            "GGUF does not know this model's tokenizer (its BPE pre-tokenizer was not recognised).", code="gguf_unsupported_tokenizer"
+        )
     if "No space left on device" in text:
         return ResourceExhaustedError("The disk filled up while the GGUF file was written; free space and convert again.", code="disk_full")
     last = text.strip().rsplit("\n", 1)[-1]

@@ -93,13 +93,12 @@ def merge(plan: MergePlan, output_dir: Path, *, on_progress: Callable[[float], N
     written, total = 0, max(1, plan.num_elements)
     for file_name, tensors in plan.shards.items():
         listed = [(name, plan.written_as(tensor), tensor.shape) for name, tensor in tensors.items()]
-        writer = TensorWriter(output_dir / file_name, tensors=listed)
-        for name in writer.names:
-            for block in _merged_blocks(plan, tensors[name]):
-                writer.append(block)
-            written += tensors[name].num_elements
-            on_progress(written / total)
-        writer.close()
+        with TensorWriter(output_dir / file_name, tensors=listed) as writer:
+            for name in writer.names:
+                for block in _merged_blocks(plan, tensors[name]):
+                    writer.append(block)
+                written += tensors[name].num_elements
+                on_progress(written / total)
     if list(plan.shards) != [WEIGHTS_FILE]:
         _write_index(plan, output_dir / INDEX_FILE)
     _write_config(plan, output_dir / "config.json")
@@ -127,7 +126,8 @@ def _merged_blocks(plan: MergePlan, tensor: StoredTensor) -> Iterator[torch.Tens
         # Rounding keeps order: what holds for the largest holds for all.
         if not (peak.to(plan.stored_as).isfinite() and peak.to(plan.fits).isfinite()):
             raise InvalidArgumentError(
-                f"Merged tensor {tensor.name} reaches {peak:.3g}, more than {_name(plan.fits)} holds; convert to bf16.", code="value_out_of_range"
+                f"Merged tensor {tensor.name} reaches {peak:.3g}, more than {_name(plan.fits)} holds; convert to bf16.",
+                code="value_out_of_range",
             )
         yield weight_OI.to(plan.stored_as)
 
@@ -164,7 +164,9 @@ def _base_shards(base_dir: Path) -> dict[str, dict[str, StoredTensor]]:
         names = [WEIGHTS_FILE]
     missing = [name for name in names if not (base_dir / name).is_file()]
     if missing or not names or any("/" in name for name in names):
-        raise FailedPreconditionError(f"The base model {base_dir.name} has no {', '.join(missing) or 'weights'}; wanted {WEIGHTS_FILE} or all its shards.")
+        raise FailedPreconditionError(
+            f"The base model {base_dir.name} has no {', '.join(missing) or 'weights'}; wanted {WEIGHTS_FILE} or all its shards."
+        )
     return {name: read_header(base_dir / name) for name in names}
 
 
@@ -181,17 +183,17 @@ def _updates(adapter_dir: Path, *, base: dict[str, StoredTensor], tied: bool) ->
     unmatched: list[str] = []
     for key, tensor in stored.items():
         module, kind = _split_key(key)
-        if kind == "lora_A.weight":
-            target = f"{module}.weight"
-            known = target in base and not (tied and module.endswith(("lm_head", "embed_tokens")))
-            if known:
-                updates[target] = _pair(tensor, stored.get(key.replace("lora_A", "lora_B")), base[target], config=config)
-        elif kind == "lora_B.weight":
-            known = key.replace("lora_B", "lora_A") in stored
+        target = f"{module}.{'bias' if kind == 'bias' else 'weight'}"
+        known = target in base
+        if kind in ("lora_A.weight", "lora_B.weight"):
+            known = known and not (tied and module.endswith(("lm_head", "embed_tokens")))
+            pair = [stored.get(key.replace(kind, half)) for half in ("lora_A.weight", "lora_B.weight")]
+            if known and target not in updates:
+                updates[target] = _pair(pair[0], pair[1], base[target], config=config)
+        elif kind == "bias" and config.get("bias") != "none" and known and base[target].shape == tensor.shape:
+            updates[target] = Update(bias=tensor)
         else:
-            known = kind == "bias" and config.get("bias") != "none" and f"{module}.bias" in base and base[f"{module}.bias"].shape == tensor.shape
-            if known:
-                updates[f"{module}.bias"] = Update(bias=tensor)
+            known = False
         if not known:
             unmatched.append(key)
     if unmatched:
@@ -212,14 +214,15 @@ def _split_key(key: str) -> tuple[str, str]:
     return ".".join(parts[:-num_parts]), ".".join(parts[-num_parts:])
 
 
-def _pair(a: StoredTensor, b: StoredTensor | None, base: StoredTensor, *, config: dict[str, object]) -> Update:
-    if b is None:
-        raise InvalidArgumentError(f"The adapter has {a.name} without its lora_B.", code="unmatched_adapter_tensor")
+def _pair(a: StoredTensor | None, b: StoredTensor | None, base: StoredTensor, *, config: dict[str, object]) -> Update:
+    if a is None or b is None:
+        raise InvalidArgumentError(f"The adapter has only one of lora_A and lora_B for {base.name}.", code="unmatched_adapter_tensor")
     rank = int(str(config["r"]))
     num_out, num_in = rows_and_columns(base.shape)
     if len(base.shape) != 2 or a.shape != (rank, num_in) or b.shape != (num_out, rank):
         raise InvalidArgumentError(
-            f"{a.name}: got A {list(a.shape)} and B {list(b.shape)}; rank {rank} on {base.name} {list(base.shape)} wants {[rank, num_in]} and {[num_out, rank]}.",
+            f"{a.name}: got A {list(a.shape)} and B {list(b.shape)}; "
+            f"rank {rank} on {base.name} {list(base.shape)} wants {[rank, num_in]} and {[num_out, rank]}.",
             code="adapter_shape_mismatch",
         )
     alpha = float(str(config["lora_alpha"]))
@@ -231,7 +234,15 @@ def _adapter_config(adapter_dir: Path) -> dict[str, object]:
     config = _read_json(adapter_dir / "adapter_config.json")
     if config.get("peft_type") != "LORA" or "r" not in config or "lora_alpha" not in config:
         raise UnimplementedError(f"adapter_config.json: got peft_type {config.get('peft_type')!r}, wanted LORA with r and lora_alpha.")
-    unsupported = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "layer_replication")
+    unsupported = (
+        "use_dora",
+        "fan_in_fan_out",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "target_parameters",
+        "layer_replication",
+    )
     used = [name for name in unsupported if config.get(name)]
     if used:
         raise UnimplementedError(f"adapter_config.json: {', '.join(used)} cannot be merged here; merge this adapter with PEFT.")
@@ -243,9 +254,10 @@ def _copied_files(base_dir: Path) -> Iterator[Path]:
     for path in sorted(base_dir.rglob("*")):
         name = path.relative_to(base_dir)
         ours = name.name == "config.json" or name.name.endswith(".index.json")
-        if path.is_file() and not ours and not any(part.startswith(".") for part in name.parts):
-            if name.suffix in _COPIED_SUFFIXES or name.name.startswith(_COPIED_NAMES):
-                yield name
+        hidden = any(part.startswith(".") for part in name.parts)
+        wanted = name.suffix in _COPIED_SUFFIXES or name.name.startswith(_COPIED_NAMES)
+        if path.is_file() and wanted and not ours and not hidden:
+            yield name
 
 
 def _write_index(plan: MergePlan, file: Path) -> None:

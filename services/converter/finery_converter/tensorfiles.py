@@ -12,7 +12,8 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Self
 
 import torch
 
@@ -84,7 +85,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         with file.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
             if not 2 <= header_bytes <= min(size_bytes - 8, _MAX_HEADER_BYTES):
-                raise InvalidArgumentError(f"{file.name}: not a safetensors file, or cut off: its header claims {header_bytes} of {size_bytes} bytes")
+                raise InvalidArgumentError(
+                    f"{file.name}: not a safetensors file, or cut off: its header claims {header_bytes} of {size_bytes} bytes"
+                )
             entries = json.loads(stream.read(header_bytes))
         tensors = {name: _tensor(file, name, entry, 8 + header_bytes) for name, entry in entries.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -109,7 +112,7 @@ def _tensor(file: Path, name: str, entry: dict[str, object], data_offset: int) -
 
 
 class TensorWriter:
-    """Writes one safetensors file: the header first, then every tensor's bytes in the order of `names`."""
+    """Writes one safetensors file as a context manager: the header first, then every tensor's bytes in the order of `names`."""
 
     def __init__(self, file: Path, *, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         # Wide elements first, as the library orders them, so that every tensor is aligned.
@@ -128,15 +131,19 @@ class TensorWriter:
 
     def append(self, block: torch.Tensor) -> None:
         """The next block of the present tensor, already in its dtype."""
-        self._stream.write(memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        self._stream.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-    def close(self) -> None:
-        """Ends the file and hands it to the disk."""
-        written = self._stream.tell()
-        assert written == self._end, f"wrote {written} bytes of {self._end}"
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Ends the file and hands it to the disk; after an error it is left as it is."""
+        with self._stream:
+            if error is None:
+                written = self._stream.tell()
+                assert written == self._end, f"wrote {written} bytes of {self._end}"
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
 
 
 def _exactly(stream: BinaryIO, num_bytes: int) -> bytearray:

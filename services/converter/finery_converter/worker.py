@@ -7,18 +7,22 @@ killing it; it dies with its launcher.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from finery_common.errors import FineryError, InternalError, ResourceExhaustedError
+from finery_common.errors import FineryError, ResourceExhaustedError
 from finery_common.spec import OutputFormat, OutputType
 
 NICENESS = 10
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SPARE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,19 @@ def _merge(task: Task, output_dir: Path, *, stored_as: str, report: Callable[[fl
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     dtypes = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "q8_0": torch.float32}
     plan = plan_merge(Path(task.base_dir), Path(task.adapter_dir), stored_as=dtypes[stored_as], fits=dtypes[task.type])
+    # A GGUF file has at most two bytes for each element, beside the merged model that it is made from.
+    _check_room(plan.size_bytes + (2 * plan.num_elements if task.format == OutputFormat.GGUF else 0), folder=output_dir)
     merge(plan, output_dir, on_progress=report)
+
+
+def _check_room(needed_bytes: int, *, folder: Path) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes + _SPARE_BYTES > free_bytes:
+        raise ResourceExhaustedError(
+            f"The conversion needs {needed_bytes + _SPARE_BYTES:,} bytes of disk for its files and {free_bytes:,} are free at {folder}; "
+            "free space there or move FINERY_STATE_DIR to a larger disk.",
+            code="disk_full",
+        )
 
 
 def main(task_file: Path, lines: TextIO) -> int:
@@ -98,9 +114,17 @@ def main(task_file: Path, lines: TextIO) -> int:
         say({"error": {"kind": error.status, "code": error.code, "message": error.message}})
         return 1
     except OSError as error:
-        full = ResourceExhaustedError(f"The disk filled up while converting ({error.strerror}); free space and convert again.", code="disk_full")
-        known = full if error.errno in _DISK_FULL else InternalError(f"The conversion could not read or write a file: {error.strerror}.")
-        say({"error": {"kind": known.status, "code": known.code, "message": known.message}})
+        if error.errno not in _DISK_FULL:
+            raise
+        say(
+            {
+                "error": {
+                    "kind": ResourceExhaustedError.status,
+                    "code": "disk_full",
+                    "message": f"The disk filled up while converting: {error.strerror}.",
+                }
+            }
+        )
         return 1
     return 0
 

@@ -1,0 +1,91 @@
+"""The converter's process: `python -m finery_converter`. Wires settings, store, database, runner and server; owns nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+
+import structlog
+from pydantic import ValidationError
+
+from finery_common.artifacts import ArtifactStore, S3Settings
+from finery_common.catalogue import Catalogue
+from finery_common.database import Database
+from finery_common.errors import FailedPreconditionError, FineryError
+from finery_common.jobs import JobStore, migrate
+from finery_common.rpc.server import RpcServer, token_authenticator
+from finery_common.rpc.tokens import TokenSigner
+from finery_common.spec import invalid_fields
+from finery_common.telemetry import configure_logging, serve_metrics
+from finery_converter.attempt import Workplace
+from finery_converter.runner import ConversionRunner
+from finery_converter.server import ConversionServicer, servicer_of
+from finery_converter.settings import ConverterSettings
+from finery_converter.sources import Sources
+
+log = structlog.get_logger(__name__)
+
+
+async def serve(settings: ConverterSettings) -> None:
+    """Serves until SIGTERM. Raises FineryError where it cannot start."""
+    configure_logging("converter", level=settings.log_level)
+    if settings.catalogue is None:
+        raise FailedPreconditionError("FINERY_CATALOGUE is not set; set it to the YAML file of base models.")
+    catalogue = Catalogue.load(settings.catalogue)
+    authenticate = token_authenticator(TokenSigner(settings.token_secret()))
+    artifacts = await asyncio.to_thread(ArtifactStore.connect, _s3_settings(settings))
+    database = await Database.open(settings.service_database_url("converter"), schema="converter")
+    try:
+        await migrate(database)
+        jobs = JobStore(database, kind="conversion", id_prefix="conv-")
+        sources = Sources(artifacts, catalogue=catalogue, cache_dir=settings.artifact_cache_dir)
+        workplace = Workplace(jobs, artifacts, sources, settings.scratch_dir, settings.convert_hf_to_gguf.absolute())
+        runner = ConversionRunner(workplace, holder=f"{socket.gethostname()}:{os.getpid()}")
+        servicer = servicer_of(ConversionServicer(jobs, artifacts=artifacts, sources=sources, runner=runner))
+        server = RpcServer(address=settings.grpc_address, servicers=[servicer], authenticate=authenticate)
+        log.info("serving metrics", port=serve_metrics(host=settings.metrics_host, port=settings.metrics_port))
+        await server.start()
+        running = asyncio.create_task(runner.run())
+        await server.wait()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+    finally:
+        await database.close()
+
+
+def _s3_settings(settings: ConverterSettings) -> S3Settings:
+    if not settings.s3_endpoint:
+        raise FailedPreconditionError("FINERY_S3_ENDPOINT is not set; set it to host:port of the object store.")
+    access_key, secret_key = settings.s3_keys()
+    return S3Settings.model_validate(
+        {
+            "endpoint": settings.s3_endpoint,
+            "access_key": access_key,
+            "secret_key": secret_key,
+            "bucket": settings.s3_bucket,
+            "region": settings.s3_region,
+            "secure": settings.s3_secure,
+        }
+    )
+
+
+def main() -> int:
+    """Runs the service; answers the exit status."""
+    try:
+        try:
+            settings = ConverterSettings()
+        except ValidationError as error:
+            raise invalid_fields(error) from error
+        asyncio.run(serve(settings))
+    except FineryError as error:
+        sys.stderr.write(f"finery_converter: {error.message}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
