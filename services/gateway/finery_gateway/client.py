@@ -1,4 +1,4 @@
-"""The inner services as the gateway calls them: typed resources in and out, FineryError on failure. Owns every use of the stubs on this side.
+"""The inner services as the gateway calls them: typed resources in and out, FineryError on failure. Owns this side's use of the stubs.
 
 A service that cannot be reached is UnavailableError in plain words, without addresses.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc.aio
+from google.protobuf.message import Message
+
 from finery.common.v1 import job_pb2
 from finery.conversion.v1 import conversion_pb2, conversion_pb2_grpc
 from finery.dataset.v1 import dataset_pb2, dataset_pb2_grpc
@@ -18,8 +20,6 @@ from finery.training.v1 import spec_pb2, training_pb2, training_pb2_grpc
 from finery_common.errors import FineryError, UnavailableError
 from finery_common.rpc.channel import ServiceChannel, stream
 from finery_common.spec import ConversionSpec, DatasetSpec, TrainingSpec
-from google.protobuf.message import Message
-
 from finery_gateway.resources import (
     Alias,
     AliasEvent,
@@ -68,9 +68,7 @@ class _Client:
         except UnavailableError as error:
             raise self._unreachable(error) from error
 
-    async def _watch(
-        self, method: Callable[..., AsyncIterator[M]], request: Message, *, project: str, kind: type[R]
-    ) -> AsyncIterator[R]:
+    async def _watch(self, method: Callable[..., AsyncIterator[M]], request: Message, *, project: str, kind: type[R]) -> AsyncIterator[R]:
         try:
             async for message in stream(method(request, metadata=self._channel.metadata(project=project))):
                 yield kind.from_proto(message)
@@ -82,7 +80,9 @@ class _Client:
         trailing = cause.trailing_metadata() if isinstance(cause, grpc.aio.AioRpcError) else None
         if any(key == "grpc-status-details-bin" for key, _ in trailing or ()):
             return error  # The service's own words.
-        return UnavailableError(f"The {self._service} service cannot be reached at the moment; try again in a few seconds.", retry_after_s=2)
+        return UnavailableError(
+            f"The {self._service} service cannot be reached at the moment; try again in a few seconds.", retry_after_s=2
+        )
 
 
 class TrainingClient(_Client):
@@ -263,9 +263,7 @@ class ServingClient(_Client):
     async def deploy(self, project: str, *, alias: str, adapter: Artifact, etag: str, request_id: str) -> Alias:
         """Answers at once; the alias' rollout tells how far it is."""
         ref = job_pb2.ArtifactRef(**adapter.model_dump())
-        request = serving_pb2.DeployAdapterRequest(
-            parent=f"projects/{project}", alias=alias, adapter=ref, etag=etag, request_id=request_id
-        )
+        request = serving_pb2.DeployAdapterRequest(parent=f"projects/{project}", alias=alias, adapter=ref, etag=etag, request_id=request_id)
         return Alias.from_proto(await self._call(self._stub.DeployAdapter, request, project=project))
 
     async def get_alias(self, project: str, *, alias: str) -> Alias:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
+
 from finery_common.artifacts import ArtifactStore
 from finery_common.database import Database
 from finery_common.errors import UnauthenticatedError
-
 from finery_gateway.client import ConversionClient, DatasetClient, ServingClient, TrainingClient
 from finery_gateway.creates import Attempt, Creates
 from finery_gateway.files import Files
@@ -35,7 +35,9 @@ class Gateway:
 
     async def file_users(self, project: str, file_id: str) -> tuple[str, ...]:
         """Ids of the jobs and datasets that still need a file."""
-        jobs = [job.id async for job in self.training.all_jobs(project) if _needs(job.state, file_id, job.training_file, job.validation_file)]
+        jobs = [
+            job.id async for job in self.training.all_jobs(project) if _needs(job.state, file_id, job.training_file, job.validation_file)
+        ]
         datasets = [item.id async for item in self.datasets.all(project) if _needs(item.state, file_id, item.spec.file)]
         return (*jobs, *datasets)
 

@@ -16,11 +16,11 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 from fastapi import Request
-from finery_common.database import Database
-from finery_common.errors import AlreadyExistsError, FineryError, InvalidArgumentError
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from finery_common.database import Database
+from finery_common.errors import AlreadyExistsError, FineryError, InvalidArgumentError
 from finery_gateway.tables import CreateRow
 
 KEY_LIFETIME = timedelta(hours=24)
@@ -68,11 +68,15 @@ class Creates:
         """
         try:
             async with self._db.begin() as session:
-                claimed = await self.claim(session, project, collection=collection, attempt=attempt, digest=body_sha256(body), request_id=request_id)
+                claimed = await self.claim(
+                    session, project, collection=collection, attempt=attempt, digest=body_sha256(body), request_id=request_id
+                )
         except IntegrityError:
             # Another process claimed the same key at the same moment: now its row is there.
             async with self._db.begin() as session:
-                claimed = await self.claim(session, project, collection=collection, attempt=attempt, digest=body_sha256(body), request_id=request_id)
+                claimed = await self.claim(
+                    session, project, collection=collection, attempt=attempt, digest=body_sha256(body), request_id=request_id
+                )
         try:
             return await create(claimed)
         except FineryError as error:
@@ -80,9 +84,7 @@ class Creates:
                 await self._release(project, collection=collection, request_id=request_id)
             raise
 
-    async def claim(
-        self, session: AsyncSession, project: str, *, collection: str, attempt: Attempt, digest: str, request_id: str
-    ) -> str:
+    async def claim(self, session: AsyncSession, project: str, *, collection: str, attempt: Attempt, digest: str, request_id: str) -> str:
         """Records the create inside the caller's transaction, unless it repeats one; answers the request id that holds.
 
         Raises AlreadyExistsError for a used key with another body.

@@ -8,6 +8,10 @@ from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
 from finery_common.errors import (
     FineryError,
     InvalidArgumentError,
@@ -18,9 +22,6 @@ from finery_common.errors import (
     Violation,
 )
 from finery_common.rpc.status import unknown_error
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
 
 DEFAULT_RETRY_AFTER_S = 1.0
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

@@ -14,12 +14,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
 from finery_common.artifacts import ArtifactStore, ArtifactWriter, ObjectEntry, ObjectReader, put_chunks
 from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from finery_common.resource_names import new_id
-from sqlalchemy.exc import IntegrityError
-
 from finery_gateway.creates import Attempt, Creates, body_sha256
 from finery_gateway.metrics import UPLOAD_BYTES
 from finery_gateway.multipart import FormReader
@@ -72,7 +72,9 @@ class Files:
             await form.rest()
             _check_fields(form.fields, complete=True)
             if entry.size_bytes == 0:
-                raise InvalidArgumentError(f"file: {filename!r} is empty; send a file with at least one row.", param="file", code="empty_file")
+                raise InvalidArgumentError(
+                    f"file: {filename!r} is empty; send a file with at least one row.", param="file", code="empty_file"
+                )
             stored = await self._publish(project, file_id, filename=filename, writer=writer, entry=entry, attempt=attempt)
         except BaseException:
             # Runs to its end though the client has gone; what is published stays.
@@ -86,7 +88,7 @@ class Files:
         return _shown(await self._row(project, file_id))
 
     async def list(self, project: str, *, after: str | None, limit: int, order: Literal["asc", "desc"], purpose: str | None) -> FilePage:
-        """At most `limit` files by age, from behind `after`. Raises InvalidArgumentError for an `after` that names no file of the project."""
+        """At most `limit` files by age, from behind `after`. Raises InvalidArgumentError for an `after` that the project has not."""
         newest_first = order == "desc"
         query = sa.select(FileRow).where(FileRow.project == project, FileRow.state == "ready")
         if purpose is not None:
@@ -200,7 +202,11 @@ class Files:
 
 def no_file(file_id: str, *, param: str = "file_id") -> NotFoundError:
     """The error for a file that the project has not, or no longer."""
-    return NotFoundError(f"There is no file {file_id} in this project, or it was deleted; list files to see what there is.", param=param, code="file_not_found")
+    return NotFoundError(
+        f"There is no file {file_id} in this project, or it was deleted; list files to see what there is.",
+        param=param,
+        code="file_not_found",
+    )
 
 
 async def open_object(store: ArtifactStore, *, prefix: str, name: str) -> AsyncIterator[bytes]:
@@ -227,7 +233,8 @@ def _shown(row: FileRow) -> StoredFile:
 def _checked_filename(filename: str) -> str:
     if not 1 <= len(filename) <= MAX_FILENAME_LENGTH or any(unicodedata.category(char) == "Cc" for char in filename):
         raise InvalidArgumentError(
-            f"file: got a file name of {len(filename)} characters, wanted 1 to {MAX_FILENAME_LENGTH} without control characters", param="file"
+            f"file: got a file name of {len(filename)} characters, wanted 1 to {MAX_FILENAME_LENGTH} without control characters",
+            param="file",
         )
     return filename
 
@@ -235,11 +242,15 @@ def _checked_filename(filename: str) -> str:
 def _check_fields(fields: dict[str, str], *, complete: bool) -> None:
     for name in fields:
         if name.startswith("expires_after"):
-            raise InvalidArgumentError("expires_after: files are kept until they are deleted; leave it out.", param=name, code="not_supported")
+            raise InvalidArgumentError(
+                "expires_after: files are kept until they are deleted; leave it out.", param=name, code="not_supported"
+            )
         if name != "purpose":
             raise InvalidArgumentError(f"{name}: unknown field; known are file, purpose", param=name)
     purpose = fields.get("purpose")
     if purpose is None and complete:
         raise InvalidArgumentError(f"purpose: missing; it is required: {PURPOSE!r}", param="purpose")
     if purpose not in (None, PURPOSE):
-        raise InvalidArgumentError(f"purpose: got {purpose!r}, wanted {PURPOSE!r}, the one that is supported", param="purpose", code="not_supported")
+        raise InvalidArgumentError(
+            f"purpose: got {purpose!r}, wanted {PURPOSE!r}, the one that is supported", param="purpose", code="not_supported"
+        )

@@ -20,11 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
 from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError, FineryError, InvalidArgumentError, NotFoundError, UnauthenticatedError
 from finery_common.resource_names import PROJECT
-from sqlalchemy.exc import IntegrityError
-
 from finery_gateway.settings import GatewaySettings
 from finery_gateway.tables import ApiKeyRow, migrate
 
@@ -65,7 +65,9 @@ class KeyStore:
             found = await session.scalar(sa.select(ApiKeyRow.project).where(ApiKeyRow.digest == digest, ApiKeyRow.revoked_at.is_(None)))
         if found is None:
             self._known.pop(digest, None)
-            raise UnauthenticatedError("The API key is not known here or was revoked; send `Authorization: Bearer sk-finery-…` with a valid one.")
+            raise UnauthenticatedError(
+                "The API key is not known here or was revoked; send `Authorization: Bearer sk-finery-…` with a valid one."
+            )
         if len(self._known) >= _CACHE_SIZE:
             self._known.clear()
         self._known[digest] = (found, self._clock() + CACHE_TTL_S)
@@ -111,7 +113,9 @@ class KeyStore:
         except IntegrityError:
             return False  # Another process of this installation was first.
         except OSError as error:
-            raise FailedPreconditionError(f"The first API key cannot be written to {file}: {error.strerror}; make the folder writable.") from error
+            raise FailedPreconditionError(
+                f"The first API key cannot be written to {file}: {error.strerror}; make the folder writable."
+            ) from error
         return True
 
 

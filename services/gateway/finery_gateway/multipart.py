@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from finery_common.errors import InvalidArgumentError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from finery_common.errors import InvalidArgumentError
 from finery_gateway.errors import PayloadTooLargeError
 
 MAX_FIELD_BYTES = 4096

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import httpx
 import structlog
 from fastapi.responses import Response
-from finery_common.errors import FineryError, InternalError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from starlette.types import Receive, Scope, Send
 
+from finery_common.errors import FineryError, InternalError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from finery_gateway.errors import envelope
 from finery_gateway.metrics import COMPLETION_TOKENS, FIRST_BYTE_SECONDS, PROMPT_TOKENS, RETRIED, STREAMS
 from finery_gateway.resources import Route
@@ -221,7 +221,9 @@ def _words(body: bytes) -> tuple[str, str | None]:
 
 
 def _not_there(model: str) -> UnavailableError:
-    return UnavailableError(f"{model} cannot be reached at the moment; it is being loaded or restarted. Try again.", retry_after_s=3, code="model_unavailable")
+    return UnavailableError(
+        f"{model} cannot be reached at the moment; it is being loaded or restarted. Try again.", retry_after_s=3, code="model_unavailable"
+    )
 
 
 def _broken_off(model: str) -> bytes:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Generic, Self, TypeVar
 
-from finery_common.spec import ConversionSpec, DatasetSpec, TrainingSpec
 from google.protobuf.message import Message
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from finery_common.spec import ConversionSpec, DatasetSpec, TrainingSpec
 from finery_gateway.proto_data import plain
 
 T = TypeVar("T")

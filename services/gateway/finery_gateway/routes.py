@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 
 import structlog
-from finery_common.errors import DeadlineExceededError, FineryError, UnavailableError
 
+from finery_common.errors import DeadlineExceededError, FineryError, UnavailableError
 from finery_gateway.client import ServingClient
 from finery_gateway.resources import Route
 
@@ -73,7 +73,9 @@ class Routes:
             route = await self._serving.resolve(project, model=model, after_epoch=0, timeout_s=self._cold_wait_s)
         except DeadlineExceededError as error:
             raise UnavailableError(
-                f"{model} is being loaded and was not ready within {self._cold_wait_s:.0f} s; try again.", retry_after_s=5, code="model_loading"
+                f"{model} is being loaded and was not ready within {self._cold_wait_s:.0f} s; try again.",
+                retry_after_s=5,
+                code="model_loading",
             ) from error
         if len(self._known) >= _MAX_ROUTES:
             self._known.clear()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 
 import sqlalchemy as sa
-from finery_common.database import Database, UtcDateTime
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from finery_common.database import Database, UtcDateTime
 
 _number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 

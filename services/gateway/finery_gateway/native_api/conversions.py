@@ -7,8 +7,8 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Query
 from fastapi.responses import Response, StreamingResponse
-from finery_common.spec import ConversionSpec
 
+from finery_common.spec import ConversionSpec
 from finery_gateway.context import CreateAttempt, GatewayParts, Project
 from finery_gateway.native_api.sse import AfterSequence, event_stream
 from finery_gateway.resources import Conversion, Page

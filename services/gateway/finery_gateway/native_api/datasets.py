@@ -7,8 +7,8 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Query
 from fastapi.responses import Response, StreamingResponse
-from finery_common.spec import DatasetSpec
 
+from finery_common.spec import DatasetSpec
 from finery_gateway.context import CreateAttempt, GatewayParts, Project
 from finery_gateway.native_api.sse import AfterSequence, event_stream
 from finery_gateway.openai_api.files import require_training_file

@@ -7,10 +7,10 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response, StreamingResponse
-from finery_common.errors import FailedPreconditionError, NotFoundError
-from finery_common.resource_names import model_alias
 from pydantic import BaseModel, ConfigDict, Field
 
+from finery_common.errors import FailedPreconditionError, NotFoundError
+from finery_common.resource_names import model_alias
 from finery_gateway.client import MAX_PAGE_SIZE
 from finery_gateway.context import CreateAttempt, Gateway, GatewayParts, Project
 from finery_gateway.native_api.sse import event_stream
@@ -36,7 +36,13 @@ class DeploymentFields(BaseModel):
 
 @router.post("", status_code=201)
 async def create_deployment(
-    fields: DeploymentFields, gateway: GatewayParts, project: Project, attempt: CreateAttempt, response: Response, *, if_match: IfMatch = None
+    fields: DeploymentFields,
+    gateway: GatewayParts,
+    project: Project,
+    attempt: CreateAttempt,
+    response: Response,
+    *,
+    if_match: IfMatch = None,
 ) -> Alias:
     """Roll an adapter out under an alias. Answers at once; the alias' `rollout` tells how far it is."""
     default_alias, adapter = await _adapter(gateway, project, fields)
@@ -80,7 +86,9 @@ async def _adapter(gateway: Gateway, project: str, fields: DeploymentFields) -> 
     job = await gateway.training.get_job(project, job_id=fields.job_id)
     if fields.step is None:
         if job.adapter is None:
-            raise FailedPreconditionError(f"{job.id} is {job.state} and has no final adapter; wait until it has succeeded, or name a checkpoint's step.")
+            raise FailedPreconditionError(
+                f"{job.id} is {job.state} and has no final adapter; wait until it has succeeded, or name a checkpoint's step."
+            )
         return model_alias(base_model=job.spec.base_model, project=project, suffix=job.suffix, job_id=job.id), job.adapter
     token, steps = "", []
     while True:

@@ -10,8 +10,8 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request
 from fastapi.responses import StreamingResponse
-from finery_common.errors import FineryError, InvalidArgumentError
 
+from finery_common.errors import FineryError, InvalidArgumentError
 from finery_gateway.errors import envelope
 from finery_gateway.resources import AliasEvent, JobEvent
 
@@ -38,7 +38,9 @@ async def event_stream(events: AsyncIterator[JobEvent] | AsyncIterator[AliasEven
     done, _ = await asyncio.wait((first,), timeout=1)
     if done and (error := first.exception()) is not None:
         raise error
-    return StreamingResponse(_lines(first, events), media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+    return StreamingResponse(
+        _lines(first, events), media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
+    )
 
 
 async def _lines(

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import StreamingResponse
-from finery_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 
+from finery_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from finery_gateway.context import CreateAttempt, Gateway, GatewayParts, Project
 from finery_gateway.files import PURPOSE, StoredFile, no_file, open_object
 from finery_gateway.multipart import FormReader
@@ -35,9 +35,7 @@ def results_file_id(job_id: str) -> str:
 @router.post("", openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}})
 async def create_file(request: Request, gateway: GatewayParts, project: Project, attempt: CreateAttempt) -> dict[str, Any]:
     """Upload a file for fine-tuning."""
-    form = FormReader(
-        request.stream(), content_type=request.headers.get("content-type", ""), file_limit_bytes=gateway.files.limit_bytes
-    )
+    form = FormReader(request.stream(), content_type=request.headers.get("content-type", ""), file_limit_bytes=gateway.files.limit_bytes)
     return _shown(await gateway.files.create(project, form=form, attempt=attempt))
 
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
 from finery_common.errors import InvalidArgumentError, UnimplementedError, Violation
 from finery_common.spec import BatchSpec, OptimizerSpec, TrainingSpec
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 MAX_METADATA_PAIRS = 16
 SUFFIX = re.compile(r"[a-z0-9-]{0,64}")
@@ -65,9 +66,9 @@ class JobFields(Closed):
     suffix: str | None = None
     """At most 64 of a-z, 0-9 and -; part of the model's name."""
     seed: int | None = Field(None, ge=0)
-    metadata: dict[Annotated[str, StringConstraints(min_length=1, max_length=64)], Annotated[str, StringConstraints(max_length=512)]] | None = (
-        Field(None, max_length=MAX_METADATA_PAIRS)
-    )
+    metadata: (
+        dict[Annotated[str, StringConstraints(min_length=1, max_length=64)], Annotated[str, StringConstraints(max_length=512)]] | None
+    ) = Field(None, max_length=MAX_METADATA_PAIRS)
     integrations: list[Any] | None = None
     """Not supported."""
     spec: dict[str, Any] | None = None
@@ -85,7 +86,9 @@ class JobFields(Closed):
     def require_supported(self) -> Self:
         """Raises UnimplementedError for what OpenAI has and this installation has not, saying what it has."""
         if self.integrations:
-            raise UnimplementedError("integrations: none is supported; metrics are in the job's events, its result file and Prometheus.", param="integrations")
+            raise UnimplementedError(
+                "integrations: none is supported; metrics are in the job's events, its result file and Prometheus.", param="integrations"
+            )
         if self.method is None:
             return self
         if self.method.type != "supervised":
@@ -120,7 +123,8 @@ class JobFields(Closed):
         new = self.method.supervised.hyperparameters if self.method is not None and self.method.supervised is not None else None
         if new is not None and self.hyperparameters is not None and new != self.hyperparameters:
             raise InvalidArgumentError(
-                "hyperparameters: said twice and differently; leave it out and use method.supervised.hyperparameters.", param="hyperparameters"
+                "hyperparameters: said twice and differently; leave it out and use method.supervised.hyperparameters.",
+                param="hyperparameters",
             )
         return new or self.hyperparameters or Hyperparameters()
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from uuid import uuid4
 
 from fastapi import APIRouter, Path, Query, Request
+
 from finery_common.errors import InvalidArgumentError
 from finery_common.resource_names import model_alias
-
 from finery_gateway.client import NewJob
 from finery_gateway.context import CreateAttempt, GatewayParts, Project
 from finery_gateway.openai_api.files import require_training_file, results_file_id

@@ -6,8 +6,8 @@ from datetime import datetime
 from typing import Any
 
 from fastapi import APIRouter
-from finery_common.errors import FailedPreconditionError, NotFoundError
 
+from finery_common.errors import FailedPreconditionError, NotFoundError
 from finery_gateway.context import Gateway, GatewayParts, Project
 from finery_gateway.openai_api.pages import page
 from finery_gateway.resources import Alias, ServedBase
@@ -36,7 +36,9 @@ async def retrieve_model(gateway: GatewayParts, project: Project, model: str) ->
 async def delete_model(gateway: GatewayParts, project: Project, model: str) -> dict[str, Any]:
     """Take an alias out of serving; its adapter stays and can be deployed again."""
     if await _base(gateway, project, model) is not None:
-        raise FailedPreconditionError(f"{model} is a base model, served by this installation's configuration; only an alias can be deleted.")
+        raise FailedPreconditionError(
+            f"{model} is a base model, served by this installation's configuration; only an alias can be deleted."
+        )
     alias = await _alias(gateway, project, model)
     await gateway.serving.delete_alias(project, alias=alias.alias)
     message = "Taken out of serving. The adapter stays: deploy it again through /api/v1/deployments."
@@ -48,7 +50,9 @@ async def _base(gateway: Gateway, project: str, model: str) -> ServedBase | None
 
 
 async def _alias(gateway: Gateway, project: str, model: str) -> Alias:
-    missing = NotFoundError(f"There is no model {model} in this project; list models to see what there is.", param="model", code="model_not_found")
+    missing = NotFoundError(
+        f"There is no model {model} in this project; list models to see what there is.", param="model", code="model_not_found"
+    )
     if "/" in model:
         raise missing
     try:

@@ -1,0 +1,174 @@
+"""Runs the gateway: REST on one port, the public gRPC services on another, metrics on a third."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from finery_common.artifacts import ArtifactStore, S3Settings
+from finery_common.database import Database
+from finery_common.errors import FailedPreconditionError, FineryError
+from finery_common.rpc.channel import ServiceChannel
+from finery_common.rpc.server import DRAIN_S
+from finery_common.rpc.tokens import TokenSigner
+from finery_common.telemetry import configure_logging, serve_metrics
+from finery_gateway.app import create_app
+from finery_gateway.client import ConversionClient, DatasetClient, ServingClient, TrainingClient
+from finery_gateway.context import Gateway
+from finery_gateway.creates import Creates
+from finery_gateway.files import Files
+from finery_gateway.keys import KeyStore
+from finery_gateway.proxy import Proxy
+from finery_gateway.routes import Routes
+from finery_gateway.server import CALLER, PublicRpc, Targets
+from finery_gateway.settings import GatewaySettings
+from finery_gateway.tables import migrate
+
+log = structlog.get_logger("finery_gateway")
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: one place decides when both servers stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def main() -> int:
+    """Runs until SIGTERM or SIGINT; answers the exit status."""
+    try:
+        settings = GatewaySettings()
+        configure_logging("gateway", level=settings.log_level)
+        asyncio.run(_run(settings))
+    except ValidationError as error:
+        sys.stderr.write(f"The settings are wrong: {error}\n")
+        return 1
+    except FineryError as error:
+        sys.stderr.write(f"{error.message}\n")
+        return 1
+    return 0
+
+
+async def _run(settings: GatewaySettings) -> None:
+    listener = _listen(settings)
+    metrics_port = serve_metrics(host=settings.metrics_host, port=settings.metrics_port)
+    async with _gateway(settings) as (gateway, rpc):
+        if await gateway.keys.ensure_first(settings.state_dir / "api_key"):
+            log.info("made the first API key", file=str(settings.state_dir / "api_key"))
+        app = create_app(gateway, body_limit_bytes=settings.body_limit_bytes)
+        grpc_port = await rpc.start()
+        log.info("serving HTTP", port=listener.getsockname()[1], grpc_port=grpc_port, metrics_port=metrics_port)
+        await _serve(app, rpc, listener)
+
+
+@contextlib.asynccontextmanager
+async def _gateway(settings: GatewaySettings) -> AsyncIterator[tuple[Gateway, PublicRpc]]:
+    secret = settings.token_secret()
+    signer = TokenSigner(secret)
+    targets = _targets(settings)
+    async with contextlib.AsyncExitStack() as stack:
+        db = await Database.open(settings.service_database_url("gateway"), schema="gateway")
+        stack.push_async_callback(db.close)
+        await migrate(db)
+        access_key, secret_key = settings.s3_keys()
+        s3 = S3Settings.model_validate(
+            {
+                "endpoint": settings.s3_endpoint,
+                "access_key": access_key,
+                "secret_key": secret_key,
+                "bucket": settings.s3_bucket,
+                "region": settings.s3_region,
+                "secure": settings.s3_secure,
+            }
+        )
+        store = await asyncio.to_thread(ArtifactStore.connect, s3)
+        channels = {
+            area: ServiceChannel(target, signer=signer, caller=CALLER)
+            for area, target in (
+                ("training", targets.training),
+                ("dataset", targets.dataset),
+                ("conversion", targets.conversion),
+                ("serving", targets.serving),
+            )
+        }
+        for channel in channels.values():
+            stack.push_async_callback(channel.close)
+        keys, creates, serving = KeyStore(db), Creates(db), ServingClient(channels["serving"])
+        proxy = Proxy(Routes(serving, cold_wait_s=settings.cold_wait_s), secret=secret, timeout_s=settings.generation_timeout_s)
+        stack.push_async_callback(proxy.close)
+        gateway = Gateway(
+            db=db,
+            store=store,
+            keys=keys,
+            creates=creates,
+            files=Files(db, store=store, creates=creates, limit_bytes=settings.upload_limit_bytes),
+            training=TrainingClient(channels["training"]),
+            datasets=DatasetClient(channels["dataset"]),
+            conversions=ConversionClient(channels["conversion"]),
+            serving=serving,
+            proxy=proxy,
+        )
+        yield gateway, PublicRpc(address=settings.grpc_address, targets=targets, keys=keys, signer=signer)
+
+
+async def _serve(app: FastAPI, rpc: PublicRpc, listener: socket.socket) -> None:
+    """Serves both until a signal, then drains both."""
+    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=int(DRAIN_S) - 2)
+    http = _HttpServer(config)
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    waiting = asyncio.create_task(stopped.wait())
+    await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    http.should_exit = True
+    await asyncio.gather(serving, rpc.stop(drain_s=DRAIN_S - 2))
+
+
+def _listen(settings: GatewaySettings) -> socket.socket:
+    """Takes the HTTP port before anything else is started. Raises FailedPreconditionError where it is in use."""
+    address = f"{settings.http_host}:{settings.http_port}"
+    family = socket.AF_INET6 if ":" in settings.http_host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.http_host, settings.http_port))
+    except OSError as error:
+        listener.close()
+        raise FailedPreconditionError(f"FINERY_HTTP_PORT: cannot listen on {address}: {error.strerror}; choose a free port.") from error
+    return listener
+
+
+def _targets(settings: GatewaySettings) -> Targets:
+    """Raises FailedPreconditionError that names every address that is not set."""
+    addresses = {
+        "FINERY_DATAPREP_ADDRESS": settings.dataprep_address,
+        "FINERY_TRAINER_ADDRESS": settings.trainer_address,
+        "FINERY_CONVERTER_ADDRESS": settings.converter_address,
+        "FINERY_SERVING_ADDRESS": settings.serving_address,
+        "FINERY_S3_ENDPOINT": settings.s3_endpoint,
+    }
+    if missing := [name for name, value in addresses.items() if not value]:
+        raise FailedPreconditionError(f"{', '.join(missing)}: not set; wanted the host:port of each inner service and of the object store.")
+    return Targets(
+        dataset=settings.dataprep_address,
+        training=settings.trainer_address,
+        conversion=settings.converter_address,
+        serving=settings.serving_address,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

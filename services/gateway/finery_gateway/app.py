@@ -1,0 +1,75 @@
+"""The HTTP application: routes, error handlers, middleware, health."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import sqlalchemy as sa
+import structlog
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from finery_common.errors import FineryError
+from finery_gateway import docs_page
+from finery_gateway.context import Gateway
+from finery_gateway.errors import install_error_handlers
+from finery_gateway.middleware import BodyLimit, RequestMetrics
+from finery_gateway.native_api import conversions, datasets, deployments, installation
+from finery_gateway.openai_api import files, inference, jobs, models
+
+SETTLE_INTERVAL_S = 300.0
+_DESCRIPTION = "OpenAI-compatible under /v1, Finery's own under /api/v1."
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(gateway: Gateway, *, body_limit_bytes: int) -> FastAPI:
+    """The app over `gateway`'s parts. `body_limit_bytes` holds for every body but an upload's."""
+    # No docs from a script on the internet: /docs is our own page.
+    app = FastAPI(title="Finery", version="1", description=_DESCRIPTION, docs_url=None, redoc_url=None, lifespan=_lifespan)
+    app.state.gateway = gateway
+    install_error_handlers(app)
+    for module in (files, jobs, models, inference, datasets, conversions, deployments, installation, docs_page):
+        app.include_router(module.router)
+    _add_health(app, gateway)
+    app.add_middleware(BodyLimit, body_limit_bytes=body_limit_bytes, upload_limit_bytes=gateway.files.limit_bytes)
+    app.add_middleware(RequestMetrics)
+    return app
+
+
+def _add_health(app: FastAPI, gateway: Gateway) -> None:
+    @app.get("/healthz", tags=["health"])
+    async def healthz() -> dict[str, bool]:
+        """The process runs."""
+        return {"ok": True}
+
+    @app.get("/readyz", tags=["health"])
+    async def readyz() -> JSONResponse:
+        """The process can answer: its database does. An inner service that is gone costs only what it does, with a 503."""
+        try:
+            async with gateway.db.read() as session:
+                await session.execute(sa.text("SELECT 1"))
+        except FineryError as error:
+            return JSONResponse({"ready": False, "reason": error.message}, status_code=503)
+        return JSONResponse({"ready": True})
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settling = asyncio.create_task(_settle_files(app.state.gateway))
+    try:
+        yield
+    finally:
+        settling.cancel()
+        await asyncio.gather(settling, return_exceptions=True)
+
+
+async def _settle_files(gateway: Gateway) -> None:
+    while True:
+        try:
+            await gateway.files.settle()
+        except FineryError as error:
+            log.warning("files could not be settled; trying again later", error=error.message)
+        await asyncio.sleep(SETTLE_INTERVAL_S)

@@ -1,0 +1,211 @@
+"""Chat and completions: the route, the hop, and what may go wrong on it."""
+
+import asyncio
+
+import httpx
+import openai
+import pytest
+
+from finery_gateway.usage import StreamTap
+
+BASE = "SmolLM2-135M-Instruct"
+MESSAGES = [{"role": "user", "content": "The capital of France?"}]
+
+
+async def _chat(client, model=BASE, **fields):
+    return await client.chat.completions.create(model=model, messages=MESSAGES, **fields)
+
+
+async def test_a_base_model_answers_whole_and_streamed(client, world):
+    answer = await _chat(client)
+    assert answer.choices[0].message.content == "Paris"
+    assert (answer.model, answer.usage.completion_tokens) == (BASE, 3)
+    chunks = [chunk async for chunk in await _chat(client, stream=True)]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Paris"
+    assert (await client.completions.create(model=BASE, prompt="The capital of France is")).choices[0].text == "Paris"
+
+
+async def test_vllm_gets_the_version_the_token_and_a_salt_of_the_project(client, stranger, world):
+    world.serving.flip(world.project, "my-model", "job-8-cafe")
+    world.vllm.admitted.add("job-8-cafe")
+    answer = await _chat(client, model="my-model", temperature=0, user="someone")
+    assert answer.model == "my-model"
+    headers, body = world.vllm.requests[-1]
+    assert (headers["x-finery-alias"], headers["x-finery-version"]) == ("my-model", "job-8-cafe")
+    assert (body["model"], body["temperature"]) == ("job-8-cafe", 0)
+    assert "authorization" not in headers
+    assert "user" not in body
+    await _chat(stranger)
+    other = world.vllm.requests[-1][1]["cache_salt"]
+    assert len(body["cache_salt"]) == 64
+    assert other != body["cache_salt"]
+    assert world.project not in body["cache_salt"]
+
+
+async def test_the_usage_of_a_stream_is_shown_to_who_asked_and_always_counted(client, world):
+    before = _tokens(world)
+    chunks = [chunk async for chunk in await _chat(client, stream=True)]
+    assert all(chunk.choices for chunk in chunks)
+    chunks = [chunk async for chunk in await _chat(client, stream=True, stream_options={"include_usage": True})]
+    assert chunks[-1].usage.completion_tokens == 2
+    await _chat(client)
+    assert _tokens(world) - before == 2 + 2 + 3
+
+
+async def test_a_model_of_another_project_or_none_is_not_there(client, stranger, world):
+    world.serving.flip(world.project, "my-model", "v1")
+    for caller, model in ((stranger, "my-model"), (client, "nothing")):
+        with pytest.raises(openai.NotFoundError):
+            await _chat(caller, model=model)
+    assert world.vllm.requests == []
+
+
+async def test_a_retired_version_is_resolved_again_before_the_first_byte(client, world):
+    world.vllm.admitted |= {"v1", "v2"}
+    world.serving.flip(world.project, "m", "v1")
+    await _chat(client, model="m")
+    # Swapped behind the back of the watch.
+    world.serving.aliases[f"projects/{world.project}/aliases/m"].version = "v2"
+    world.vllm.admitted.discard("v1")
+    assert (await _chat(client, model="m")).model == "m"
+    assert [body["model"] for _, body in world.vllm.requests] == ["v1", "v1", "v2"]
+
+
+async def test_a_flip_reaches_the_gateway_by_the_watch(client, world):
+    world.vllm.admitted |= {"v1", "v2"}
+    world.serving.flip(world.project, "m", "v1")
+    await _chat(client, model="m")
+    world.serving.flip(world.project, "m", "v2")
+    async with asyncio.timeout(5):
+        while world.vllm.requests[-1][1]["model"] != "v2":
+            await _chat(client, model="m")
+
+
+async def test_a_route_is_asked_for_once_by_many(client, world):
+    await asyncio.gather(*(_chat(client) for _ in range(20)))
+    assert world.serving.resolved == [BASE]
+    await _chat(client)
+    assert world.serving.resolved == [BASE]
+
+
+async def test_a_version_that_stays_retired_is_503_with_retry_after(client, world):
+    world.serving.flip(world.project, "m", "never-admitted")
+    with pytest.raises(openai.InternalServerError) as caught:
+        await _chat(client, model="m")
+    assert caught.value.status_code == 503
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    assert len(world.vllm.requests) == 2
+
+
+async def test_a_cold_model_is_503_with_retry_after_when_it_takes_too_long(client, world):
+    world.serving.cold.add("m")
+    with pytest.raises(openai.InternalServerError, match="being loaded") as caught:
+        await _chat(client, model="m")
+    assert caught.value.status_code == 503
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+
+
+async def test_a_vllm_that_is_not_there_is_503(client, world):
+    world.serving.address = "unix:///nowhere/v.sock"
+    with pytest.raises(openai.InternalServerError, match="try again|Try again") as caught:
+        await _chat(client)
+    assert caught.value.status_code == 503
+    assert world.serving.resolved == [BASE, BASE]
+
+
+async def test_vllms_errors_become_the_envelope(client, world):
+    world.vllm.error = (400, {"error": {"message": "max_tokens is too large", "type": "BadRequestError", "param": "max_tokens", "code": 400}})
+    with pytest.raises(openai.BadRequestError, match="too large") as caught:
+        await _chat(client, stream=True)
+    assert (caught.value.param, caught.value.type) == ("max_tokens", "invalid_request_error")
+    world.vllm.error = (500, {"error": {"message": "CUDA error in /opt/vllm/secret.py"}})
+    with pytest.raises(openai.InternalServerError) as caught:
+        await _chat(client)
+    assert "secret" not in caught.value.message
+
+
+async def test_a_client_that_hangs_up_aborts_the_generation(client, world):
+    world.vllm.endless = True
+    stream = await _chat(client, stream=True)
+    await anext(aiter(stream))
+    await stream.close()
+    async with asyncio.timeout(5):
+        await world.vllm.aborted.wait()
+
+
+async def test_a_stream_that_breaks_off_ends_with_an_error(client, world):
+    world.vllm.break_off = True
+    with pytest.raises(openai.APIError, match="stopped in the middle"):
+        async for _ in await _chat(client, stream=True):
+            pass
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chat_template": "{{ 1 }}"},
+        {"kv_transfer_params": {}},
+        {"prompt_logprobs": 1},
+        {"cache_salt": "mine"},
+        {"add_generation_prompt": False},
+        {"mm_processor_kwargs": {}},
+        {"guided_regex": ".*"},
+        {"structured_outputs": {"regex": ".*"}},
+        {"documents": []},
+        {"n": 9},
+        {"n": 0},
+        {"max_tokens": 0},
+        {"max_tokens": 10_000_000},
+        {"top_logprobs": 21},
+        {"temperature": 3},
+        {"stop": ["x"] * 17},
+        {"stream_options": {"include_usage": True}},
+        {"messages": []},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["x" * 100] * 400}}}},
+        {"logit_bias": {"nonsense": 1}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+async def test_a_field_that_is_not_allowed_or_out_of_bounds_never_reaches_vllm(world, fields):
+    body = {"model": BASE, "messages": MESSAGES} | fields
+    async with httpx.AsyncClient(base_url=world.url, headers={"authorization": f"Bearer {world.api_key}"}) as plain:
+        answer = await plain.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert next(iter(fields)) in answer.json()["error"]["message"]
+    assert world.vllm.requests == []
+
+
+async def test_completions_refuse_prompt_logprobs_by_the_back_door(client, world):
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        await client.completions.create(model=BASE, prompt="x", echo=True, logprobs=1)
+    with pytest.raises(openai.BadRequestError, match="best_of"):
+        await client.completions.create(model=BASE, prompt="x", best_of=2)
+    assert world.vllm.requests == []
+
+
+async def test_tools_schemas_and_sampling_reach_vllm_as_they_were_sent(client, world):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    await _chat(client, tools=[tool], tool_choice="auto", response_format=schema, n=2, stop=["a"], extra_body={"top_k": 5})
+    body = world.vllm.requests[-1][1]
+    assert body["tools"] == [tool]
+    assert body["response_format"] == schema
+    assert (body["n"], body["stop"], body["top_k"], body["tool_choice"]) == (2, ["a"], 5, "auto")
+
+
+def test_a_stream_cut_anywhere_comes_out_whole_and_without_the_usage_event():
+    events = [b'data: {"choices":[{"text":"\\"choices\\":[]"}]}\n\n', b'data: {"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":6}}\n\n']
+    whole = b"".join([*events, b"data: [DONE]\n\n"])
+    for cut in range(len(whole) + 1):
+        tap = StreamTap(hide_usage=True)
+        out = tap.feed(whole[:cut]) + tap.feed(whole[cut:]) + tap.end()
+        assert out == events[0] + b"data: [DONE]\n\n"
+        assert (tap.usage.prompt_tokens, tap.usage.completion_tokens) == (5, 6)
+
+
+def _tokens(world) -> float:
+    from prometheus_client import REGISTRY
+
+    return REGISTRY.get_sample_value("finery_gateway_completion_tokens_total", {"project": world.project}) or 0
