@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
 from finery_common.artifacts import ArtifactStore, S3Settings
-from finery_common.catalogue import BaseModelEntry, folder_sha256, materialize
+from finery_common.catalogue import BaseModelEntry, Catalogue, folder_sha256, materialize
 from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError, FineryError
 from finery_common.rpc.server import RpcServer, token_authenticator

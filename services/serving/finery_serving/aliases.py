@@ -161,7 +161,7 @@ class AliasStore:
         size = min(page_size or _MAX_PAGE_SIZE, _MAX_PAGE_SIZE)
         query = _SELECT.where(AliasRow.project == project, AliasRow.alias > page_token).order_by(AliasRow.alias).limit(size + 1)
         async with self._db.read() as session:
-            found = [_alias(*row) for row in (await session.execute(query)).tuples()]
+            found = [_alias(*row) for row in (await session.execute(query))]
         return tuple(found[:size]), found[size - 1].alias if len(found) > size else ""
 
     async def delete(self, project: str, alias: str, *, etag: str = "") -> None:
@@ -181,7 +181,7 @@ class AliasStore:
     async def desired(self) -> tuple[Alias, ...]:
         """Every alias of every project that serves something, newest change first."""
         async with self._db.read() as session:
-            rows = (await session.execute(_SELECT.where(AliasRow.version != "").order_by(AliasRow.updated_at.desc()))).tuples().all()
+            rows = (await session.execute(_SELECT.where(AliasRow.version != "").order_by(AliasRow.updated_at.desc()))).all()
         return tuple(_alias(*row) for row in rows)
 
     async def active_rollouts(self) -> tuple[Rollout, ...]:
@@ -232,7 +232,7 @@ class AliasStore:
 
     async def _find(self, session: AsyncSession, project: str, alias: str) -> Alias | None:
         query = _SELECT.where(AliasRow.project == project, AliasRow.alias == alias)
-        row = (await session.execute(query)).tuples().one_or_none()
+        row = (await session.execute(query)).one_or_none()
         return None if row is None else _alias(*row)
 
     async def _known_request(self, session: AsyncSession, project: str, alias: str, *, request_id: str, body_sha256: str) -> Alias | None:
