@@ -74,7 +74,9 @@ class TokenDataset:
         longest = int(self.row_lengths.max())
         if longest > max_sequence_length:
             row = int(self.row_lengths.argmax())
-            raise _invalid(f"input_ids: row {row} has {longest} tokens, the limit is {max_sequence_length}; shorten it or raise max_sequence_length.")
+            raise _invalid(
+                f"input_ids: row {row} has {longest} tokens, the limit is {max_sequence_length}; shorten it or raise max_sequence_length."
+            )
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The given rows as one micro-batch."""
@@ -111,7 +113,9 @@ class _Shard:
             raise _invalid(f"{path.name} cannot be read: {error}; prepare the dataset again.") from error
         self.lengths: IntArray = np.diff(offsets)
         if ids.ndim != 1 or ids.shape != mask.shape or offsets[0] != 0 or offsets[-1] != len(ids) or (self.lengths < 1).any():
-            raise _invalid(f"{path.name}: row_offsets, input_ids {ids.shape} and label_mask {mask.shape} do not fit together; prepare the dataset again.")
+            raise _invalid(
+                f"{path.name}: row_offsets, input_ids {ids.shape} and label_mask {mask.shape} do not fit together; prepare the dataset again."
+            )
         if len(ids) and int(ids.min()) < 0:
             raise _invalid(f"{path.name}: input_ids: got token id {int(ids.min())}, wanted 0 or more; prepare the dataset again.")
         is_label = mask.astype(np.int64)

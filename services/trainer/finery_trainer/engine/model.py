@@ -72,8 +72,11 @@ def _load_base(base_dir: Path, *, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(
+            base_dir, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise FailedPreconditionError(
-            f"The base model's folder holds no causal language model with safetensors weights that can be loaded: {error}", code="invalid_base_model"
+            f"The base model's folder holds no causal language model with safetensors weights that can be loaded: {error}",
+            code="invalid_base_model",
         ) from error

@@ -77,7 +77,9 @@ def build_optimizer(spec: OptimizerSpec, params: Iterable[torch.nn.Parameter], n
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
     kind = _optimizer_class(spec.type, on_gpu=bool(trainable) and trainable[0].is_cuda)
-    optimizer = kind([group for group in groups if group["params"]], lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), eps=spec.epsilon)
+    optimizer = kind(
+        [group for group in groups if group["params"]], lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), eps=spec.epsilon
+    )
     num_warmup_steps = min(num_steps, max(spec.min_warmup_steps, math.ceil(spec.warmup_ratio * num_steps)))
     return Stepper(optimizer, Schedule(spec.schedule, spec.learning_rate, num_steps, num_warmup_steps), spec.max_grad_norm)
 
@@ -85,7 +87,8 @@ def build_optimizer(spec: OptimizerSpec, params: Iterable[torch.nn.Parameter], n
 def non_finite(what: str, value: float, *, step: int) -> FailedPreconditionError:
     """The error of a run that diverged."""
     return FailedPreconditionError(
-        f"The {what} became {value} at step {step}: training diverged. Lower optimizer.learning_rate, or lengthen the warm-up.", code="non_finite_loss"
+        f"The {what} became {value} at step {step}: training diverged. Lower optimizer.learning_rate, or lengthen the warm-up.",
+        code="non_finite_loss",
     )
 
 
@@ -93,7 +96,9 @@ def _optimizer_class(kind: OptimizerType, *, on_gpu: bool) -> type[torch.optim.O
     if kind is OptimizerType.ADAMW or (kind is OptimizerType.AUTO and not on_gpu):
         return torch.optim.AdamW
     if not on_gpu:
-        raise FailedPreconditionError("optimizer.type: got adamw_8bit on a machine without a GPU; use adamw or auto.", param="optimizer.type")
+        raise FailedPreconditionError(
+            "optimizer.type: got adamw_8bit on a machine without a GPU; use adamw or auto.", param="optimizer.type"
+        )
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

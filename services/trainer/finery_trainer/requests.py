@@ -1,0 +1,113 @@
+"""What CreateJob accepts: every refusal that is possible before a job exists. Rows of a file are dataprep's to judge."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+
+from finery_common.artifacts import ArtifactStore
+from finery_common.catalogue import Catalogue
+from finery_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
+from finery_common.spec import LoraBias, TrainingSpec
+from finery_trainer.client import ServingClient
+from finery_trainer.records import JobRequest
+
+MAX_METADATA_PAIRS, MAX_KEY_LENGTH, MAX_VALUE_LENGTH = 16, 64, 512
+_FILE = re.compile(r"file-[0-9a-f]{24}")
+_SUFFIX = re.compile(r"[a-z0-9-]{0,64}")
+
+
+class RequestChecks:
+    """`serving` is None where this installation serves nothing."""
+
+    def __init__(self, *, catalogue: Catalogue, artifacts: ArtifactStore, serving: ServingClient | None) -> None:
+        self._catalogue = catalogue
+        self._artifacts = artifacts
+        self._serving = serving
+
+    async def check(self, request: JobRequest, *, project: str, metadata: Mapping[str, str]) -> None:
+        """Raises InvalidArgumentError, NotFoundError or FailedPreconditionError, each with the field at fault."""
+        check_suffix(request.suffix)
+        check_metadata(metadata)
+        entry = self._catalogue.get(request.spec.base_model)
+        if request.spec.max_sequence_length > entry.max_sequence_length:
+            raise InvalidArgumentError(
+                f"spec.max_sequence_length: got {request.spec.max_sequence_length}, {entry.name} takes at most {entry.max_sequence_length}.",
+                param="spec.max_sequence_length",
+            )
+        await self._check_servable(request, project=project)
+        await self._check_file(request.training_file, project=project, param="training_file")
+        if request.validation_file is not None:
+            await self._check_file(request.validation_file, project=project, param="validation_file")
+
+    async def _check_file(self, file: str, *, project: str, param: str) -> None:
+        if not _FILE.fullmatch(file):
+            raise InvalidArgumentError(
+                f"{param}: got {file!r}, wanted the id of an uploaded file, file-… with 24 hexadecimal digits.", param=param
+            )
+        if not await asyncio.to_thread(self._artifacts.exists, f"projects/{project}/files/{file}/"):
+            raise NotFoundError(
+                f"{param}: there is no file {file} in this project; upload it first, or list files to see what there is.", param=param
+            )
+
+    async def _check_servable(self, request: JobRequest, *, project: str) -> None:
+        if request.deploy is False:
+            return
+        if self._serving is None:
+            if request.deploy:
+                raise FailedPreconditionError(
+                    "deploy: this installation serves no models; create the job with deploy false.", param="deploy"
+                )
+            return
+        check_servable(request.spec)
+        try:
+            bases = await self._serving.served_bases(project)
+        except UnavailableError:
+            # The deployment is retried when the model is there; a job need not wait for serving.
+            return
+        base = bases.get(request.spec.base_model)
+        if base is None and request.deploy:
+            known = ", ".join(bases) or "none"
+            raise FailedPreconditionError(
+                f"deploy: {request.spec.base_model} is not being served (there is: {known}); create the job with deploy false.",
+                param="deploy",
+            )
+        if base is not None and request.spec.lora.rank > base.max_lora_rank:
+            raise InvalidArgumentError(
+                f"spec.lora.rank: got {request.spec.lora.rank}, adapters up to rank {base.max_lora_rank} can be served; "
+                "lower it, or create the job with deploy false.",
+                param="spec.lora.rank",
+            )
+
+
+def check_servable(spec: TrainingSpec) -> None:
+    """Raises InvalidArgumentError for an adapter that vLLM cannot serve, whatever its limits."""
+    if spec.lora.bias is not LoraBias.NONE:
+        raise InvalidArgumentError(
+            f"spec.lora.bias: got {spec.lora.bias.value!r}, an adapter with biases cannot be served; use none, or create the job with deploy false.",
+            param="spec.lora.bias",
+        )
+
+
+def check_suffix(suffix: str) -> None:
+    """Raises InvalidArgumentError for what cannot be part of a model's name."""
+    if "/" in suffix:
+        raise InvalidArgumentError(
+            f"suffix: got {suffix!r}, which holds a slash; use a-z, 0-9 and - only, such as my-model.", param="suffix"
+        )
+    if not _SUFFIX.fullmatch(suffix):
+        raise InvalidArgumentError(f"suffix: got {suffix!r}, wanted up to 64 of a-z, 0-9 and -.", param="suffix")
+
+
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Raises InvalidArgumentError past OpenAI's limits: 16 pairs, keys of 64 characters, values of 512."""
+    if len(metadata) > MAX_METADATA_PAIRS:
+        raise InvalidArgumentError(f"metadata: got {len(metadata)} pairs, wanted at most {MAX_METADATA_PAIRS}.", param="metadata")
+    for key, value in metadata.items():
+        if not 1 <= len(key) <= MAX_KEY_LENGTH:
+            raise InvalidArgumentError(f"metadata: got a key of {len(key)} characters, wanted 1 to {MAX_KEY_LENGTH}.", param="metadata")
+        if len(value) > MAX_VALUE_LENGTH:
+            raise InvalidArgumentError(
+                f"metadata.{key}: got a value of {len(value)} characters, wanted at most {MAX_VALUE_LENGTH}.", param=f"metadata.{key}"
+            )

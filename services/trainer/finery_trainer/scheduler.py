@@ -1,0 +1,199 @@
+"""Moves jobs on: validates and starts what is queued, takes back what a dead worker held, ends what does not obey.
+
+Owns when an attempt starts and what follows a lost one. All it knows is in the job store and the launcher, so a restart forgets nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Any, cast
+
+import structlog
+
+from finery_common.errors import AbortedError, FailedPreconditionError, FineryError
+from finery_common.jobs import EventLevel, Job, JobState, JobStore, Lease, Wanted
+from finery_common.rpc.tokens import Principal, TokenSigner
+from finery_trainer import metrics
+from finery_trainer.launchers import Attempt, Exit, Launcher
+from finery_trainer.records import artifact_of, request_of
+from finery_trainer.settings import TrainerSettings
+from finery_trainer.validation import Validation
+
+MAX_LOST_ATTEMPTS = 3
+POLL_S = 0.5
+_VALIDATIONS_AT_ONCE = 4
+_TOKEN_TTL_S = 30 * 24 * 3600.0
+
+log = structlog.get_logger(__name__)
+
+
+class Scheduler:
+    """Runs until cancelled. `holder` names this process in leases."""
+
+    def __init__(
+        self, jobs: JobStore, *, launcher: Launcher, validation: Validation, signer: TokenSigner, settings: TrainerSettings, holder: str
+    ) -> None:
+        self._jobs = jobs
+        self._launcher = launcher
+        self._validation = validation
+        self._signer = signer
+        self._settings = settings
+        self._holder = holder
+        self._woken = asyncio.Event()
+        self._validating: dict[str, asyncio.Task[None]] = {}
+        self._cancelled_since_s: dict[str, float] = {}
+        # Workers of the process before this one may have been unable to renew their leases; they get time to come back.
+        self._patient_until_s = time.monotonic() + settings.lease_s
+
+    def wake(self) -> None:
+        """Something new is to be done; without it, it is noticed within `POLL_S`."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Works until cancelled; validations under way are handed back."""
+        try:
+            while True:
+                self._woken.clear()
+                try:
+                    await self._round()
+                except FineryError as error:
+                    log.warning("cannot move jobs on", error=error.message)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._woken.wait(), POLL_S)
+        finally:
+            for task in self._validating.values():
+                task.cancel()
+            await asyncio.gather(*self._validating.values(), return_exceptions=True)
+
+    async def take_exits(self) -> None:
+        """Notes the workers that ended."""
+        for ended in self._launcher.take_exits():
+            with contextlib.suppress(AbortedError):
+                await self._ended(ended)
+
+    async def _round(self) -> None:
+        await self.take_exits()
+        for job in await self._jobs.expired_leases():
+            with contextlib.suppress(AbortedError):
+                await self._unheld(job)
+        await self._start_queued()
+        await self._end_disobedient()
+        for state, count in (await self._jobs.states_count()).items():
+            metrics.JOBS.labels(state).set(count)
+
+    async def _unheld(self, job: Job) -> None:
+        if job.state is JobState.VALIDATING:
+            await self._validate(job)
+        elif time.monotonic() >= self._patient_until_s:
+            await self._launcher.kill(job.id)
+            await self._lost(job, f"has not reported for {self._settings.lease_s:.0f} s")
+
+    async def _ended(self, ended: Exit) -> None:
+        jobs = await self._jobs.find(JobState.RUNNING)
+        job = next((job for job in jobs if job.id == ended.job_id and job.epoch == ended.epoch), None)
+        if job is None:
+            return
+        if ended.was_stopped:
+            await self._requeue(job, "The worker was stopped; the job goes on from its last checkpoint.")
+        else:
+            await self._lost(job, ended.reason)
+
+    async def _lost(self, job: Job, reason: str) -> None:
+        """What follows an attempt that ended without saying how: what the job's owner wanted, another attempt, or failure."""
+        metrics.LOST_ATTEMPTS.inc()
+        before = cast("dict[str, Any]", job.progress.get("lost") or {})
+        step = cast("int", job.result.get("checkpoint_step") or 0)
+        count = before["count"] + 1 if before.get("step") == step else 1
+        text = f"The worker of attempt {job.epoch} {reason}."
+        await self._jobs.append_event(
+            job.id, type="message", level=EventLevel.WARN, message=text, progress={"lost": {"count": count, "step": step}}, epoch=job.epoch
+        )
+        if job.wanted is not Wanted.CANCEL and count >= MAX_LOST_ATTEMPTS:
+            text = f"{text} That was lost attempt {count} without a new checkpoint; see the workers' logs. Memory that runs out is a common cause."
+            await self._end(job, JobState.FAILED, text, error={"code": "worker_lost", "message": text, "violations": []})
+        else:
+            await self._requeue(job, f"The job goes on from step {step}." if step else "The job starts again.")
+
+    async def _requeue(self, job: Job, message: str) -> None:
+        if job.wanted is Wanted.CANCEL:
+            await self._end(job, JobState.CANCELLED, "The job was cancelled.")
+        elif job.wanted is Wanted.PAUSE:
+            await self._end(job, JobState.PAUSED, "The job is paused.")
+        else:
+            await self._end(job, JobState.QUEUED, message)
+
+    async def _end(self, job: Job, state: JobState, message: str, *, error: dict[str, object] | None = None) -> None:
+        await self._jobs.transition(job.id, state, message=message, error=error, epoch=job.epoch)
+        metrics.forget_job(job.id)
+
+    async def _start_queued(self) -> None:
+        free = self._settings.max_workers - (await self._jobs.states_count())[JobState.RUNNING]
+        for job in await self._jobs.runnable(limit=100):
+            with contextlib.suppress(AbortedError, FailedPreconditionError):
+                if job.wanted is not Wanted.NONE:
+                    await self._jobs.transition(job.id, _obeyed(job.wanted))
+                elif not _is_validated(job):
+                    await self._validate(job)
+                elif free > 0:
+                    free -= 1
+                    await self._launch(job)
+
+    async def _validate(self, job: Job) -> None:
+        if job.id in self._validating or len(self._validating) >= _VALIDATIONS_AT_ONCE:
+            return
+        lease = await self._jobs.acquire(job.id, holder=self._holder, ttl_s=self._settings.lease_s)
+        task = asyncio.create_task(self._validated(job, lease))
+        self._validating[job.id] = task
+        task.add_done_callback(lambda _: (self._validating.pop(job.id, None), self.wake()))
+
+    async def _validated(self, job: Job, lease: Lease) -> None:
+        try:
+            await self._validation.run(job, lease=lease)
+        except AbortedError:
+            return
+        except FineryError as error:
+            log.warning("a validation stopped and will be taken up again", job_id=job.id, error=error.message)
+            await asyncio.sleep(POLL_S)
+        finally:
+            with contextlib.suppress(FineryError):
+                await asyncio.shield(self._jobs.release(lease))
+
+    async def _launch(self, job: Job) -> None:
+        lease = await self._jobs.acquire(job.id, holder=self._holder, ttl_s=self._settings.lease_s)
+        try:
+            started = await self._jobs.transition(
+                job.id, JobState.RUNNING, message=f"Attempt {lease.epoch} starts.", epoch=lease.epoch, data={"epoch": lease.epoch}
+            )
+        except FineryError:
+            await self._jobs.release(lease)
+            raise
+        if job.started_at is None and started.started_at is not None:
+            metrics.QUEUE_SECONDS.observe((started.started_at - job.created_at).total_seconds())
+        token = self._signer.sign(Principal("worker", job.project, job.id, lease.epoch), ttl_s=_TOKEN_TTL_S)
+        try:
+            await self._launcher.start(Attempt(job.id, lease.epoch, token))
+        except FineryError as error:
+            await self._lost(started, f"could not be started: {error.message}")
+
+    async def _end_disobedient(self) -> None:
+        cancelled = {job.id: job for job in await self._jobs.find(JobState.RUNNING) if job.wanted is Wanted.CANCEL}
+        now_s = time.monotonic()
+        self._cancelled_since_s = {job_id: self._cancelled_since_s.get(job_id, now_s) for job_id in cancelled}
+        for job_id, since_s in self._cancelled_since_s.items():
+            if now_s - since_s >= self._settings.cancel_grace_s:
+                await self._launcher.kill(job_id)
+                with contextlib.suppress(AbortedError):
+                    await self._end(cancelled[job_id], JobState.CANCELLED, "The job was cancelled; its worker had to be ended.")
+
+
+def _is_validated(job: Job) -> bool:
+    needs_validation_file = request_of(job).validation_file is not None
+    return artifact_of(job, "training_artifact") is not None and (
+        not needs_validation_file or artifact_of(job, "validation_artifact") is not None
+    )
+
+
+def _obeyed(wanted: Wanted) -> JobState:
+    return JobState.CANCELLED if wanted is Wanted.CANCEL else JobState.PAUSED

@@ -1,0 +1,45 @@
+"""Settings of the training service and of a worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from finery_common.artifacts import S3Settings
+from finery_common.settings import ServiceSettings
+
+
+class TrainerSettings(ServiceSettings):
+    """What the training service needs beyond what every service does."""
+
+    max_workers: int = Field(1, ge=1)
+    """Jobs that train at the same time; the others wait in the order of their creation."""
+    lease_s: float = Field(30.0, gt=0)
+    """A worker that has not reported for so long counts as dead."""
+    cancel_grace_s: float = Field(60.0, gt=0)
+    """A worker that has not obeyed a cancellation for so long is ended."""
+
+
+class WorkerSettings(ServiceSettings):
+    """What one attempt's worker needs. The launcher sets it."""
+
+    worker_token_file: Path
+    """File or inherited descriptor (`/dev/fd/<n>`) that holds the attempt's token; read once."""
+    worker_heartbeat_s: float = Field(5.0, gt=0)
+    """Time between heartbeats."""
+    worker_tolerance_s: float = Field(300.0, gt=0)
+    """How long training goes on while the server cannot be reached."""
+
+
+def s3_settings(settings: ServiceSettings) -> S3Settings:
+    """Where the artifact store is. Raises FailedPreconditionError where a key is missing."""
+    access_key, secret_key = settings.s3_keys()
+    return S3Settings(
+        endpoint=settings.s3_endpoint,
+        access_key=access_key,
+        secret_key=secret_key,
+        bucket=settings.s3_bucket,
+        region=settings.s3_region,
+        secure=settings.s3_secure,
+    )

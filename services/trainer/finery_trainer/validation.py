@@ -1,0 +1,108 @@
+"""VALIDATING: has dataprep turn a job's files into datasets, and waits for them under the job's lease."""
+
+from __future__ import annotations
+
+import asyncio
+
+from finery_common.errors import FineryError, InvalidArgumentError, NotFoundError, UnavailableError
+from finery_common.jobs import EventLevel, Job, JobState, JobStore, Lease, Wanted
+from finery_common.rpc.messages import error_fields
+from finery_common.spec import DatasetSpec
+from finery_trainer.client import DataprepClient, DatasetStatus
+from finery_trainer.records import request_of, text_of
+
+_FIRST_POLL_S, _LONGEST_POLL_S = 0.1, 2.0
+
+
+class Validation:
+    """Works on one job at a time per call. Dataset request ids are the job's, so that a second validation finds the first one's datasets."""
+
+    def __init__(self, jobs: JobStore, *, dataprep: DataprepClient, lease_s: float) -> None:
+        self._jobs = jobs
+        self._dataprep = dataprep
+        self._lease_s = lease_s
+
+    async def run(self, job: Job, *, lease: Lease) -> None:
+        """Leaves the job QUEUED with its datasets, FAILED with what is wrong in them, PAUSED or CANCELLED.
+
+        Raises AbortedError where the lease is lost.
+        """
+        if job.state is not JobState.VALIDATING:
+            await self._jobs.transition(job.id, JobState.VALIDATING, message="The files are being checked and prepared.", epoch=lease.epoch)
+        try:
+            for role in ("training", "validation"):
+                if not await self._prepare(job, lease=lease, role=role):
+                    return
+        except (InvalidArgumentError, NotFoundError) as error:
+            await self._jobs.transition(job.id, JobState.FAILED, message=error.message, error=error_fields(error), epoch=lease.epoch)
+            return
+        await self._jobs.transition(
+            job.id, JobState.QUEUED, message="The files are ready; the job waits for a free worker.", epoch=lease.epoch
+        )
+
+    async def _prepare(self, job: Job, *, lease: Lease, role: str) -> bool:
+        """False where the job's state was changed: there is nothing more to do."""
+        request = request_of(job)
+        file = request.training_file if role == "training" else request.validation_file
+        if file is None:
+            return True
+        spec = DatasetSpec(file=file, base_model=request.spec.base_model, max_sequence_length=request.spec.max_sequence_length)
+        dataset = await self._wait(job, lease=lease, role=role, spec=spec)
+        if dataset is None:
+            return False
+        if dataset.state is not JobState.SUCCEEDED or dataset.artifact is None:
+            error = dataset.error or {"code": "invalid_file", "message": f"The dataset {dataset.id} was {dataset.state}.", "violations": []}
+            error = error | {"code": f"invalid_{role}_file", "param": f"{role}_file"}
+            await self._jobs.transition(job.id, JobState.FAILED, message=str(error["message"]), error=error, epoch=lease.epoch)
+            return False
+        await self._jobs.append_event(
+            job.id,
+            type="message",
+            message=f"The {role} file is prepared.",
+            data={"dataset": dataset.id},
+            result={f"{role}_artifact": dataset.artifact.model_dump()},
+            epoch=lease.epoch,
+        )
+        return True
+
+    async def _wait(self, job: Job, *, lease: Lease, role: str, spec: DatasetSpec) -> DatasetStatus | None:
+        """The dataset when it is final; None where the job was paused or cancelled meanwhile."""
+        poll_s, is_reported = _FIRST_POLL_S, False
+        dataset: DatasetStatus | None = None
+        while True:
+            job = await self._jobs.renew(lease, ttl_s=self._lease_s)
+            if job.wanted is not Wanted.NONE:
+                await self._stop(job, lease=lease, dataset=dataset)
+                return None
+            try:
+                if dataset is None:
+                    dataset = await self._dataprep.create(job.project, spec=spec, request_id=f"{job.id}-{role}")
+                    await self._note_dataset(job, role=role, dataset=dataset, lease=lease)
+                else:
+                    dataset = await self._dataprep.get(job.project, dataset_id=dataset.id)
+                if dataset.state.is_final:
+                    return dataset
+            except UnavailableError as error:
+                if not is_reported:
+                    is_reported = True
+                    text = f"Waiting for data preparation: {error.message}"
+                    await self._jobs.append_event(job.id, type="message", message=text, level=EventLevel.WARN, epoch=lease.epoch)
+            await asyncio.sleep(poll_s)
+            poll_s = min(_LONGEST_POLL_S, poll_s * 1.5)
+
+    async def _note_dataset(self, job: Job, *, role: str, dataset: DatasetStatus, lease: Lease) -> None:
+        if text_of(job, f"{role}_dataset") != dataset.id:
+            text = f"Preparing the {role} file as {dataset.id}."
+            await self._jobs.append_event(job.id, type="message", message=text, result={f"{role}_dataset": dataset.id}, epoch=lease.epoch)
+
+    async def _stop(self, job: Job, *, lease: Lease, dataset: DatasetStatus | None) -> None:
+        if job.wanted is Wanted.PAUSE:
+            await self._jobs.transition(job.id, JobState.PAUSED, message="The job was paused before it trained.", epoch=lease.epoch)
+            return
+        await self._jobs.transition(job.id, JobState.CANCELLED, message="The job was cancelled.", epoch=lease.epoch)
+        if dataset is not None and not dataset.state.is_final:
+            try:
+                await self._dataprep.cancel(job.project, dataset_id=dataset.id)
+            except FineryError:
+                # It may be final by now; a dataset that is prepared in vain does no harm.
+                return

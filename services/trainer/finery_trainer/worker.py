@@ -1,0 +1,269 @@
+"""One attempt at a job: `python -m finery_trainer.worker`, started by a launcher that sets `WorkerSettings`.
+
+Fetches what the server assigns, trains, reports, publishes. Exits with 0 when the server knows how the attempt ended (or has given
+the job to another), with 75 when it was told to stop and has saved its state, with 1 when another attempt may do better.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+from finery_common.artifacts import ArtifactRef, ArtifactStore
+from finery_common.catalogue import Catalogue, folder_sha256, materialize
+from finery_common.errors import FailedPreconditionError, FineryError, ResourceExhaustedError, UnavailableError
+from finery_common.jobs import JobState
+from finery_common.rpc.messages import error_fields
+from finery_common.rpc.status import unknown_error
+from finery_common.telemetry import configure_logging
+from finery_trainer.client import Assignment, Command
+from finery_trainer.launchers.local import STOPPED_EXIT_CODE
+from finery_trainer.link import AttemptOver, Link, ServerGone
+from finery_trainer.publishing import MetricsTable, Publisher
+from finery_trainer.records import CheckpointReport, StepMetrics
+from finery_trainer.settings import WorkerSettings, s3_settings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from finery_trainer.engine import loop
+
+log = structlog.get_logger(__name__)
+
+
+class Stopped(Exception):
+    """The launcher told the worker to stop; its state is saved."""
+
+
+class Cancelled(Exception):
+    """The server wants the job cancelled."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Local folders of what the attempt works on."""
+
+    base_dir: Path
+    base_sha256: str
+    training_dir: Path
+    validation_dir: Path | None
+    checkpoint_dir: Path | None
+
+
+class Worker:
+    """Runs one attempt. `was_stopped` says whether the launcher wants the process to end."""
+
+    def __init__(self, settings: WorkerSettings, *, link: Link, was_stopped: Callable[[], bool]) -> None:
+        self._settings = settings
+        self._link = link
+        self._was_stopped = was_stopped
+
+    def run(self) -> None:
+        """Does the work and tells the server how it ended. Raises AttemptOver, ServerGone, Stopped, UnavailableError."""
+        assignment = self._link.ask(lambda client: client.assignment())
+        structlog.contextvars.bind_contextvars(job_id=assignment.job_id, epoch=assignment.epoch)
+        try:
+            self._work(assignment)
+        except Cancelled:
+            self._link.ask(lambda client: client.finish(JobState.CANCELLED))
+        except (UnavailableError, AttemptOver, ServerGone, Stopped):
+            raise
+        except Exception as error:
+            fields = error_fields(_explained(error, assignment))
+            log.error("the attempt failed", code=fields["code"], error=fields["message"])
+            self._link.ask(lambda client: client.finish(JobState.FAILED, error=fields))
+
+    def _work(self, assignment: Assignment) -> None:
+        from transformers.utils import logging as transformers_logging
+
+        from finery_trainer import engine
+
+        transformers_logging.disable_progress_bar()
+        store = ArtifactStore.connect(s3_settings(self._settings))
+        inputs = self._fetch(assignment, store)
+        self._enter("loading the base model")
+        training = engine.data.TokenDataset(inputs.training_dir)
+        validation = None if inputs.validation_dir is None else engine.data.TokenDataset(inputs.validation_dir)
+        model = engine.load(assignment.spec, inputs.base_dir)
+        publisher = Publisher(store, assignment=assignment, base_sha256=inputs.base_sha256, confirm=self._link.confirm)
+        run = _Run(model, assignment, inputs, publisher=publisher, link=self._link, was_stopped=self._was_stopped)
+        self._enter("training")
+        outcome = engine.loop.train(
+            model,
+            training,
+            assignment.spec,
+            run.on_step,
+            validation=validation,
+            on_checkpoint=run.on_checkpoint,
+            resume_from=inputs.checkpoint_dir,
+        )
+        run.finish(outcome)
+
+    def _fetch(self, assignment: Assignment, store: ArtifactStore) -> Inputs:
+        cache_dir = self._settings.artifact_cache_dir
+        self._enter("fetching the dataset")
+        training_dir = store.fetch(assignment.training_dataset, cache_dir)
+        validation_dir = None if assignment.validation_dataset is None else store.fetch(assignment.validation_dataset, cache_dir)
+        checkpoint_dir = None if assignment.checkpoint is None else store.fetch(assignment.checkpoint, cache_dir)
+        self._enter("fetching the base model")
+        if self._settings.catalogue is None:
+            raise FailedPreconditionError("FINERY_CATALOGUE is not set; set it to the YAML file of base models.")
+        entry = Catalogue.load(self._settings.catalogue).get(assignment.spec.base_model)
+        base_dir = materialize(entry, cache_dir=cache_dir, store=store)
+        base_sha256 = folder_sha256(base_dir, memo_dir=cache_dir / "digests")
+        return Inputs(base_dir, base_sha256, training_dir, validation_dir, checkpoint_dir)
+
+    def _enter(self, phase: str) -> None:
+        """Tells the server the phase, and ends here where it or the launcher wants an end."""
+        self._link.phase = phase
+        log.info("phase", phase=phase)
+        self._link.confirm()
+        if self._was_stopped():
+            raise Stopped
+        if self._link.command is Command.CANCEL:
+            raise Cancelled
+
+
+class _Run:
+    """The loop's callbacks, and what follows it."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        assignment: Assignment,
+        inputs: Inputs,
+        *,
+        publisher: Publisher,
+        link: Link,
+        was_stopped: Callable[[], bool],
+    ) -> None:
+        self._model = model
+        self._assignment = assignment
+        self._publisher = publisher
+        self._link = link
+        self._was_stopped = was_stopped
+        self._table = MetricsTable() if inputs.checkpoint_dir is None else MetricsTable.restored(inputs.checkpoint_dir)
+        self._resumed_from = inputs.checkpoint_dir
+        self._is_stopping = False
+
+    def on_step(self, report: loop.StepReport) -> loop.Action:
+        from finery_trainer.engine.loop import Action
+
+        metrics = _metrics_of(report)
+        self._table.add(metrics)
+        command = self._link.report(lambda client: client.report_step(metrics))
+        self._is_stopping = self._was_stopped()
+        if command is Command.CANCEL:
+            return Action.CANCEL
+        return Action.PAUSE if command is Command.PAUSE or self._is_stopping else Action.CONTINUE
+
+    def on_checkpoint(self, report: loop.StepReport, save: Callable[[Path], None]) -> None:
+        adapter = None
+        with tempfile.TemporaryDirectory(prefix="finery-state-") as folder:
+            save(Path(folder))
+            self._table.write(Path(folder))
+            state = self._publisher.state(Path(folder), step=report.step)
+        if report.is_epoch_end:
+            adapter = self._publish_adapter(report.step)
+        done = CheckpointReport(report.step, state, adapter, _metrics_of(report))
+        self._link.ask(lambda client: client.report_checkpoint(done))
+
+    def finish(self, outcome: loop.Outcome) -> None:
+        """Tells the server how training ended; where it is done, publishes first."""
+        from finery_trainer.engine.loop import Action
+
+        if outcome.action is Action.CANCEL:
+            raise Cancelled
+        if outcome.action is Action.PAUSE:
+            if self._is_stopping:
+                raise Stopped
+            self._link.ask(lambda client: client.finish(JobState.PAUSED))
+            return
+        self._link.phase = "publishing"
+        step = self._last_step(outcome)
+        # An attempt that died between its last step and its end has published this adapter.
+        adapter = self._publish_adapter(step)
+        with tempfile.TemporaryDirectory(prefix="finery-metrics-") as folder:
+            self._table.write(Path(folder))
+            metrics_file = self._publisher.metrics(Path(folder), step=step)
+        self._link.ask(lambda client: client.finish(JobState.SUCCEEDED, adapter=adapter, metrics_file=metrics_file))
+
+    def _last_step(self, outcome: loop.Outcome) -> int:
+        from finery_trainer.engine.checkpoint import read_cursor
+
+        if outcome.last is not None:
+            return outcome.last.step
+        assert self._resumed_from is not None, "a run of no steps was resumed at its end"
+        return read_cursor(self._resumed_from).step
+
+    def _publish_adapter(self, step: int) -> ArtifactRef:
+        from finery_trainer.engine import adapter
+
+        with tempfile.TemporaryDirectory(prefix="finery-adapter-") as folder:
+            adapter.save(self._model, Path(folder), base_model=self._assignment.spec.base_model)
+            return self._publisher.adapter(Path(folder), step=step)
+
+
+def _metrics_of(report: loop.StepReport) -> StepMetrics:
+    return StepMetrics(
+        step=report.step,
+        num_steps=report.num_steps,
+        epoch=report.epoch,
+        loss=report.loss,
+        learning_rate=report.learning_rate,
+        grad_norm=report.grad_norm,
+        tokens_per_second=report.tokens_per_second,
+        num_trained_tokens=report.num_trained_tokens,
+        memory_bytes=report.memory_bytes,
+        validation_loss=report.validation_loss,
+    )
+
+
+def _explained(error: Exception, assignment: Assignment) -> FineryError:
+    """`error` for people: the tree's own errors as they are, memory that ran out with what to lower, anything else as our bug."""
+    if isinstance(error, FineryError):
+        return error
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+        batch = assignment.spec.batch
+        return ResourceExhaustedError(
+            f"Memory ran out with micro_batch_size {batch.micro_batch_size} and max_sequence_length {assignment.spec.max_sequence_length}. "
+            "Lower spec.batch.micro_batch_size (raise gradient_accumulation_steps by as much: the result is the same) or shorten the rows.",
+            code="out_of_memory",
+            param="spec.batch.micro_batch_size",
+        )
+    return unknown_error(error)
+
+
+def main() -> int:
+    """The process; answers its exit status."""
+    stop_signals: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stop_signals.append(number))
+    settings = WorkerSettings()  # pyright: ignore[reportCallIssue]  # the environment has what is required
+    configure_logging("trainer-worker", level=settings.log_level)
+    token = settings.worker_token_file.read_text().strip()
+    os.environ.pop("FINERY_WORKER_TOKEN_FILE", None)
+    link = Link(settings.trainer_address, token=token, heartbeat_s=settings.worker_heartbeat_s, tolerance_s=settings.worker_tolerance_s)
+    try:
+        with link:
+            Worker(settings, link=link, was_stopped=lambda: bool(stop_signals)).run()
+    except AttemptOver as error:
+        log.warning("this attempt is over; nothing more is published", reason=str(error))
+    except Stopped:
+        log.info("stopped; the state is saved")
+        return STOPPED_EXIT_CODE
+    except (ServerGone, FineryError) as error:
+        log.error("this attempt cannot go on", error=str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
