@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import NoReturn
 
 import httpx
 import openai
@@ -66,7 +67,7 @@ def clear_errors(url: str) -> Iterator[None]:
         fail(error.message)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Prints `message` and exits with 1."""
     err.print(f"[red]error[/] {message}", markup=True, soft_wrap=True)
     raise typer.Exit(1)

@@ -56,7 +56,7 @@ def deploy(
         deployed = gateway.native.post("/deployments", json=body).json()
         if wait:
             deployed = _wait_rolled_out(gateway, deployed)
-    rollout = deployed["rollout"]
+    rollout = _rollout(deployed)
     show(
         deployed | {"swap_seconds": rollout.get("swap_seconds"), "state": rollout["state"]},
         columns=("state", *ALIAS_COLUMNS),

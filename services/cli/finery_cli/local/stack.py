@@ -30,7 +30,7 @@ from finery_common.errors import FailedPreconditionError
 QUICKSTART_MODEL = "SmolLM2-135M-Instruct"
 START_S = 90.0
 # Serving first: vLLM takes the longest to come up, and services wait for each other only where they call.
-SERVICES = ("serving", "dataprep", "trainer", "converter", "gateway")
+SERVICES: tuple[str, ...] = ("serving", "dataprep", "trainer", "converter", "gateway")
 
 Say = Callable[[str], None]
 
