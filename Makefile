@@ -37,10 +37,10 @@ e2e: setup ## The whole path through the official openai client against the real
 
 .PHONY: lint
 lint: setup ## ruff, buf, import-linter, pyright
-	@echo "ruff check" && $(BIN)/ruff check --quiet .
-	@echo "ruff format" && $(BIN)/ruff format --quiet --check . || { $(BIN)/ruff format --check .; exit 1; }
+	@echo "ruff check" && $(BIN)/ruff check --quiet --output-format concise .
+	@echo "ruff format" && $(BIN)/ruff format --check .
 	@echo "buf lint" && $(BIN)/buf lint protos
-	@echo "import-linter" && $(BIN)/lint-imports --no-timings
+	@echo "import-linter" && $(BIN)/lint-imports --no-logo
 	@echo "pyright" && $(BIN)/basedpyright --warnings
 
 .PHONY: format

@@ -5,8 +5,11 @@ Runs on a bare Python: nothing but the standard library is there yet.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,10 +24,14 @@ def main() -> int:
     """Returns the exit status: 0 when everything is up to date."""
     started_at = time.monotonic()
     try:
-        changed = make_all(ROOT)
+        with _only_one(ROOT):
+            changed = make_all(ROOT)
     except SetupError as error:
         say(f"\nSet-up stopped. {error}")
         return 1
+    except KeyboardInterrupt:
+        say("\nSet-up stopped by Ctrl-C; make setup goes on with what is there.")
+        return 130
     if changed:
         say(f"Set-up done in {time.monotonic() - started_at:.0f} s.")
     return 0
@@ -47,6 +54,19 @@ def make_all(root: Path) -> list[Environment]:
     if errors:
         raise errors[0]
     return stale
+
+
+@contextlib.contextmanager
+def _only_one(root: Path) -> Iterator[None]:
+    """Waits for another set-up of this working copy, which may well do all there is to do."""
+    (root / ".tools").mkdir(exist_ok=True)
+    with (root / ".tools" / "setup.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("Another set-up is running here; waiting for it.")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _make(environment: Environment, root: Path) -> None:

@@ -11,7 +11,7 @@ from commands import SetupError
 
 REQUIRED_PROGRAMS = ("gcc", "make")
 # Both environments, the tools, and pip's cache while it unpacks.
-NEEDED_BYTES = 12 * 2**30
+NEEDED_BYTES = 10 * 2**30
 NEEDED_WHEN_INSTALLED_BYTES = 1 * 2**30
 
 
