@@ -2,7 +2,8 @@
 
 Owns reading the corpus, the split into training and held-out rows, the prompt, and the score. A label is the corpus's own: the file a
 question stands in. A question of two topics is left out. Both models get the same prompt, which lists the topics, and the same
-score: the first topic that a reply names has to be the right one, so a chatty reply counts as much as a bare one.
+score: the first topic that a reply names has to be the right one, so a chatty reply counts as much as a bare one. Of the prompts
+tried, this one served the base model best: it names a topic in most of its replies and is right about as often as by chance.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ HELD_OUT_PER_TOPIC = 16
 NEAR_DUPLICATE = 0.7
 MAX_QUESTION_CHARS = 90
 BOOTSTRAP_ROUNDS = 10_000
+MAX_REPLY_TOKENS = 12
+TRAINING_SPEC: dict[str, object] = {
+    "max_sequence_length": 256,
+    "num_epochs": 1,
+    "batch": {"micro_batch_size": 4, "gradient_accumulation_steps": 1},
+    "optimizer": {"learning_rate": 1e-3},
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,9 @@ class QuestionRow:
     @property
     def messages(self) -> list[dict[str, str]]:
         """What a model is asked, in OpenAI's form."""
-        return [{"role": "user", "content": f"{self.question}\nTopic ({', '.join(TOPICS)})?"}]
+        topics = f"{', '.join(TOPICS[:-1])} or {TOPICS[-1]}"
+        content = f"Which topic is this question about: {topics}?\nQuestion: {self.question}\nAnswer with the topic only."
+        return [{"role": "user", "content": content}]
 
 
 @dataclass(frozen=True)

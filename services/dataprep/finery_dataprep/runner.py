@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 import structlog
 
@@ -28,7 +29,7 @@ from finery_dataprep.preparation import prepare
 from finery_dataprep.shards import ShardWriter, Statistics
 
 LEASE_S = 15.0
-RENEW_S = 1.0
+RENEW_S = 0.5
 POLL_S = 1.0
 PROGRESS_S = 1.0
 MAX_AT_ONCE = 2
@@ -36,6 +37,7 @@ MAX_AT_ONCE = 2
 BaseFolder = Callable[[str], Path]
 """The local folder of a base model's files, by its name in the catalogue; blocks, raises NotFoundError."""
 
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
@@ -69,7 +71,7 @@ class DatasetRunner:
             while True:
                 self._woken.clear()
                 try:
-                    await self._take_jobs()
+                    await _whole(self._take_jobs())
                 except FineryError as error:
                     log.warning("cannot look for jobs", error=error.message)
                 with contextlib.suppress(TimeoutError):
@@ -96,7 +98,7 @@ class DatasetRunner:
 
     async def _attempt(self, job: Job) -> None:
         try:
-            lease = await self._jobs.acquire(job.id, holder=self._holder, ttl_s=LEASE_S)
+            lease = await _whole(self._jobs.acquire(job.id, holder=self._holder, ttl_s=LEASE_S))
         except FineryError as error:
             log.info("dataset not taken", job_id=job.id, reason=error.message)
             return
@@ -108,7 +110,7 @@ class DatasetRunner:
             log.error("dataset left for another attempt", job_id=job.id, epoch=lease.epoch, error=error.message)
         finally:
             with contextlib.suppress(FineryError):
-                await asyncio.shield(self._jobs.release(lease))
+                await _whole(self._jobs.release(lease))
 
     async def _work_under_lease(self, job: Job, lease: Lease) -> None:
         started_s = time.monotonic()
@@ -116,19 +118,32 @@ class DatasetRunner:
             await self._end(lease, JobState.CANCELLED, started_s)
             return
         if job.state == JobState.QUEUED:
-            await self._jobs.transition(job.id, JobState.RUNNING, message="Preparation starts.", epoch=lease.epoch)
+            await _whole(self._jobs.transition(job.id, JobState.RUNNING, message="Preparation starts.", epoch=lease.epoch))
         work = asyncio.create_task(self._outcome(job, lease, started_s))
         try:
             while not work.done():
-                renewed = await self._jobs.renew(lease, ttl_s=LEASE_S)
-                if renewed.wanted == Wanted.CANCEL:
+                if await self._is_cancel_wanted(lease, work):
                     await _stop(work)
+                    # It may have published at the last moment.
+                    await asyncio.to_thread(self._artifacts.delete, dataset_prefix(job.project, job.id))
                     await self._end(lease, JobState.CANCELLED, started_s)
                     return
                 await asyncio.wait([work], timeout=RENEW_S)
             await work
         finally:
             await _stop(work)
+
+    async def _is_cancel_wanted(self, lease: Lease, work: asyncio.Task[None]) -> bool:
+        """Renews the lease. Raises AbortedError where it is lost to another attempt."""
+        try:
+            renewed = await _whole(self._jobs.renew(lease, ttl_s=LEASE_S))
+        except AbortedError:
+            # The work gives the lease up itself when it ends the job.
+            await asyncio.wait([work], timeout=RENEW_S)
+            if work.done():
+                return False
+            raise
+        return renewed.wanted == Wanted.CANCEL
 
     async def _outcome(self, job: Job, lease: Lease, started_s: float) -> None:
         """Prepares and publishes; every failure but a lost lease becomes the job's error."""
@@ -148,9 +163,8 @@ class DatasetRunner:
         self, lease: Lease, state: JobState, started_s: float, *, error: FineryError | None = None, result: dict[str, object] | None = None
     ) -> None:
         fields = error_fields(error) if error else None
-        await self._jobs.transition(
-            lease.job_id, state, message=error.message if error else "", error=fields, result=result, epoch=lease.epoch
-        )
+        text = error.message if error else ""
+        await _whole(self._jobs.transition(lease.job_id, state, message=text, error=fields, result=result, epoch=lease.epoch))
         SECONDS.labels(state).observe(time.monotonic() - started_s)
 
     async def _published(self, job: Job) -> tuple[Statistics, ArtifactRef] | None:
@@ -181,8 +195,9 @@ class DatasetRunner:
                 on_progress=_Progress(self._jobs, lease),
             )
             # Only the holder of the lease may publish.
-            await self._jobs.renew(lease, ttl_s=LEASE_S)
-            ref = await asyncio.to_thread(_publish, writer, spec, base, file, statistics, f"{job.id}/{lease.epoch}")
+            await _whole(self._jobs.renew(lease, ttl_s=LEASE_S))
+            attempt = f"{job.id}/{lease.epoch}"
+            ref = await _whole(asyncio.to_thread(_publish, writer, spec, base, file, statistics, attempt))
         except AlreadyExistsError:
             published = await self._published(job)
             assert published is not None
@@ -223,7 +238,7 @@ class _Progress:
             return
         self._reported_s = time.monotonic()
         data: dict[str, object] = {"rows_done": rows_done, "rows_total": rows_total}
-        await self._jobs.append_event(
+        change = self._jobs.append_event(
             self._lease.job_id,
             type="message",
             message=f"{rows_done} of {rows_total} rows.",
@@ -231,6 +246,7 @@ class _Progress:
             progress=data,
             epoch=self._lease.epoch,
         )
+        await _whole(change)
 
 
 def _publish(
@@ -245,6 +261,16 @@ def _publish(
         "base_model": base.model,
     }
     return writer.publish(made_from={"file": file.sha256}, spec=spec.model_dump(mode="json"), attempt=attempt, metadata=metadata)
+
+
+async def _whole(call: Coroutine[Any, Any, T]) -> T:
+    """Lets a call into the database or the store come to its end before a cancellation takes effect: cut in two, it may have happened."""
+    task = asyncio.ensure_future(call)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 async def _stop(task: asyncio.Task[None]) -> None:
