@@ -5,9 +5,9 @@ A service that cannot be reached is UnavailableError in plain words, without add
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import grpc.aio
 from google.protobuf.message import Message
@@ -68,7 +68,7 @@ class _Client:
         except UnavailableError as error:
             raise self._unreachable(error) from error
 
-    async def _watch(self, method: Callable[..., AsyncIterator[M]], request: Message, *, project: str, kind: type[R]) -> AsyncIterator[R]:
+    async def _watch(self, method: Callable[..., AsyncIterable[M]], request: Message, *, project: str, kind: type[R]) -> AsyncIterator[R]:
         try:
             async for message in stream(method(request, metadata=self._channel.metadata(project=project))):
                 yield kind.from_proto(message)
@@ -76,9 +76,7 @@ class _Client:
             raise self._unreachable(error) from error
 
     def _unreachable(self, error: UnavailableError) -> FineryError:
-        cause = error.__cause__
-        trailing = cause.trailing_metadata() if isinstance(cause, grpc.aio.AioRpcError) else None
-        if any(key == "grpc-status-details-bin" for key, _ in trailing or ()):
+        if isinstance(error.__cause__, grpc.aio.AioRpcError) and rich_status(error.__cause__) is not None:
             return error  # The service's own words.
         return UnavailableError(
             f"The {self._service} service cannot be reached at the moment; try again in a few seconds.", retry_after_s=2
@@ -298,6 +296,12 @@ class ServingClient(_Client):
         """Waits up to `timeout_s` for a rollout under way; raises DeadlineExceededError after that."""
         request = serving_pb2.ResolveModelRequest(parent=f"projects/{project}", model=model, after_epoch=after_epoch)
         return Route.from_proto(await self._call(self._stub.ResolveModel, request, project=project, timeout_s=timeout_s))
+
+
+def rich_status(error: grpc.aio.AioRpcError) -> bytes | None:
+    """The serialized google.rpc.Status that our services send with every error; none where the call never reached one."""
+    trailing = cast("Iterable[tuple[str, bytes]]", error.trailing_metadata() or ())
+    return next((value for key, value in trailing if key == "grpc-status-details-bin"), None)
 
 
 def _name(project: str, collection: str, resource_id: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
@@ -33,11 +33,11 @@ def _one(field: FieldDescriptor, value: Any) -> Any:
     if field.message_type is not None:
         return plain(value)
     if field.enum_type is not None:
-        return _enum_word(field, value)
+        return _enum_word(field.enum_type, value)
     return value
 
 
-def _enum_word(field: FieldDescriptor, number: int) -> str:
-    prefix = field.enum_type.values_by_number[0].name.removesuffix("UNSPECIFIED")
-    known = field.enum_type.values_by_number.get(number)
+def _enum_word(enum: EnumDescriptor, number: int) -> str:
+    prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    known = enum.values_by_number.get(number)
     return str(number) if known is None else known.name.removeprefix(prefix).lower()

@@ -62,10 +62,11 @@ class Routes:
 
     async def close(self) -> None:
         """Stops watching and asking."""
-        tasks: list[asyncio.Task[None] | asyncio.Task[Route]] = [*self._watches.values(), *self._asking.values()]
-        for task in tasks:
+        watches, asking = list(self._watches.values()), list(self._asking.values())
+        for task in (*watches, *asking):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*watches, return_exceptions=True)
+        await asyncio.gather(*asking, return_exceptions=True)
 
     async def _resolve(self, key: _Key) -> Route:
         project, model = key

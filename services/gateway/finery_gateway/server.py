@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import grpc
 import grpc.aio
@@ -22,6 +22,7 @@ from finery.training.v1 import training_pb2
 from finery_common.rpc.channel import bearer
 from finery_common.rpc.server import MAX_MESSAGE_BYTES, UNARY_DEADLINE_S, RpcServer, Servicer
 from finery_common.rpc.tokens import Principal, TokenSigner, require_project
+from finery_gateway.client import rich_status
 from finery_gateway.keys import KeyStore
 
 CALLER = "gateway"
@@ -69,7 +70,7 @@ class PublicRpc:
         """Drains, then closes the channels."""
         await self._server.stop(drain_s=drain_s)
         for channel in self._channels.values():
-            await channel.close()
+            await channel.close(None)
 
 
 class _Forwarder:
@@ -93,10 +94,11 @@ class _Forwarder:
         return made
 
     def _unary(self, path: str) -> Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]:
-        call = self._channel.unary_unary(path)
+        call = self._channel.unary_unary(path, request_serializer=None, response_deserializer=None)
 
         async def forward(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
-            remaining_s = context.time_remaining()
+            # None where the caller set no deadline, whatever the type says.
+            remaining_s = cast("float | None", context.time_remaining())
             try:
                 return await call(request, metadata=self._credentials(), timeout=UNARY_DEADLINE_S if remaining_s is None else remaining_s)
             except grpc.aio.AioRpcError as error:
@@ -105,7 +107,7 @@ class _Forwarder:
         return forward
 
     def _stream(self, path: str) -> Callable[[bytes, grpc.aio.ServicerContext], AsyncIterator[bytes]]:
-        call = self._channel.unary_stream(path)
+        call = self._channel.unary_stream(path, request_serializer=None, response_deserializer=None)
 
         async def forward(request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
             try:
@@ -135,7 +137,8 @@ def _add(server: grpc.aio.Server, *, handlers: Mapping[str, grpc.RpcMethodHandle
 async def _abort_alike(context: grpc.aio.ServicerContext, error: grpc.aio.AioRpcError) -> NoReturn:
     """Ends the call as the inner one ended. A service that cannot be reached shows no address."""
     details = error.details() or ""
-    trailing = tuple((key, value) for key, value in error.trailing_metadata() or () if key == "grpc-status-details-bin")
+    status = rich_status(error)
+    trailing = () if status is None else (("grpc-status-details-bin", status),)
     if error.code() is grpc.StatusCode.UNAVAILABLE and not trailing:
         details = "The service cannot be reached at the moment; try again in a few seconds."
     await context.abort(error.code(), details, trailing)

@@ -14,17 +14,24 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.timestamp_pb2 import Timestamp
+from openai import AsyncOpenAI
+
 from finery.common.v1 import job_pb2, model_pb2
 from finery.conversion.v1 import conversion_pb2, conversion_pb2_grpc
 from finery.dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from finery.serving.v1 import serving_pb2, serving_pb2_grpc
 from finery.training.v1 import training_pb2, training_pb2_grpc
-from google.protobuf.empty_pb2 import Empty
-from google.protobuf.timestamp_pb2 import Timestamp
-from openai import AsyncOpenAI
-
 from finery_common.database import Database
-from finery_common.errors import AbortedError, AlreadyExistsError, DeadlineExceededError, InvalidArgumentError, NotFoundError, UnavailableError
+from finery_common.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
 from finery_common.resource_names import parse_name
 from finery_common.rpc.channel import ServiceChannel
 from finery_common.rpc.server import RpcServer, Servicer, token_authenticator
@@ -288,7 +295,14 @@ class FakeVllm:
             await self._json(
                 send,
                 200,
-                {"id": "c1", "object": "chat.completion", "created": 1, "model": headers["x-finery-alias"], "choices": [choice], "usage": usage},
+                {
+                    "id": "c1",
+                    "object": "chat.completion",
+                    "created": 1,
+                    "model": headers["x-finery-alias"],
+                    "choices": [choice],
+                    "usage": usage,
+                },
             )
 
     async def _json(self, send, status, body, *, retired=False) -> None:
@@ -332,7 +346,7 @@ async def _running(app, **options) -> AsyncIterator[int]:
         sockets = [socket.create_server(("127.0.0.1", 0))]
     serving = asyncio.create_task(server.serve(sockets=sockets))
     async with asyncio.timeout(10):
-        while not server.started:
+        while not server.started:  # noqa: ASYNC110 - uvicorn tells in no other way
             await asyncio.sleep(0.01)
     try:
         yield sockets[0].getsockname()[1] if sockets else 0
@@ -428,4 +442,3 @@ async def stranger(world: World) -> AsyncIterator[AsyncOpenAI]:
     _, key = await world.gateway.keys.create(f"{world.project}-other")
     async with world.client(key) as client:
         yield client
-

@@ -5,6 +5,7 @@ import asyncio
 import httpx
 import openai
 import pytest
+
 from finery.common.v1 import job_pb2
 from finery.training.v1 import training_pb2
 
@@ -69,7 +70,11 @@ async def test_fields_of_our_spec_and_deploy_go_through_extra_body(client, world
         ({"extra_body": {"frobnicate": 1}}, ["frobnicate", "unknown field"], "frobnicate"),
         ({"extra_body": {"spec": {"learning_rate_typo": 1}}}, ["spec.learning_rate_typo", "unknown field"], "spec.learning_rate_typo"),
         ({"extra_body": {"spec": {"num_epochs": "many"}}}, ["spec.num_epochs", "many"], "spec.num_epochs"),
-        ({"extra_body": {"spec": {"optimizer": {"learning_rate": 0}}}}, ["learning_rate", "greater than 0"], "spec.optimizer.learning_rate"),
+        (
+            {"extra_body": {"spec": {"optimizer": {"learning_rate": 0}}}},
+            ["learning_rate", "greater than 0"],
+            "spec.optimizer.learning_rate",
+        ),
         ({"hyperparameters": {"learning_rate_multiplier": 0}}, ["learning_rate_multiplier", "greater than 0"], None),
         ({"hyperparameters": {"n_epochs": "three"}}, ["n_epochs", "three"], None),
         ({"hyperparameters": {"batch_size": 2049}}, ["gradient_accumulation_steps", "2049"], None),

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -55,7 +55,7 @@ def bearer(token: str) -> tuple[tuple[str, str], ...]:
     return ((METADATA_KEY, f"Bearer {token}"),)
 
 
-async def stream(call: AsyncIterator[T]) -> AsyncIterator[T]:
+async def stream(call: AsyncIterable[T]) -> AsyncIterator[T]:
     """The responses of a server stream; raises FineryError where the stream fails."""
     try:
         async for response in call:

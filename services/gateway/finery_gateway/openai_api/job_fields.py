@@ -21,8 +21,8 @@ from finery_common.spec import BatchSpec, OptimizerSpec, TrainingSpec
 
 MAX_METADATA_PAIRS = 16
 SUFFIX = re.compile(r"[a-z0-9-]{0,64}")
-_DEFAULT_MICRO_BATCH_SIZE = BatchSpec().micro_batch_size
-_DEFAULT_LEARNING_RATE = OptimizerSpec().learning_rate
+_DEFAULT_MICRO_BATCH_SIZE = BatchSpec.model_validate({}).micro_batch_size
+_DEFAULT_LEARNING_RATE = OptimizerSpec.model_validate({}).learning_rate
 _SUPPORTED = "supported is method.type 'supervised'"
 
 

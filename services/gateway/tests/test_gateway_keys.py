@@ -1,0 +1,141 @@
+"""API keys and the gateway's tables, on both databases."""
+
+import asyncio
+import hashlib
+import json
+import stat
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from finery_common.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, UnauthenticatedError, UnavailableError
+from finery_gateway import keys as keys_module
+from finery_gateway.creates import Attempt, Creates
+from finery_gateway.keys import CACHE_TTL_S, KeyStore
+from finery_gateway.tables import ApiKeyRow, Base, migrate
+
+
+@pytest.fixture
+async def db(database):
+    await migrate(database)
+    return database
+
+
+async def test_the_migrations_make_the_tables_that_the_code_expects(db):
+    def differences(session: Session) -> list[str]:
+        found = sa.inspect(session.connection())
+        wanted = {table.name: {(c.name, c.nullable) for c in table.columns} for table in Base.metadata.tables.values()}
+        return [name for name, columns in wanted.items() if {(c["name"], c["nullable"]) for c in found.get_columns(name)} != columns]
+
+    async with db.read() as session:
+        assert await session.run_sync(differences) == []
+
+
+async def test_a_key_opens_its_project_and_only_its_digest_is_kept(db):
+    store = KeyStore(db)
+    made, text = await store.create("alpha")
+    assert text.startswith("sk-finery-")
+    assert await store.project_of(text) == "alpha"
+    async with db.read() as session:
+        row = (await session.scalars(sa.select(ApiKeyRow))).one()
+    assert row.digest == hashlib.sha256(text.encode()).hexdigest()
+    assert text not in str(vars(row))
+    assert made.hint == text[-4:]
+    with pytest.raises(UnauthenticatedError):
+        await store.project_of(text + "x")
+    with pytest.raises(InvalidArgumentError, match="No/Good"):
+        await store.create("No/Good")
+
+
+async def test_a_revoked_key_ends_everywhere_within_the_caches_life(db):
+    now_s = [0.0]
+    here, there = KeyStore(db, clock=lambda: now_s[0]), KeyStore(db, clock=lambda: now_s[0])
+    made, text = await here.create("alpha")
+    await there.project_of(text)
+    with pytest.raises(NotFoundError):
+        await here.revoke("beta", key_id=made.id)
+    assert (await here.revoke("alpha", key_id=made.id)).revoked_at is not None
+    with pytest.raises(UnauthenticatedError):
+        await here.project_of(text)
+    now_s[0] += CACHE_TTL_S
+    with pytest.raises(UnauthenticatedError):
+        await there.project_of(text)
+
+
+async def test_the_first_key_is_written_once_for_its_owner_only(db, tmp_path):
+    file = tmp_path / "state" / "api_key"
+    made = await asyncio.gather(*(KeyStore(db).ensure_first(file) for _ in range(3)))
+    assert sorted(made) == [False, False, True]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert await KeyStore(db).project_of(file.read_text().strip()) == "default"
+    assert not await KeyStore(db).ensure_first(file)
+
+
+async def test_a_first_key_that_cannot_be_written_is_not_in_the_table(db, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Exception, match="make the folder writable"):
+        await KeyStore(db).ensure_first(tmp_path / "file" / "api_key")
+    assert await KeyStore(db).list() == ()
+
+
+async def test_an_idempotency_key_holds_for_a_day(db):
+    now = [datetime(2030, 1, 1, tzinfo=UTC)]
+    creates = Creates(db, now=lambda: now[0])
+
+    async def run(request_id: str, *, body: object = 1) -> str:
+        return await creates.run("p", collection="jobs", attempt=Attempt("k"), body=body, request_id=request_id, create=_echo)
+
+    assert await run("a") == "a"
+    now[0] += timedelta(hours=23)
+    assert await run("b") == "a"
+    with pytest.raises(AlreadyExistsError):
+        await run("b", body=2)
+    now[0] += timedelta(hours=2)
+    assert await run("c", body=2) == "c"
+
+
+async def test_a_retry_counts_within_a_minute(db):
+    now = [datetime(2030, 1, 1, tzinfo=UTC)]
+    creates = Creates(db, now=lambda: now[0])
+
+    async def run(request_id: str, *, retries: int) -> str:
+        attempt = Attempt(retries=retries)
+        return await creates.run("p", collection="jobs", attempt=attempt, body=1, request_id=request_id, create=_echo)
+
+    assert await run("a", retries=0) == "a"
+    assert await run("b", retries=1) == "a"
+    now[0] += timedelta(seconds=61)
+    assert await run("c", retries=1) == "c"
+
+
+async def test_a_create_that_failed_on_our_side_is_repeated_under_its_id(db):
+    creates = Creates(db)
+    asked: list[str] = []
+
+    async def lost(request_id: str) -> str:
+        asked.append(request_id)
+        raise UnavailableError("gone")
+
+    with pytest.raises(UnavailableError):
+        await creates.run("p", collection="jobs", attempt=Attempt("k"), body=1, request_id="a", create=lost)
+    assert await creates.run("p", collection="jobs", attempt=Attempt("k"), body=1, request_id="b", create=_echo) == "a"
+    assert asked == ["a"]
+
+
+async def _echo(request_id: str) -> str:
+    return request_id
+
+
+def test_the_command_makes_lists_and_revokes_keys(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FINERY_STATE_DIR", str(tmp_path))
+    assert keys_module.main(["create", "--project", "alpha"]) == 0
+    text = capsys.readouterr().out.strip()
+    assert keys_module.main(["list"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["project"], shown["hint"], shown["revoked_at"]) == ("alpha", text[-4:], None)
+    assert keys_module.main(["revoke", "--project", "alpha", "--id", shown["id"]]) == 0
+    assert json.loads(capsys.readouterr().out)["revoked_at"] is not None
+    assert keys_module.main(["revoke", "--project", "alpha", "--id", shown["id"]]) == 1
+    assert shown["id"] in capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""The gateway as a process of its own: how it starts, what it says when it cannot, how it ends."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+
+import httpx
+import pytest
+
+
+@pytest.fixture
+def environment(tmp_path, seaweedfs) -> dict[str, str]:
+    (tmp_path / "token").write_text("s" * 40)
+    s3 = seaweedfs.settings
+    nowhere = "127.0.0.1:1"
+    return {
+        **os.environ,
+        "FINERY_STATE_DIR": str(tmp_path),
+        "FINERY_TOKEN_SECRET_FILE": str(tmp_path / "token"),
+        "FINERY_S3_ENDPOINT": s3.endpoint,
+        "FINERY_S3_ACCESS_KEY": s3.access_key,
+        "FINERY_S3_SECRET_KEY": s3.secret_key,
+        "FINERY_S3_BUCKET": s3.bucket,
+        "FINERY_HTTP_PORT": "0",
+        "FINERY_GRPC_ADDRESS": "127.0.0.1:0",
+        **dict.fromkeys(
+            ("FINERY_DATAPREP_ADDRESS", "FINERY_TRAINER_ADDRESS", "FINERY_CONVERTER_ADDRESS", "FINERY_SERVING_ADDRESS"), nowhere
+        ),
+    }
+
+
+async def _start(environment: dict[str, str]) -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(sys.executable, "-m", "finery_gateway", env=environment, stdout=pipe, stderr=pipe)
+
+
+async def test_it_starts_writes_the_first_key_answers_and_drains(environment, tmp_path):
+    process = await _start(environment)
+    assert process.stderr is not None
+    seen = []
+    async with asyncio.timeout(60):
+        while True:
+            line = json.loads(await process.stderr.readline())
+            seen.append(line)
+            if line["event"] == "serving HTTP":
+                break
+    key = (tmp_path / "api_key").read_text().strip()
+    assert stat.S_IMODE((tmp_path / "api_key").stat().st_mode) == 0o600
+    assert key not in json.dumps(seen)
+    headers = {"authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{line['port']}", headers=headers) as plain:
+        assert (await plain.get("/v1/files")).json()["data"] == []
+        # The inner services are not there: that costs their routes, not the process.
+        gone = await plain.get("/v1/models")
+        assert (gone.status_code, gone.json()["error"]["code"]) == (503, "unavailable")
+        assert (await plain.get("/readyz")).status_code == 200
+    async with httpx.AsyncClient() as plain:
+        assert "finery_gateway_requests_total" in (await plain.get(f"http://127.0.0.1:{line['metrics_port']}/metrics")).text
+    process.send_signal(signal.SIGTERM)
+    out, _ = await asyncio.wait_for(process.communicate(), 25)
+    assert process.returncode == 0
+    assert out == b""
+
+
+async def test_a_taken_port_or_a_missing_setting_is_one_clear_line(environment):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for changes, words in (
+            ({"FINERY_HTTP_PORT": port}, [port, "FINERY_HTTP_PORT"]),
+            ({"FINERY_GRPC_ADDRESS": f"127.0.0.1:{port}"}, [port, "FINERY_GRPC_ADDRESS"]),
+            ({"FINERY_TRAINER_ADDRESS": ""}, ["FINERY_TRAINER_ADDRESS"]),
+        ):
+            process = await _start(environment | changes)
+            _, err = await asyncio.wait_for(process.communicate(), 60)
+            assert process.returncode == 1
+            last = err.decode().strip().splitlines()[-1]
+            assert all(word in last for word in words), last
+            assert "Traceback" not in err.decode()
