@@ -47,11 +47,10 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationMarks], undefined=jinja2.Undefined
         )
         environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = now.strftime
+        helpers: dict[str, Callable[..., object]] = {"raise_exception": _refuse, "strftime_now": now.strftime}
         try:
             with _time_limit(RENDER_LIMIT_S):
-                self._template = environment.from_string(source)
+                self._template = environment.from_string(source, globals=helpers)
         except (jinja2.TemplateSyntaxError, RecursionError) as error:
             raise TemplateError("invalid_chat_template", f"The base model's chat template does not compile: {error}.") from error
         self._special_tokens = dict(special_tokens)

@@ -265,7 +265,7 @@ def _texts(value: object) -> Iterator[str]:
 def _kind(value: object) -> str:
     if value is None:
         return "null"
-    names = {bool: "true or false", str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names: dict[type, str] = {bool: "true or false", str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names[type(value)]
 
 

@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ class Client:
     """A caller of one project."""
 
     def __init__(self, channel, project):
-        self.stub = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
+        self.stub: Any = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
         self.project = project
         self.metadata = channel.metadata(project=project)
 
