@@ -1,1 +1,1 @@
-"""The trainer: turns a dataset and a base model into an adapter. `server` owns jobs, `worker` runs one attempt, `engine` does the numbers."""
+"""Turns a dataset and a base model into an adapter. `server` owns jobs, `worker` runs one attempt, `engine` does the numbers."""

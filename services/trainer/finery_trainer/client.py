@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-
 from finery.dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from finery.serving.v1 import serving_pb2, serving_pb2_grpc
 from finery.training.v1 import training_pb2, worker_pb2, worker_pb2_grpc
-
 from finery_common.artifacts import ArtifactRef
 from finery_common.jobs import JobState
 from finery_common.resource_names import ResourceName

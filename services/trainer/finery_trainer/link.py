@@ -34,7 +34,7 @@ Call = Callable[[WorkerClient], Awaitable[T]]
 log = structlog.get_logger(__name__)
 
 
-class AttemptOver(Exception):  # noqa: N818 - an event, not a fault
+class AttemptOver(Exception):
     """The server has given the job to somebody else, or to nobody: stop and publish nothing."""
 
 

@@ -33,7 +33,7 @@ class RequestChecks:
         entry = self._catalogue.get(request.spec.base_model)
         if request.spec.max_sequence_length > entry.max_sequence_length:
             raise InvalidArgumentError(
-                f"spec.max_sequence_length: got {request.spec.max_sequence_length}, {entry.name} takes at most {entry.max_sequence_length}.",
+                f"spec.max_sequence_length: got {request.spec.max_sequence_length}, wanted at most {entry.max_sequence_length} for {entry.name}.",
                 param="spec.max_sequence_length",
             )
         await self._check_servable(request, project=project)
@@ -85,7 +85,8 @@ def check_servable(spec: TrainingSpec) -> None:
     """Raises InvalidArgumentError for an adapter that vLLM cannot serve, whatever its limits."""
     if spec.lora.bias is not LoraBias.NONE:
         raise InvalidArgumentError(
-            f"spec.lora.bias: got {spec.lora.bias.value!r}, an adapter with biases cannot be served; use none, or create the job with deploy false.",
+            f"spec.lora.bias: got {spec.lora.bias.value!r}, an adapter with biases cannot be served; "
+            "use none, or create the job with deploy false.",
             param="spec.lora.bias",
         )
 

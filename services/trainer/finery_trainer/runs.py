@@ -98,7 +98,7 @@ class Runs:
         job = await self._jobs.get(project, job_id)
         if not is_settled(job):
             raise FailedPreconditionError(
-                f"Job {job_id} is {job.state}{' and being deployed' if job.state.is_final else ''}; wait until it is done, or cancel it first."
+                f"Job {job_id} is {job.state}{' and being deployed' if job.state.is_final else ''}; cancel it, or wait until it is done."
             )
         prefixes = await self._prefixes(job)
         await self._refuse_if_deployed(project, prefixes)

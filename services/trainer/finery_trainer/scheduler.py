@@ -32,11 +32,8 @@ log = structlog.get_logger(__name__)
 class Scheduler:
     """Runs until cancelled. `holder` names this process in leases."""
 
-    def __init__(
-        self, jobs: JobStore, *, launcher: Launcher, validation: Validation, signer: TokenSigner, settings: TrainerSettings, holder: str
-    ) -> None:
+    def __init__(self, jobs: JobStore, *, validation: Validation, signer: TokenSigner, settings: TrainerSettings, holder: str) -> None:
         self._jobs = jobs
-        self._launcher = launcher
         self._validation = validation
         self._signer = signer
         self._settings = settings
@@ -51,13 +48,13 @@ class Scheduler:
         """Something new is to be done; without it, it is noticed within `POLL_S`."""
         self._woken.set()
 
-    async def run(self) -> None:
+    async def run(self, launcher: Launcher) -> None:
         """Works until cancelled; validations under way are handed back."""
         try:
             while True:
                 self._woken.clear()
                 try:
-                    await self._round()
+                    await self._round(launcher)
                 except FineryError as error:
                     log.warning("cannot move jobs on", error=error.message)
                 with contextlib.suppress(TimeoutError):
@@ -67,27 +64,27 @@ class Scheduler:
                 task.cancel()
             await asyncio.gather(*self._validating.values(), return_exceptions=True)
 
-    async def take_exits(self) -> None:
+    async def take_exits(self, launcher: Launcher) -> None:
         """Notes the workers that ended."""
-        for ended in self._launcher.take_exits():
+        for ended in launcher.take_exits():
             with contextlib.suppress(AbortedError):
                 await self._ended(ended)
 
-    async def _round(self) -> None:
-        await self.take_exits()
+    async def _round(self, launcher: Launcher) -> None:
+        await self.take_exits(launcher)
         for job in await self._jobs.expired_leases():
             with contextlib.suppress(AbortedError):
-                await self._unheld(job)
-        await self._start_queued()
-        await self._end_disobedient()
+                await self._unheld(job, launcher)
+        await self._start_queued(launcher)
+        await self._end_disobedient(launcher)
         for state, count in (await self._jobs.states_count()).items():
             metrics.JOBS.labels(state).set(count)
 
-    async def _unheld(self, job: Job) -> None:
+    async def _unheld(self, job: Job, launcher: Launcher) -> None:
         if job.state is JobState.VALIDATING:
             await self._validate(job)
         elif time.monotonic() >= self._patient_until_s:
-            await self._launcher.kill(job.id)
+            await launcher.kill(job.id)
             await self._lost(job, f"has not reported for {self._settings.lease_s:.0f} s")
 
     async def _ended(self, ended: Exit) -> None:
@@ -111,7 +108,9 @@ class Scheduler:
             job.id, type="message", level=EventLevel.WARN, message=text, progress={"lost": {"count": count, "step": step}}, epoch=job.epoch
         )
         if job.wanted is not Wanted.CANCEL and count >= MAX_LOST_ATTEMPTS:
-            text = f"{text} That was lost attempt {count} without a new checkpoint; see the workers' logs. Memory that runs out is a common cause."
+            text += (
+                f" That was lost attempt {count} without a new checkpoint; see the workers' logs. Memory that runs out is a common cause."
+            )
             await self._end(job, JobState.FAILED, text, error={"code": "worker_lost", "message": text, "violations": []})
         else:
             await self._requeue(job, f"The job goes on from step {step}." if step else "The job starts again.")
@@ -128,7 +127,7 @@ class Scheduler:
         await self._jobs.transition(job.id, state, message=message, error=error, epoch=job.epoch)
         metrics.forget_job(job.id)
 
-    async def _start_queued(self) -> None:
+    async def _start_queued(self, launcher: Launcher) -> None:
         free = self._settings.max_workers - (await self._jobs.states_count())[JobState.RUNNING]
         for job in await self._jobs.runnable(limit=100):
             with contextlib.suppress(AbortedError, FailedPreconditionError):
@@ -138,7 +137,7 @@ class Scheduler:
                     await self._validate(job)
                 elif free > 0:
                     free -= 1
-                    await self._launch(job)
+                    await self._launch(job, launcher)
 
     async def _validate(self, job: Job) -> None:
         if job.id in self._validating or len(self._validating) >= _VALIDATIONS_AT_ONCE:
@@ -160,7 +159,7 @@ class Scheduler:
             with contextlib.suppress(FineryError):
                 await asyncio.shield(self._jobs.release(lease))
 
-    async def _launch(self, job: Job) -> None:
+    async def _launch(self, job: Job, launcher: Launcher) -> None:
         lease = await self._jobs.acquire(job.id, holder=self._holder, ttl_s=self._settings.lease_s)
         try:
             started = await self._jobs.transition(
@@ -173,17 +172,17 @@ class Scheduler:
             metrics.QUEUE_SECONDS.observe((started.started_at - job.created_at).total_seconds())
         token = self._signer.sign(Principal("worker", job.project, job.id, lease.epoch), ttl_s=_TOKEN_TTL_S)
         try:
-            await self._launcher.start(Attempt(job.id, lease.epoch, token))
+            await launcher.start(Attempt(job.id, lease.epoch, token))
         except FineryError as error:
             await self._lost(started, f"could not be started: {error.message}")
 
-    async def _end_disobedient(self) -> None:
+    async def _end_disobedient(self, launcher: Launcher) -> None:
         cancelled = {job.id: job for job in await self._jobs.find(JobState.RUNNING) if job.wanted is Wanted.CANCEL}
         now_s = time.monotonic()
         self._cancelled_since_s = {job_id: self._cancelled_since_s.get(job_id, now_s) for job_id in cancelled}
         for job_id, since_s in self._cancelled_since_s.items():
             if now_s - since_s >= self._settings.cancel_grace_s:
-                await self._launcher.kill(job_id)
+                await launcher.kill(job_id)
                 with contextlib.suppress(AbortedError):
                     await self._end(cancelled[job_id], JobState.CANCELLED, "The job was cancelled; its worker had to be ended.")
 

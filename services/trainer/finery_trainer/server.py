@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
-from finery.common.v1 import job_pb2, model_pb2
-from finery.training.v1 import spec_pb2, training_pb2, training_pb2_grpc, worker_pb2, worker_pb2_grpc
 from google.protobuf.empty_pb2 import Empty
 
+from finery.common.v1 import job_pb2, model_pb2
+from finery.training.v1 import spec_pb2, training_pb2, training_pb2_grpc, worker_pb2, worker_pb2_grpc
 from finery_common.catalogue import BaseModelEntry, Catalogue, remembered_sha256
 from finery_common.jobs import Job, Lease
 from finery_common.resource_names import parse_name, parse_parent

@@ -15,7 +15,7 @@ _FIRST_POLL_S, _LONGEST_POLL_S = 0.1, 2.0
 
 
 class Validation:
-    """Works on one job at a time per call. Dataset request ids are the job's, so that a second validation finds the first one's datasets."""
+    """Dataset request ids are made of the job's id, so that a second validation finds the first one's datasets."""
 
     def __init__(self, jobs: JobStore, *, dataprep: DataprepClient, lease_s: float) -> None:
         self._jobs = jobs

@@ -76,7 +76,7 @@ class Worker:
             self._link.ask(lambda client: client.finish(JobState.CANCELLED))
         except (UnavailableError, AttemptOver, ServerGone, Stopped):
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the server must learn that the attempt failed
             fields = error_fields(_explained(error, assignment))
             log.error("the attempt failed", code=fields["code"], error=fields["message"])
             self._link.ask(lambda client: client.finish(JobState.FAILED, error=fields))

@@ -69,7 +69,8 @@ class TokenDataset:
         """Raises InvalidArgumentError where a token id or a row does not fit the model."""
         if self.max_token_id >= vocab_size:
             raise _invalid(
-                f"input_ids: got token id {self.max_token_id}, wanted ids below {vocab_size}, the model's vocabulary; prepare the dataset with this base model."
+                f"input_ids: got token id {self.max_token_id}, wanted ids below {vocab_size}, the model's vocabulary; "
+                "prepare the dataset with this base model."
             )
         longest = int(self.row_lengths.max())
         if longest > max_sequence_length:
@@ -114,7 +115,7 @@ class _Shard:
         self.lengths: IntArray = np.diff(offsets)
         if ids.ndim != 1 or ids.shape != mask.shape or offsets[0] != 0 or offsets[-1] != len(ids) or (self.lengths < 1).any():
             raise _invalid(
-                f"{path.name}: row_offsets, input_ids {ids.shape} and label_mask {mask.shape} do not fit together; prepare the dataset again."
+                f"{path.name}: row_offsets, input_ids {ids.shape} and label_mask {mask.shape} do not fit together; prepare it again."
             )
         if len(ids) and int(ids.min()) < 0:
             raise _invalid(f"{path.name}: input_ids: got token id {int(ids.min())}, wanted 0 or more; prepare the dataset again.")

@@ -170,8 +170,8 @@ class _Run:
         cursor = checkpoint.restore(folder, model=self._model, stepper=self.stepper)
         if (cursor.num_steps, cursor.num_rows) != (self.num_steps, self._data.num_rows):
             raise DataLossError(
-                f"The checkpoint belongs to a run of {cursor.num_steps} steps over {cursor.num_rows} rows, this one has {self.num_steps} over "
-                f"{self._data.num_rows}; start the job anew."
+                f"The checkpoint belongs to a run of {cursor.num_steps} steps over {cursor.num_rows} rows, "
+                f"this one has {self.num_steps} over {self._data.num_rows}; start the job anew."
             )
         self._num_trained_tokens = cursor.num_trained_tokens
 

@@ -25,7 +25,7 @@ class Schedule:
     num_warmup_steps: int
 
     def learning_rate(self, step: int) -> float:
-        """Rises over the warm-up steps to the peak at the step after them; linear and cosine then fall towards 0, due when the run is over."""
+        """Rises over the warm-up steps to the peak at the step after them; linear and cosine then fall to 0, due after the last step."""
         if step <= self.num_warmup_steps:
             return self.peak * step / (self.num_warmup_steps + 1)
         if self.type is ScheduleType.CONSTANT:

@@ -24,17 +24,14 @@ log = structlog.get_logger(__name__)
 class LocalLauncher:
     """Starts `python -m finery_trainer.worker` in the service's environment, without what is the service's alone."""
 
-    def __init__(self, *, log_dir: Path) -> None:
+    def __init__(self, *, trainer_address: str, log_dir: Path) -> None:
         self._log_dir = log_dir
         self._env = {key: value for key, value in os.environ.items() if key not in _NOT_THE_WORKERS}
+        self._env["FINERY_TRAINER_ADDRESS"] = trainer_address
         self._processes: dict[tuple[str, int], asyncio.subprocess.Process] = {}
         self._exits: list[Exit] = []
         self._waiters: set[asyncio.Task[None]] = set()
         self._is_stopping = False
-
-    def point_at(self, trainer_address: str) -> None:
-        """Tells workers started from now on where the training service listens."""
-        self._env["FINERY_TRAINER_ADDRESS"] = trainer_address
 
     async def start(self, attempt: Attempt) -> None:
         """Raises UnavailableError where the process cannot be started."""

@@ -1,0 +1,106 @@
+"""The training service's parts, wired: store, database, clients, scheduler, server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from finery_common.artifacts import ArtifactStore
+from finery_common.catalogue import Catalogue
+from finery_common.database import Database
+from finery_common.errors import FailedPreconditionError
+from finery_common.jobs import JobStore, migrate
+from finery_common.rpc.channel import ServiceChannel
+from finery_common.rpc.server import RpcServer, token_authenticator
+from finery_common.rpc.tokens import TokenSigner
+from finery_trainer.attempts import Attempts
+from finery_trainer.client import DataprepClient, ServingClient
+from finery_trainer.deployment import Deployments
+from finery_trainer.launchers import Launcher
+from finery_trainer.launchers.local import LocalLauncher
+from finery_trainer.requests import RequestChecks
+from finery_trainer.runs import Runs
+from finery_trainer.scheduler import Scheduler
+from finery_trainer.server import TrainingServicer, WorkerServicer, servicers
+from finery_trainer.settings import TrainerSettings, s3_settings
+from finery_trainer.validation import Validation
+
+WORKERS_STOP_S, DRAIN_S = 12.0, 6.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service that runs. `background` never ends by itself."""
+
+    address: str
+    jobs: JobStore
+    background: tuple[asyncio.Task[None], ...]
+
+
+@contextlib.asynccontextmanager
+async def running(settings: TrainerSettings, *, make_launcher: Callable[[str], Launcher] | None = None) -> AsyncIterator[Service]:
+    """Serves inside the block; at its end workers save their states and requests under way end.
+
+    `make_launcher` gets the address that workers call. Raises FineryError where a part cannot start.
+    """
+    if settings.catalogue is None:
+        raise FailedPreconditionError("FINERY_CATALOGUE is not set; set it to the YAML file of base models.")
+    catalogue = Catalogue.load(settings.catalogue)
+    signer = TokenSigner(settings.token_secret())
+    artifacts = await asyncio.to_thread(ArtifactStore.connect, s3_settings(settings))
+    async with contextlib.AsyncExitStack() as stack:
+        jobs = await _open_jobs(settings, stack)
+
+        def channel(address: str) -> ServiceChannel:
+            opened = ServiceChannel(address, signer=signer, caller="trainer")
+            stack.push_async_callback(opened.close)
+            return opened
+
+        dataprep = DataprepClient(channel(settings.dataprep_address))
+        serving = ServingClient(channel(settings.serving_address)) if settings.serving_address else None
+        scheduler = Scheduler(
+            jobs,
+            validation=Validation(jobs, dataprep=dataprep, lease_s=settings.lease_s),
+            signer=signer,
+            settings=settings,
+            holder=f"trainer@{socket.gethostname()}:{os.getpid()}",
+        )
+        checks = RequestChecks(catalogue=catalogue, artifacts=artifacts, serving=serving)
+        runs = Runs(jobs, artifacts=artifacts, checks=checks, serving=serving, wake=scheduler.wake)
+        attempts = Attempts(jobs, artifacts=artifacts, lease_s=settings.lease_s, serves=serving is not None, wake=scheduler.wake)
+        training = TrainingServicer(runs, catalogue=catalogue, cache_dir=settings.artifact_cache_dir)
+        server = RpcServer(
+            address=settings.grpc_address,
+            servicers=servicers(training, WorkerServicer(attempts)),
+            authenticate=token_authenticator(signer),
+        )
+        port = await server.start()
+        stack.push_async_callback(server.stop, drain_s=DRAIN_S)
+        address = f"{settings.grpc_address.rpartition(':')[0]}:{port}"
+        launcher = make_launcher(address) if make_launcher else LocalLauncher(trainer_address=address, log_dir=settings.state_dir / "logs")
+        work = [scheduler.run(launcher)]
+        if serving is not None:
+            work.append(Deployments(jobs, serving=serving).run())
+        background = tuple(asyncio.create_task(item) for item in work)
+        stack.push_async_callback(_stop_work, background, scheduler, launcher)
+        yield Service(address, jobs, background)
+
+
+async def _open_jobs(settings: TrainerSettings, stack: contextlib.AsyncExitStack) -> JobStore:
+    db = await Database.open(settings.service_database_url("trainer"), schema="trainer")
+    stack.push_async_callback(db.close)
+    await migrate(db)
+    return JobStore(db, kind="training", id_prefix="ftjob-")
+
+
+async def _stop_work(background: tuple[asyncio.Task[None], ...], scheduler: Scheduler, launcher: Launcher) -> None:
+    """The server still answers meanwhile: workers report the states that they save."""
+    for task in background:
+        task.cancel()
+    await asyncio.gather(*background, return_exceptions=True)
+    await launcher.stop_all(grace_s=WORKERS_STOP_S)
+    await scheduler.take_exits(launcher)
