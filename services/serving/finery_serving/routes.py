@@ -11,7 +11,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from finery_common.errors import FineryError, NotFoundError, UnavailableError
+import structlog
+
+from finery_common.errors import FailedPreconditionError, FineryError, NotFoundError, UnavailableError
 from finery_serving.aliases import Alias, AliasStore
 from finery_serving.changes import Changes
 from finery_serving.residency import Residency
@@ -21,6 +23,9 @@ from finery_serving.vllm_process import VllmProcess
 
 # Left of the caller's deadline, so that it gets our reason and not its own timeout.
 _MARGIN_S = 0.25
+_LOOK_AGAIN_S = 1.0
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,24 +58,35 @@ class Routes:
         """The route of an alias of `project`, newer than `after_epoch`, or of the base model.
 
         Waits up to `timeout_s` for a rollout, for vLLM or for a cold version. Raises NotFoundError where nothing is deployed under that
-        name, UnavailableError with `retry_after_s` when the time is over.
+        name, UnavailableError with `retry_after_s` when the time is over, FailedPreconditionError where a deployed version cannot be
+        loaded.
         """
         deadline_s = time.monotonic() + timeout_s - _MARGIN_S
         while True:
             seen = self._changes.count
-            waits_for = "vLLM is starting"
-            if model == self._process.config.base_model:
-                if self._process.ready:
-                    return await self._route(model, epoch=0)
-            else:
-                alias = await self._store.get(project, model)
-                if _awaits_flip(alias, after_epoch=after_epoch):
-                    waits_for = f"{model} is being deployed"
-                elif self._process.ready:
-                    return await self._alias_route(alias, deadline_s=deadline_s)
+            reason = f"{model} is being deployed; repeat in {RETRY_AFTER_S:.0f} s."
+            try:
+                route = await self._look(project, model, after_epoch=after_epoch, deadline_s=deadline_s)
+            except UnavailableError as error:
+                route, reason = None, error.message
+            # A killed vLLM takes a moment to be gone: who comes here after it failed must not be sent there again.
+            if route is not None and await self._client.is_healthy():
+                return route
+            if not self._process.ready:
+                reason = f"vLLM is starting; repeat in {RETRY_AFTER_S:.0f} s."
             left_s = deadline_s - time.monotonic()
-            if left_s <= 0 or not await self._changes.wait_after(seen, timeout_s=left_s):
-                raise UnavailableError(f"{waits_for}; repeat in {RETRY_AFTER_S:.0f} s.", retry_after_s=RETRY_AFTER_S)
+            if left_s <= 0:
+                raise UnavailableError(reason, retry_after_s=RETRY_AFTER_S)
+            await self._changes.wait_after(seen, timeout_s=min(left_s, _LOOK_AGAIN_S))
+
+    async def _look(self, project: str, model: str, *, after_epoch: int, deadline_s: float) -> Route | None:
+        """The route, or None while it has to be waited for."""
+        if model == self._process.config.base_model:
+            return await self._route(model, epoch=0) if self._process.ready else None
+        alias = await self._store.get(project, model)
+        if _awaits_flip(alias, after_epoch=after_epoch) or not self._process.ready:
+            return None
+        return await self._alias_route(alias, deadline_s=deadline_s)
 
     async def _alias_route(self, alias: Alias, *, deadline_s: float) -> Route:
         if not self._residency.serves(alias.version):
@@ -85,7 +101,10 @@ class Routes:
         except UnavailableError:
             raise
         except FineryError as error:
-            raise UnavailableError(f"{alias.alias} cannot be loaded: {error.message}", retry_after_s=RETRY_AFTER_S) from error
+            # The reason may name files of this machine.
+            log.error("a deployed version cannot be loaded", alias=alias.alias, version=alias.version, reason=error.message)
+            message = f"{alias.alias} is deployed but cannot be loaded; the operator finds the reason in serving's log. Deploy it again."
+            raise FailedPreconditionError(message, code="adapter_not_loadable") from error
 
     async def _route(self, version: str, *, epoch: int) -> Route:
         generation, length = self._max_model_len

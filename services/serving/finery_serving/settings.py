@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from finery_common.settings import ServiceSettings
 
-MaxLoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
+_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def _is_known_rank(value: int) -> int:
+    if value not in _MAX_LORA_RANKS:
+        raise ValueError(f"wanted one of {', '.join(map(str, _MAX_LORA_RANKS))}: vLLM knows no others")
+    return value
 
 
 class ServingSettings(ServiceSettings):
@@ -25,7 +31,7 @@ class ServingSettings(ServiceSettings):
     """Distinct adapters in one batch."""
     max_cpu_loras: int = Field(default=8, ge=1)
     """Adapters that vLLM holds at once; what is deployed beyond that is loaded when a request asks for it."""
-    max_lora_rank: MaxLoraRank = 64
+    max_lora_rank: Annotated[int, AfterValidator(_is_known_rank)] = 64
     """Largest rank that can be served."""
     max_model_len: int = Field(default=0, ge=0)
     """Context length in tokens; 0 takes the model's own."""

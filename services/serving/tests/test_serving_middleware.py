@@ -80,7 +80,7 @@ async def admitted(app):
 
 
 async def test_a_json_answer_names_the_alias_and_has_its_new_length():
-    text = 'he said \\"model\\":\\"%s\\"' % VERSION
+    text = f'he said \\"model\\":\\"{VERSION}\\"'
     app = App(b'{"id":"chatcmpl-1","model":"%s","choices":[{"text":"%s"}]}' % (VERSION.encode(), text.encode()))
     answer = await call(await admitted(app))
     assert json.loads(answer.body) == {"id": "chatcmpl-1", "model": ALIAS, "choices": [{"text": f'he said "model":"{VERSION}"'}]}
@@ -90,7 +90,9 @@ async def test_a_json_answer_names_the_alias_and_has_its_new_length():
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 10_000])
 async def test_a_stream_names_the_alias_however_its_chunks_are_split(size):
     chunk = {"id": "chatcmpl-1", "model": VERSION, "choices": [{"delta": {"content": "naïve \n ☃"}}]}
-    stream = b"".join(b"data: " + json.dumps(chunk, ensure_ascii=False, separators=style).encode() + b"\n\n" for style in [(",", ":"), None] * 3)
+    stream = b"".join(
+        b"data: " + json.dumps(chunk, ensure_ascii=False, separators=style).encode() + b"\n\n" for style in [(",", ":"), None] * 3
+    )
     stream += b"data: [DONE]\n\n"
     parts = [stream[start : start + size] for start in range(0, len(stream), size)]
     answer = await call(await admitted(App(*parts, b"", content_type="text/event-stream; charset=utf-8")))
@@ -215,7 +217,7 @@ async def test_a_request_is_in_flight_until_its_last_byte_and_survives_retiremen
     middleware = await admitted(app)
     app.may_end.clear()
     running = asyncio.create_task(call(middleware))
-    while not app.paths:
+    while not app.paths:  # noqa: ASYNC110
         await asyncio.sleep(0)
     assert (await admin(middleware, "GET", "/finery/state"))[1]["in_flight"] == {VERSION: 1}
     assert (await admin(middleware, "POST", "/finery/retire", {"version": VERSION}))[1] == {"in_flight": 1}

@@ -14,7 +14,15 @@ from finery_serving.preflight import BaseModel, base_shapes, check_adapter, chec
 
 Q, EMBED = "model.layers.0.self_attn.q_proj", "model.embed_tokens"
 BASE = BaseModel("SmolLM2", "b" * 64, {f"{Q}.weight": (12, 8), f"{EMBED}.weight": (100, 8), "model.norm.weight": (8,)})
-CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"], "modules_to_save": None, "use_dora": False}
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "bias": "none",
+    "target_modules": ["q_proj"],
+    "modules_to_save": None,
+    "use_dora": False,
+}
 
 
 def tensors(module=Q, *, rank=4, dims=(8, 12), dtype=np.float32):

@@ -1,0 +1,175 @@
+"""vLLM's process: command, environment, failed starts, leftovers. The real vLLM is in test_serving_vllm."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from finery_common.errors import FailedPreconditionError
+from finery_serving.__main__ import base_entry, vllm_config
+from finery_serving.settings import ServingSettings
+from finery_serving.vllm_client import VllmClient
+from finery_serving.vllm_process import Runtime, VllmConfig, VllmProcess, kill_leftover, make_runtime, vllm_command, vllm_environment
+
+
+@pytest.fixture
+def config(tmp_path):
+    return VllmConfig(
+        python=tmp_path / "python",
+        base_model="base",
+        base_model_dir=tmp_path / "base",
+        device="cpu",
+        max_loras=2,
+        max_cpu_loras=4,
+        max_lora_rank=16,
+        max_model_len=512,
+        kv_cache_gib=1,
+        start_timeout_s=30,
+        private_paths=("/state",),
+    )
+
+
+@pytest.fixture
+def runtime(tmp_path):
+    (tmp_path / "run").mkdir()
+    return Runtime(tmp_path / "run", "r", "replica-secret", "admin-secret")
+
+
+def python_that(config: VllmConfig, script: str) -> None:
+    config.python.write_text(f"#!/bin/sh\n{script}\n")
+    config.python.chmod(0o755)
+
+
+@pytest.fixture
+async def process(config, runtime, tmp_path):
+    client = VllmClient(runtime.socket, replica_token="", admin_token="")
+    yield VllmProcess(config, runtime=runtime, state_dir=tmp_path / "state", environment=os.environ, client=client)
+    await client.close()
+
+
+def test_no_secret_and_no_module_of_ours_reaches_vllm(config):
+    inherited = {
+        "PATH": "/bin",
+        "FINERY_S3_SECRET_KEY": "s",
+        "FINERY_TOKEN_SECRET_FILE": "f",
+        "PYTHONPATH": "/ours",
+        "PYTHONSAFEPATH": "",
+        "HOME": "/h",
+    }
+    made = vllm_environment(inherited, config=config, middleware_config=Path("/run/m.json"))
+    assert {key for key in made if key.startswith("FINERY_")} == {"FINERY_MIDDLEWARE_CONFIG"}
+    assert [path.name for path in Path(made["PYTHONPATH"]).glob("*.py")] in (
+        ["__init__.py", "finery_vllm_middleware.py"],
+        ["finery_vllm_middleware.py", "__init__.py"],
+    )
+    assert (made["PATH"], made["HOME"], made["VLLM_ALLOW_RUNTIME_LORA_UPDATING"], made["HF_HUB_OFFLINE"]) == ("/bin", "/h", "True", "1")
+
+
+def test_the_command_carries_no_secret_and_is_eager_on_a_cpu_only(config):
+    command = vllm_command(config, socket=Path("/run/vllm.sock"))
+    assert command[command.index("--uds") + 1] == "/run/vllm.sock"
+    assert command[command.index("--middleware") + 1] == "finery_vllm_middleware.FineryMiddleware"
+    assert "--enforce-eager" in command
+    assert "--enforce-eager" not in vllm_command(VllmConfig(**{**config.__dict__, "device": "cuda"}), socket=Path("/s"))
+
+
+def test_the_middleware_needs_the_standard_library_only():
+    folder = Path(vllm_environment({}, config=VllmConfig(*[Path()] * 11), middleware_config=Path())["PYTHONPATH"])  # pyright: ignore[reportArgumentType]
+    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import finery_vllm_middleware"]
+    subprocess.run(command, check=True)
+
+
+def test_the_runtime_folder_is_private_and_short(tmp_path):
+    made = make_runtime(tmp_path / "new", xdg_runtime_dir=None)
+    assert made.folder.stat().st_mode & 0o777 == 0o700
+    assert made.address == f"unix://{made.folder}/vllm.sock"
+    with pytest.raises(FailedPreconditionError, match="FINERY_RUNTIME_DIR"):
+        make_runtime(tmp_path / ("x" * 100), xdg_runtime_dir=None)
+    # A long XDG_RUNTIME_DIR is passed over.
+    long = tmp_path / ("y" * 100)
+    long.mkdir()
+    other = make_runtime(None, xdg_runtime_dir=str(long))
+    assert len(str(other.socket)) <= 107
+    other.remove()
+
+
+async def test_a_failed_start_shows_the_last_lines_and_is_tried_again(config, process):
+    python_that(config, "echo one; echo 'No module named vllm' >&2; exit 3")
+    running = asyncio.create_task(process.run())
+    async with asyncio.timeout(20):
+        while len(list((process.runtime.folder.parent / "state" / "logs").glob("vllm-*.log"))) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert process.last_failure.splitlines() == ["one", "No module named vllm"]
+    assert (process.ready, process.generation) == (False, 0)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_stop_ends_the_whole_group(config, process, tmp_path):
+    python_that(config, f"sleep 600 & echo $! > {tmp_path}/child; wait")
+    running = asyncio.create_task(process.run())
+    async with asyncio.timeout(20):
+        while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    child = psutil.Process(int((tmp_path / "child").read_text()))
+    assert (process.runtime.folder / "middleware.json").stat().st_mode & 0o777 == 0o600
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert psutil.wait_procs([child], timeout=5)[1] == []
+
+
+def test_a_leftover_is_ended_and_another_process_of_that_id_is_not(tmp_path):
+    child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    file = tmp_path / "vllm.json"
+    created = psutil.Process(child.pid).create_time()
+    file.write_text(json.dumps({"pid": child.pid, "created": created - 100}))
+    kill_leftover(file)
+    assert child.poll() is None
+    file.write_text(json.dumps({"pid": child.pid, "created": created}))
+    kill_leftover(file)
+    assert child.wait(timeout=5) == -9
+    assert not file.exists()
+    kill_leftover(file)
+
+
+@pytest.mark.parametrize(
+    ("catalogue", "chosen", "expected"),
+    [("a", "", "a"), ("a b", "b", "b"), ("a b", "", FailedPreconditionError), ("", "", FailedPreconditionError)],
+)
+def test_the_base_model_is_the_only_one_or_the_named_one(tmp_path, catalogue, chosen, expected):
+    file = tmp_path / "catalogue.yaml"
+    models = [{"name": name, "path": str(tmp_path), "max_sequence_length": 64} for name in catalogue.split()]
+    file.write_text(json.dumps({"models": models}))
+    settings = ServingSettings(catalogue=file, serving_base_model=chosen)
+    if isinstance(expected, str):
+        assert base_entry(settings).name == expected
+        return
+    with pytest.raises(expected, match="FINERY_SERVING_BASE_MODEL"):
+        base_entry(settings)
+
+
+def test_a_missing_vllm_is_named(tmp_path):
+    file = tmp_path / "catalogue.yaml"
+    file.write_text(json.dumps({"models": [{"name": "a", "path": str(tmp_path), "max_sequence_length": 64}]}))
+    settings = ServingSettings(catalogue=file, vllm_python=tmp_path / "none", max_loras=9, max_cpu_loras=2)
+    with pytest.raises(FailedPreconditionError, match="FINERY_VLLM_PYTHON"):
+        vllm_config(settings, entry=base_entry(settings), base_dir=tmp_path)
+    made = vllm_config(settings.model_copy(update={"vllm_python": Path(sys.executable)}), entry=base_entry(settings), base_dir=tmp_path)
+    assert (made.max_model_len, made.max_loras, made.max_cpu_loras) == (64, 9, 9)
+
+
+def test_a_process_without_settings_says_what_is_missing_in_one_line(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FINERY_")} | {"FINERY_STATE_DIR": str(tmp_path)}
+    started_s = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "finery_serving"], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip().splitlines()[-1].startswith("finery_serving: FINERY_TOKEN_SECRET")
+    assert time.monotonic() - started_s < 30

@@ -1,0 +1,164 @@
+"""Which versions are held, and who has to make room, against a vLLM that is only counted."""
+
+import asyncio
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from finery_common.errors import FailedPreconditionError, UnavailableError
+from finery_serving.changes import Changes
+from finery_serving.residency import Residency
+from finery_serving.vllm_client import LoadedAdapter, ReplicaState
+
+
+class Vllm:
+    """Process and client at once: what vLLM and our middleware would hold."""
+
+    def __init__(self):
+        self.runtime = SimpleNamespace(replica_id="r")
+        self.start()
+        self.in_flight = Counter()
+        self.loads, self.refuses = [], set()
+
+    def start(self):
+        self.generation = getattr(self, "generation", 0) + 1
+        self.ready = True
+        self.adapters, self.admitted, self.engine = {}, set(), set()
+
+    async def state(self):
+        return ReplicaState(frozenset(self.admitted), dict(self.in_flight), dict(self.adapters))
+
+    async def load(self, version, *, path):
+        if not self.ready:
+            raise UnavailableError("gone")
+        if version in self.refuses:
+            raise FailedPreconditionError("no")
+        assert version not in self.adapters
+        self.loads.append(version)
+        self.adapters[version] = LoadedAdapter(len(self.loads), str(path))
+        self.engine.add(len(self.loads))
+
+    async def unload(self, version, *, adapter_id):
+        assert not self.in_flight[version]
+        assert version not in self.admitted
+        self.adapters.pop(version)
+        self.engine.remove(adapter_id)
+
+    async def admit(self, version):
+        self.admitted.add(version)
+
+    async def retire(self, version):
+        self.admitted.discard(version)
+        return self.in_flight[version]
+
+
+@pytest.fixture
+def vllm():
+    return Vllm()
+
+
+@pytest.fixture
+def residency(vllm):
+    return Residency(vllm, client=vllm, max_resident=2, changes=Changes())
+
+
+async def ensure(residency, *versions, wait_s=0.0):
+    for version in versions:
+        await residency.ensure(version, path=Path("/cache") / version, deadline_s=time.monotonic() + wait_s)
+
+
+async def test_a_version_is_loaded_once_and_admitted(vllm, residency):
+    await asyncio.gather(*(ensure(residency, "a") for _ in range(5)))
+    assert vllm.loads == ["a"]
+    assert vllm.admitted == {"a"}
+    assert residency.serves("a")
+    assert residency.paths == (Path("/cache/a"),)
+
+
+async def test_the_one_used_longest_ago_makes_room_and_comes_back(vllm, residency):
+    await ensure(residency, "a", "b")
+    assert residency.serves("a")
+    await ensure(residency, "c")
+    assert set(vllm.adapters) == vllm.admitted == {"a", "c"}
+    assert residency.state_of("b") == "cold"
+    await ensure(residency, "b")
+    assert vllm.loads == ["a", "b", "c", "b"]
+    assert len(vllm.engine) == 2
+
+
+async def test_a_busy_version_stays_and_the_newcomer_waits(vllm, residency):
+    await ensure(residency, "a", "b")
+    vllm.in_flight.update(a=1, b=1)
+    with pytest.raises(UnavailableError):
+        await ensure(residency, "c")
+    assert vllm.admitted == {"a", "b"}
+    waiting = asyncio.create_task(ensure(residency, "c", wait_s=10))
+    vllm.in_flight.clear()
+    await waiting
+    assert vllm.admitted == {"b", "c"}
+
+
+async def test_a_pinned_version_does_not_make_room(vllm, residency):
+    await ensure(residency, "a", "b")
+    with residency.pinned("a"):
+        await ensure(residency, "c")
+    assert vllm.admitted == {"a", "c"}
+
+
+async def test_a_dropped_version_goes_after_its_last_request(vllm, residency):
+    await ensure(residency, "a")
+    vllm.in_flight["a"] = 1
+    dropping = asyncio.create_task(residency.drop("a"))
+    while residency.serves("a") or vllm.admitted:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert residency.state_of("a") == "draining"
+    assert "a" in vllm.adapters
+    vllm.in_flight.clear()
+    await dropping
+    assert vllm.adapters == {}
+    assert vllm.engine == set()
+    assert residency.versions == ()
+
+
+async def test_a_draining_version_that_is_wanted_again_stays_loaded(vllm, residency):
+    await ensure(residency, "a")
+    vllm.in_flight["a"] = 1
+    dropping = asyncio.create_task(residency.drop("a"))
+    while vllm.admitted:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    await ensure(residency, "a")
+    await dropping
+    assert vllm.admitted == {"a"}
+    assert vllm.loads == ["a"]
+
+
+async def test_a_refused_version_is_failed_and_nothing_else_is_touched(vllm, residency):
+    await ensure(residency, "a")
+    vllm.refuses.add("bad")
+    with pytest.raises(FailedPreconditionError):
+        await ensure(residency, "bad")
+    assert (residency.state_of("bad"), residency.state_of("a")) == ("failed", "loaded")
+
+
+async def test_a_vllm_that_was_started_anew_holds_nothing(vllm, residency):
+    await ensure(residency, "a", "b")
+    vllm.ready = False
+    assert residency.versions == ()
+    with pytest.raises(UnavailableError):
+        await ensure(residency, "a")
+    vllm.start()
+    assert residency.versions == ()
+    await residency.drop("b")
+    await ensure(residency, "a")
+    assert vllm.admitted == {"a"}
+
+
+async def test_an_adapter_whose_load_was_answered_to_nobody_is_taken_over(vllm, residency):
+    await vllm.load("a", path=Path("/cache/a"))
+    await ensure(residency, "a")
+    assert vllm.loads == ["a"]
+    await residency.drop("a")
+    assert vllm.engine == set()
