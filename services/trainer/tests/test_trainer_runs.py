@@ -1,0 +1,465 @@
+"""Jobs without training: what is refused, what happens in which state, order, lost attempts, zombies, deployment."""
+
+from __future__ import annotations
+
+import secrets
+
+import pytest
+from finery.common.v1 import job_pb2
+from finery.training.v1 import training_pb2
+
+from finery_common.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from finery_common.jobs import JobState
+from finery_common.rpc.tokens import Principal
+from finery_common.spec import TrainingSpec
+from finery_trainer.client import Assignment, Command, WorkerClient
+from finery_trainer.launchers import Attempt, Exit
+from finery_trainer.link import AttemptOver, Link
+from finery_trainer.publishing import MetricsTable, Publisher
+from finery_trainer.records import CheckpointReport, StepMetrics
+
+ANOTHER = "ftjob-" + "0" * 24
+
+
+class FakeLauncher:
+    """Starts nothing: the test plays the worker."""
+
+    def __init__(self) -> None:
+        self.attempts: list[Attempt] = []
+        self.killed: list[str] = []
+        self._exits: list[Exit] = []
+
+    async def start(self, attempt):
+        self.attempts.append(attempt)
+
+    def end(self, attempt, *, was_stopped=False):
+        self._exits.append(Exit(attempt.job_id, attempt.epoch, was_stopped, "was ended by SIGKILL"))
+
+    def take_exits(self):
+        exits, self._exits = self._exits, []
+        return exits
+
+    async def kill(self, job_id):
+        self.killed.append(job_id)
+
+    async def stop_all(self, *, grace_s):
+        pass
+
+
+@pytest.fixture
+async def launcher(system):
+    """The service runs with it."""
+    launcher = FakeLauncher()
+    async with system.started(lambda _address: launcher) as service:
+        launcher.service = service
+        yield launcher
+
+
+async def attempt_of(launcher, wait_until, *, number=1) -> Attempt:
+    async def is_started() -> bool:
+        return len(launcher.attempts) >= number
+
+    await wait_until(is_started)
+    return launcher.attempts[number - 1]
+
+
+async def worker_client(launcher, attempt) -> WorkerClient:
+    return WorkerClient(launcher.service.address, token=attempt.token)
+
+
+def metrics_of(step, *, num_steps=6) -> StepMetrics:
+    return StepMetrics(step, num_steps, step / 3, 2.5, 1e-4, 0.3, 100.0, 50 * step, 2**20)
+
+
+def publish(system, prefix, kind):
+    with system.store.writer(f"projects/{system.project}/{prefix}", kind=kind) as writer:
+        writer.put_bytes("content", data=b"x")
+        return writer.publish(made_from={}, spec={}, attempt="test")
+
+
+def named(job):
+    return job.name.rpartition("/")[2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text"),
+    [
+        ({"suffix": "a/b"}, InvalidArgumentError, "slash"),
+        ({"suffix": "A"}, InvalidArgumentError, "wanted up to 64 of a-z"),
+        ({"suffix": "a" * 65}, InvalidArgumentError, "wanted up to 64"),
+        ({"metadata": {f"k{n}": "v" for n in range(17)}}, InvalidArgumentError, "got 17 pairs"),
+        ({"metadata": {"k" * 65: "v"}}, InvalidArgumentError, "key of 65 characters"),
+        ({"metadata": {"k": "v" * 513}}, InvalidArgumentError, "value of 513 characters"),
+        ({"spec": {"base_model": "gpt"}}, NotFoundError, "no base model 'gpt'; there are: tiny, gone"),
+        ({"spec": {"max_sequence_length": 65}}, InvalidArgumentError, "got 65, wanted at most 64"),
+        ({"spec": {"lora": {"bias": "all"}}}, InvalidArgumentError, "deploy false"),
+        ({"spec": {"lora": {"rank": 33}}}, InvalidArgumentError, "got 33, adapters up to rank 32"),
+        ({"spec": {"base_model": "gone"}, "deploy": True}, FailedPreconditionError, "gone is not being served"),
+        ({"training_file": "file-" + "0" * 24}, NotFoundError, "upload it first"),
+        ({"training_file": "rows.jsonl"}, InvalidArgumentError, "got 'rows.jsonl', wanted the id"),
+        ({"validation_file": "file-" + "0" * 24}, NotFoundError, "validation_file: there is no file"),
+    ],
+)
+async def test_what_cannot_work_is_refused_when_it_is_created(system, launcher, fields, kind, text):
+    with pytest.raises(kind, match=text) as caught:
+        await system.create(**fields)
+    assert caught.value.param
+
+
+async def test_what_cannot_be_served_is_trained_where_nobody_asks_to_serve_it(system, launcher):
+    job = await system.create(spec={"lora": {"bias": "all", "rank": 64}}, deploy=False)
+    assert job.deployment.state == training_pb2.DEPLOYMENT_STATE_NONE
+
+
+async def test_a_file_of_another_project_is_unknown(system, launcher):
+    foreign = system.upload()
+    system.project = f"p{secrets.token_hex(6)}"
+    with pytest.raises(NotFoundError, match="no file"):
+        await system.create(training_file=foreign)
+
+
+async def test_a_wrong_spec_names_its_fields(system, launcher):
+    request = system.request()
+    request.job.spec.optimizer.learning_rate = 0
+    with pytest.raises(InvalidArgumentError, match=r"optimizer.learning_rate: got 0.0"):
+        await system.stub.CreateJob(request, metadata=system.metadata())
+
+
+async def test_the_same_request_gives_the_same_job_and_another_body_is_refused(system, launcher):
+    request = system.request(request_id="one", suffix="a")
+    first = await system.stub.CreateJob(request, metadata=system.metadata())
+    again = await system.stub.CreateJob(request, metadata=system.metadata())
+    assert first.name == again.name
+    request.job.suffix = "b"
+    with pytest.raises(AlreadyExistsError):
+        await system.stub.CreateJob(request, metadata=system.metadata())
+
+
+async def test_jobs_are_listed_newest_first_in_pages_and_by_metadata(system, launcher):
+    names = [(await system.create(metadata={"n": str(number)})).name for number in range(3)]
+    listing = training_pb2.ListJobsRequest(parent=f"projects/{system.project}", page_size=2)
+    page = await system.stub.ListJobs(listing, metadata=system.metadata())
+    assert [job.name for job in page.jobs] == names[:0:-1]
+    listing.page_token = page.next_page_token
+    assert [job.name for job in (await system.stub.ListJobs(listing, metadata=system.metadata())).jobs] == names[:1]
+    listing = training_pb2.ListJobsRequest(parent=f"projects/{system.project}", metadata={"n": "1"})
+    assert [job.name for job in (await system.stub.ListJobs(listing, metadata=system.metadata())).jobs] == [names[1]]
+
+
+async def test_another_projects_job_is_unknown(system, launcher):
+    job = await system.create()
+    system.project = f"p{secrets.token_hex(6)}"
+    with pytest.raises(NotFoundError):
+        await system.get(job.name)
+    with pytest.raises(NotFoundError):
+        await system.get(f"projects/{system.project}/jobs/{job.name.rpartition('/')[2]}")
+
+
+async def test_bad_rows_fail_the_job_with_their_lines(system, launcher):
+    file = system.upload()
+    system.dataprep.errors[file] = job_pb2.JobError(
+        code="bad_rows", message="2 rows are wrong", violations=[job_pb2.Violation(field=file, description="not JSON", line=7)]
+    )
+    job = await system.create(validation_file=file)
+    job = await system.wait(job.name, "FAILED")
+    assert (job.error.code, job.error.param, job.error.message) == ("invalid_validation_file", "validation_file", "2 rows are wrong")
+    assert [(item.line, item.description) for item in job.error.violations] == [(7, "not JSON")]
+    assert not launcher.attempts
+
+
+async def test_dataprep_gets_the_specs_length_and_deterministic_request_ids(system, launcher, wait_until):
+    job = await system.create(spec={"max_sequence_length": 32}, validation_file=system.upload())
+    await attempt_of(launcher, wait_until)
+    job = await system.get(job.name)
+    assert [system.dataprep.specs[name].max_sequence_length for name in (job.training_dataset, job.validation_dataset)] == [32, 32]
+    assert [system.dataprep.specs[name].file for name in (job.training_dataset, job.validation_dataset)] == [
+        job.training_file,
+        job.validation_file,
+    ]
+
+
+async def test_a_job_waits_while_dataprep_is_away(system, launcher, wait_until):
+    system.dataprep.is_away = True
+    job = await system.create()
+
+    async def is_told() -> bool:
+        return any("Waiting for data preparation" in event["message"] for event in await system.events(job.name))
+
+    await wait_until(is_told)
+    system.dataprep.is_away = False
+    await attempt_of(launcher, wait_until)
+
+
+@pytest.mark.parametrize("state", ["QUEUED", "VALIDATING", "PAUSED"])
+async def test_a_job_that_does_not_run_is_cancelled(system, launcher, wait_until, state):
+    if state == "QUEUED":
+        await system.create()
+        await attempt_of(launcher, wait_until)
+    system.dataprep.ready = state != "VALIDATING"
+    job = await system.create()
+    if state == "PAUSED":
+        await system.stub.PauseJob(training_pb2.PauseJobRequest(name=job.name), metadata=system.metadata())
+    await system.wait(job.name, state)
+    await system.stub.CancelJob(training_pb2.CancelJobRequest(name=job.name), metadata=system.metadata())
+    job = await system.wait(job.name, "CANCELLED", timeout_s=10)
+    if state == "VALIDATING":
+        await wait_until(lambda: _contains(system.dataprep.cancelled, job.training_dataset))
+
+
+async def _contains(items, item) -> bool:
+    return item in items
+
+
+async def test_a_paused_job_is_resumed_and_a_running_one_cannot_be(system, launcher, wait_until):
+    system.dataprep.ready = False
+    job = await system.create()
+    await system.stub.PauseJob(training_pb2.PauseJobRequest(name=job.name), metadata=system.metadata())
+    await system.wait(job.name, "PAUSED")
+    system.dataprep.ready = True
+    await system.stub.ResumeJob(training_pb2.ResumeJobRequest(name=job.name), metadata=system.metadata())
+    await attempt_of(launcher, wait_until)
+    with pytest.raises(FailedPreconditionError, match="only a paused job"):
+        await system.stub.ResumeJob(training_pb2.ResumeJobRequest(name=job.name), metadata=system.metadata())
+
+
+async def test_jobs_run_one_at_a_time_in_the_order_of_their_creation(system, launcher, wait_until):
+    jobs = [await system.create() for _ in range(3)]
+    for number, job in enumerate(jobs, start=1):
+        attempt = await attempt_of(launcher, wait_until, number=number)
+        assert attempt.job_id == named(job)
+        assert len(launcher.attempts) == number
+        client = await worker_client(launcher, attempt)
+        await client.finish(JobState.FAILED, error={"code": "x", "message": "no", "violations": []})
+        await client.close()
+    assert [(await system.get(job.name)).error.message for job in jobs] == ["no"] * 3
+
+
+async def test_two_places_run_two_jobs(system, wait_until):
+    system.settings = system.settings.model_copy(update={"max_workers": 2})
+    launcher = FakeLauncher()
+    async with system.started(lambda _address: launcher):
+        for _ in range(3):
+            await system.create()
+        await attempt_of(launcher, wait_until, number=2)
+        jobs = (await system.stub.ListJobs(training_pb2.ListJobsRequest(parent=f"projects/{system.project}"), metadata=system.metadata())).jobs
+        assert sum(job.state == job_pb2.JOB_STATE_RUNNING for job in jobs) == 2
+
+
+async def test_a_job_is_given_up_after_three_lost_attempts_without_a_checkpoint(system, launcher, wait_until):
+    job = await system.create()
+    for number in (1, 2, 3, 4):
+        attempt = await attempt_of(launcher, wait_until, number=number)
+        assert attempt.epoch > number
+        if number == 2:
+            client = await worker_client(launcher, attempt)
+            state = publish(system, f"runs/{named(job)}/checkpoints/2/", "checkpoint")
+            await client.report_checkpoint(CheckpointReport(2, state, None, metrics_of(2)))
+            await client.close()
+        launcher.end(attempt)
+    job = await system.wait(job.name, "FAILED")
+    assert job.error.code == "worker_lost"
+    assert "SIGKILL" in job.error.message
+    assert len(launcher.attempts) == 4
+
+
+async def test_a_worker_that_was_told_to_stop_counts_for_nothing(system, launcher, wait_until):
+    await system.create()
+    for number in range(1, 6):
+        launcher.end(await attempt_of(launcher, wait_until, number=number), was_stopped=True)
+    await attempt_of(launcher, wait_until, number=6)
+
+
+async def test_a_silent_worker_loses_its_job(system, wait_until):
+    system.settings = system.settings.model_copy(update={"lease_s": 0.5})
+    launcher = FakeLauncher()
+    async with system.started(lambda _address: launcher):
+        job = await system.create()
+        await attempt_of(launcher, wait_until, number=2)
+        assert launcher.killed[0] == named(job)
+
+
+async def test_a_worker_that_does_not_obey_a_cancellation_is_ended(system, wait_until):
+    system.settings = system.settings.model_copy(update={"cancel_grace_s": 0.5})
+    launcher = FakeLauncher()
+    async with system.started(lambda _address: launcher):
+        job = await system.create()
+        await attempt_of(launcher, wait_until)
+        await system.stub.CancelJob(training_pb2.CancelJobRequest(name=job.name), metadata=system.metadata())
+        await system.wait(job.name, "CANCELLED", timeout_s=10)
+        assert launcher.killed == [named(job)]
+
+
+async def test_a_zombie_can_neither_report_nor_publish(system, launcher, wait_until, tmp_path):
+    job = await system.create(deploy=False)
+    zombie = await attempt_of(launcher, wait_until)
+    launcher.end(zombie)
+    successor = await attempt_of(launcher, wait_until, number=2)
+    old, new = await worker_client(launcher, zombie), await worker_client(launcher, successor)
+    assert await new.report_step(metrics_of(1)) is Command.CONTINUE
+    state = publish(system, f"runs/{named(job)}/checkpoints/2/", "checkpoint")
+    for call in (
+        old.assignment(),
+        old.heartbeat("training"),
+        old.report_step(metrics_of(2)),
+        old.report_checkpoint(CheckpointReport(2, state, None, metrics_of(2))),
+        old.finish(JobState.SUCCEEDED, adapter=state, metrics_file=state),
+    ):
+        with pytest.raises(AbortedError):
+            await call
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "weights").write_text("old")
+    work = Assignment(system.project, zombie.job_id, zombie.epoch, TrainingSpec(base_model="tiny"), state, None, None)
+    with Link(launcher.service.address, token=zombie.token, heartbeat_s=60, tolerance_s=1) as link:
+        publisher = Publisher(system.store, assignment=work, base_sha256="0" * 64, confirm=link.confirm)
+        import asyncio
+
+        with pytest.raises(AttemptOver):
+            await asyncio.to_thread(publisher.adapter, tmp_path / "adapter", step=6)
+    assert not system.store.exists(f"projects/{system.project}/adapters/{zombie.job_id}-6/")
+    assert (await system.get(job.name)).metrics.step == 1
+    assert await system.steps(job.name) == [1]
+    await old.close()
+    await new.close()
+
+
+async def test_a_worker_may_call_nothing_but_its_own_service(system, launcher, wait_until):
+    from finery_common.errors import PermissionDeniedError
+    from finery_common.rpc.channel import bearer
+
+    job = await system.create()
+    attempt = await attempt_of(launcher, wait_until)
+    with pytest.raises(PermissionDeniedError):
+        await system.stub.GetJob(training_pb2.GetJobRequest(name=job.name), metadata=bearer(attempt.token))
+    client = WorkerClient(launcher.service.address, token=system.signer.sign(Principal("test", system.project)))
+    with pytest.raises(PermissionDeniedError):
+        await client.assignment()
+    await client.close()
+
+
+async def test_a_step_that_is_reported_twice_is_one_event(system, launcher, wait_until):
+    job = await system.create()
+    client = await worker_client(launcher, await attempt_of(launcher, wait_until))
+    for step in (1, 1, 2, 2):
+        await client.report_step(metrics_of(step))
+    assert await system.steps(job.name) == [1, 2]
+    job = await system.get(job.name)
+    assert job.estimated_finish_time.seconds > 0
+    await client.close()
+
+
+async def test_full_states_beyond_those_to_keep_are_removed(system, launcher, wait_until):
+    job = await system.create(spec={"checkpoint": {"interval_steps": 1, "keep": 2}})
+    client = await worker_client(launcher, await attempt_of(launcher, wait_until))
+    for step in (1, 2, 3):
+        state = publish(system, f"runs/{named(job)}/checkpoints/{step}/", "checkpoint")
+        await client.report_checkpoint(CheckpointReport(step, state, None, metrics_of(step)))
+    left = [ref.prefix.split("/")[-2] for ref in system.store.list(f"projects/{system.project}/runs/{named(job)}/")]
+    assert left == ["2", "3"]
+    assert (await client.assignment()).checkpoint == state
+    await client.close()
+
+
+async def test_an_artifact_that_is_not_this_attempts_is_refused(system, launcher, wait_until):
+    job = await system.create()
+    client = await worker_client(launcher, await attempt_of(launcher, wait_until))
+    foreign = publish(system, f"runs/{ANOTHER}/checkpoints/2/", "checkpoint")
+    with pytest.raises(InvalidArgumentError, match="prefix"):
+        await client.report_checkpoint(CheckpointReport(2, foreign, None, metrics_of(2)))
+    assert (await system.get(job.name)).state == job_pb2.JOB_STATE_RUNNING
+    await client.close()
+
+
+async def succeed(system, launcher, wait_until, **fields):
+    number = len(launcher.attempts) + 1
+    job = await system.create(**fields)
+    client = await worker_client(launcher, await attempt_of(launcher, wait_until, number=number))
+    await client.report_step(metrics_of(6))
+    adapter = publish(system, f"adapters/{named(job)}-6/", "adapter")
+    state = publish(system, f"runs/{named(job)}/checkpoints/6/", "checkpoint")
+    await client.report_checkpoint(CheckpointReport(6, state, adapter, metrics_of(6)))
+    metrics_file = publish(system, f"runs/{named(job)}/metrics/", "metrics")
+    await client.finish(JobState.SUCCEEDED, adapter=adapter, metrics_file=metrics_file)
+    await client.close()
+    await system.watched(job.name)
+    return await system.get(job.name)
+
+
+async def test_a_deployment_that_fails_is_tried_again_and_the_job_stays_succeeded(system, launcher, wait_until):
+    system.serving.failures = 1
+    job = await succeed(system, launcher, wait_until)
+    assert job.state == job_pb2.JOB_STATE_SUCCEEDED
+    assert job.deployment.state == training_pb2.DEPLOYMENT_STATE_READY
+    assert system.serving.request_ids == [f"{named(job)}-deploy-0", f"{named(job)}-deploy-1"]
+
+
+async def test_a_base_that_is_not_served_is_trained_and_not_deployed(system, launcher, wait_until):
+    system.serving.bases = {"another": 32}
+    job = await succeed(system, launcher, wait_until)
+    assert job.deployment.state == training_pb2.DEPLOYMENT_STATE_NONE
+    assert "not being served" in job.deployment.message
+
+
+async def test_a_deployed_job_cannot_be_deleted_and_another_goes_with_all_its_artifacts(system, launcher, wait_until):
+    job = await succeed(system, launcher, wait_until)
+    request = training_pb2.DeleteJobRequest(name=job.name)
+    with pytest.raises(FailedPreconditionError, match="is deployed as ft:tiny"):
+        await system.stub.DeleteJob(request, metadata=system.metadata())
+    system.serving.aliases.clear()
+    await system.stub.DeleteJob(request, metadata=system.metadata())
+    assert not list(system.store.list(f"projects/{system.project}/runs/"))
+    assert not list(system.store.list(f"projects/{system.project}/adapters/"))
+    with pytest.raises(NotFoundError):
+        await system.get(job.name)
+
+
+async def test_a_job_that_is_not_final_cannot_be_deleted(system, launcher):
+    job = await system.create()
+    with pytest.raises(FailedPreconditionError, match="cancel it"):
+        await system.stub.DeleteJob(training_pb2.DeleteJobRequest(name=job.name), metadata=system.metadata())
+
+
+async def test_events_come_in_pages_of_either_order(system, launcher, wait_until):
+    job = await succeed(system, launcher, wait_until)
+    sequences = [int(event["sequence"]) for event in await system.events(job.name)]
+    for descending in (False, True):
+        request, seen = training_pb2.ListEventsRequest(parent=job.name, page_size=3, descending=descending), []
+        while True:
+            page = await system.stub.ListEvents(request, metadata=system.metadata())
+            seen += [event.sequence for event in page.events]
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
+                break
+        assert seen == sorted(sequences, reverse=descending)
+
+
+async def test_base_models_are_those_of_the_catalogue(system, launcher):
+    answer = await system.stub.ListBaseModels(training_pb2.ListBaseModelsRequest(), metadata=system.metadata())
+    assert [(model.name, model.max_sequence_length) for model in answer.base_models] == [("tiny", 64), ("gone", 64)]
+
+
+async def test_the_table_of_metrics_goes_on_where_a_state_left_it(tmp_path):
+    table = MetricsTable()
+    table.add(metrics_of(1))
+    table.write(tmp_path)
+    again = MetricsTable.restored(tmp_path)
+    again.add(metrics_of(2))
+    lines = again.write(tmp_path).read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step", "1", "2"]
+
+
+async def test_a_validation_taken_up_by_another_process_goes_on(system, wait_until):
+    launcher = FakeLauncher()
+    system.dataprep.ready = False
+    async with system.started(lambda _address: launcher):
+        job = await system.create()
+        await system.wait(job.name, "VALIDATING")
+    system.dataprep.ready = True
+    async with system.started(lambda _address: launcher) as service:
+        await attempt_of(launcher, wait_until)
+        assert (await service.jobs.get(system.project, named(job))).epoch == 3
