@@ -61,8 +61,9 @@ class RowEncoder:
         """Raises TemplateError where the template cannot be used for training."""
         self._model = base.model
         self._max_sequence_length = max_sequence_length
-        self._tokenizer, special = _plain_tokenizer(Path(base.tokenizer_path))
-        self._special_ids = np.array(sorted(special), dtype=np.int32)
+        self._tokenizer, special, unknown_id = _plain_tokenizer(Path(base.tokenizer_path))
+        # The unknown token may stand for any character; it opens and closes nothing.
+        self._special_ids = np.array(sorted(special.keys() - {unknown_id}), dtype=np.int32)
         # Longest first: one special token may begin with another.
         self._special = re.compile("|".join(re.escape(text) for text in sorted(special.values(), key=len, reverse=True)) or r"(?!)")
         self._template = ChatTemplate(base.template, special_tokens=base.special_tokens, now=now)
@@ -207,16 +208,15 @@ class RowEncoder:
         return gap if gap.isspace() else "", end.group()
 
 
-def _plain_tokenizer(path: Path) -> tuple[Tokenizer, dict[int, str]]:
-    """The tokenizer without post-processing, which would trim offsets, and its special tokens by id."""
+def _plain_tokenizer(path: Path) -> tuple[Tokenizer, dict[int, str], int | None]:
+    """The tokenizer without post-processing, which would trim offsets, its special tokens by id, and the id for what it does not know."""
     fields = json.loads(path.read_text())
     fields |= {"post_processor": None, "truncation": None, "padding": None}
-    # The unknown token stands for whatever the vocabulary lacks; it opens and closes nothing.
-    unknown = fields["model"].get("unk_token")
-    special = {
-        int(token["id"]): str(token["content"]) for token in fields["added_tokens"] if token["special"] and token["content"] != unknown
-    }
-    return Tokenizer.from_str(json.dumps(fields)), special
+    tokenizer = Tokenizer.from_str(json.dumps(fields))
+    special = {int(token["id"]): str(token["content"]) for token in fields["added_tokens"] if token["special"]}
+    model = fields["model"]
+    unknown_id = tokenizer.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
+    return tokenizer, special, unknown_id
 
 
 def _unusable(model: str, reason: str) -> TemplateError:
