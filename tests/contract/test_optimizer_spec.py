@@ -1,0 +1,50 @@
+"""No field of OptimizerSpec is accepted and ignored: changing any one changes the optimizer, its schedule or its clipping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finery_common.errors import FailedPreconditionError
+from finery_common.spec import OptimizerSpec, OptimizerType, ScheduleType
+from finery_trainer.engine.optim import build_optimizer
+
+NUM_STEPS = 100
+OTHER_VALUES: dict[str, object] = {
+    "type": OptimizerType.ADAMW_8BIT,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.2,
+    "beta1": 0.5,
+    "beta2": 0.9,
+    "epsilon": 1e-3,
+    "max_grad_norm": 0.1,
+    "schedule": ScheduleType.COSINE,
+    "warmup_ratio": 0.5,
+    "min_warmup_steps": 20,
+}
+
+
+def behaviour(spec: OptimizerSpec) -> list[float]:
+    """Where three steps on fixed gradients lead, and every learning rate of a run."""
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4))
+    stepper = build_optimizer(spec, [parameter], NUM_STEPS)
+    for scale in (1.0, -0.3, 2.0):
+        parameter.grad = scale * torch.linspace(0.01, 1, 8, dtype=torch.float64).reshape(2, 4)
+        stepper.apply()
+    return [*parameter.detach().flatten().tolist(), *(stepper.schedule.learning_rate(step) for step in range(1, NUM_STEPS + 1))]
+
+
+def test_the_table_below_has_every_field_with_a_value_that_is_not_the_default():
+    assert OTHER_VALUES.keys() == OptimizerSpec.model_fields.keys()
+    assert all(value != getattr(OptimizerSpec(), name) for name, value in OTHER_VALUES.items())
+
+
+@pytest.mark.parametrize("field", sorted(OptimizerSpec.model_fields))
+def test_changing_a_field_changes_what_the_optimizer_does(field: str):
+    changed = OptimizerSpec.model_validate({field: OTHER_VALUES[field]})
+    try:
+        assert behaviour(changed) != behaviour(OptimizerSpec())
+    except FailedPreconditionError as error:
+        # Eight-bit states need a GPU; elsewhere asking for them is an error, not something else in their place.
+        assert field == "type"
+        assert error.param == "optimizer.type"
