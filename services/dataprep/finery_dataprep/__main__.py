@@ -78,15 +78,13 @@ def _context_limit(catalogue: Catalogue, name: str) -> int:
 
 def _s3_settings(settings: DataprepSettings) -> S3Settings:
     access_key, secret_key = settings.s3_keys()
-    return S3Settings.model_validate(
-        {
-            "endpoint": settings.s3_endpoint,
-            "access_key": access_key,
-            "secret_key": secret_key,
-            "bucket": settings.s3_bucket,
-            "region": settings.s3_region,
-            "secure": settings.s3_secure,
-        }
+    return S3Settings(
+        endpoint=settings.s3_endpoint,
+        access_key=access_key,
+        secret_key=secret_key,
+        bucket=settings.s3_bucket,
+        region=settings.s3_region,
+        secure=settings.s3_secure,
     )
 
 
