@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -32,8 +33,10 @@ async def run(task: Task, *, scratch_dir: Path, on_report: OnReport) -> None:
     task_file, log_file = scratch_dir / "task.json", scratch_dir / "worker.log"
     task.write(task_file)
     with log_file.open("wb") as output:
+        # Merging waits for disk and memory, and on a busy machine many threads wait for one another: half of the cores is plenty.
         process = await asyncio.create_subprocess_exec(
             *leashed([sys.executable, "-m", "finery_converter.worker", str(task_file)]),
+            env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=output,

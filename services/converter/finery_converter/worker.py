@@ -82,8 +82,6 @@ def _merge(task: Task, output_dir: Path, *, stored_as: str, report: Callable[[fl
 
     from finery_converter.merge import merge, plan_merge
 
-    # Elementwise work is bound by disk and memory, and threads of a busy machine spend their time waiting for one another.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     dtypes = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "q8_0": torch.float32}
     plan = plan_merge(Path(task.base_dir), Path(task.adapter_dir), stored_as=dtypes[stored_as], fits=dtypes[task.type])
     # A GGUF file has at most two bytes for each element, beside the merged model that it is made from.
