@@ -31,7 +31,8 @@ def create_app(gateway: Gateway, *, body_limit_bytes: int) -> FastAPI:
     app = FastAPI(title="Finery", version="1", description=_DESCRIPTION, docs_url=None, redoc_url=None, lifespan=_lifespan)
     app.state.gateway = gateway
     install_error_handlers(app)
-    for module in (files, jobs, models, inference, datasets, conversions, deployments, installation, docs_page):
+    # In this order they are tried: what is asked most comes first.
+    for module in (inference, files, jobs, models, datasets, conversions, deployments, installation, docs_page):
         app.include_router(module.router)
     _add_health(app, gateway)
     app.add_middleware(BodyLimit, body_limit_bytes=body_limit_bytes, upload_limit_bytes=gateway.files.limit_bytes)

@@ -46,7 +46,8 @@ def _needs(state: str, file_id: str, *used: str | None) -> bool:
     return state not in FINAL_STATES and file_id in used
 
 
-def gateway_of(request: Request) -> Gateway:
+# Asynchronous without need: FastAPI would run a plain function in a thread.
+async def gateway_of(request: Request) -> Gateway:
     """The parts behind the app."""
     return request.app.state.gateway
 
@@ -61,7 +62,7 @@ async def project_of(request: Request, gateway: Annotated[Gateway, Depends(gatew
     return project
 
 
-def attempt_of(request: Request) -> Attempt:
+async def attempt_of(request: Request) -> Attempt:
     """How a create arrived."""
     return Attempt.of(request)
 

@@ -110,7 +110,7 @@ class GenerationFields(Closed):
 
     model: str = Field(min_length=1, max_length=512)
     """A base model being served, or an alias of the project."""
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0, le=2)

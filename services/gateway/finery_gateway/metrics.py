@@ -15,8 +15,7 @@ FIRST_BYTE_SECONDS = Histogram(
     ["route"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
 )
-PROMPT_TOKENS = Counter("finery_gateway_prompt_tokens_total", "Prompt tokens of finished requests.", ["project"])
-COMPLETION_TOKENS = Counter("finery_gateway_completion_tokens_total", "Generated tokens of finished requests.", ["project"])
+TOKENS = Counter("finery_gateway_tokens_total", "Tokens of finished requests; kind is prompt or completion.", ["project", "kind"])
 UPLOAD_BYTES = Counter("finery_gateway_upload_bytes_total", "Bytes of files published.", ["project"])
 RETRIED = Counter("finery_gateway_upstream_retries_total", "Inference requests sent a second time, by cause.", ["cause"])
 STREAMS = Gauge("finery_gateway_open_generations", "Inference requests being answered now.")

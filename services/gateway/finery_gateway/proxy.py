@@ -20,9 +20,16 @@ import structlog
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from finery_common.errors import FineryError, InternalError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
+from finery_common.errors import (
+    DeadlineExceededError,
+    FineryError,
+    InternalError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from finery_gateway.errors import envelope
-from finery_gateway.metrics import COMPLETION_TOKENS, FIRST_BYTE_SECONDS, PROMPT_TOKENS, RETRIED, STREAMS
+from finery_gateway.metrics import FIRST_BYTE_SECONDS, RETRIED, STREAMS, TOKENS
 from finery_gateway.resources import Route
 from finery_gateway.routes import Routes
 from finery_gateway.usage import BodyTap, StreamTap
@@ -72,6 +79,9 @@ class Proxy:
             route = await self._routes.route(generation.project, generation.model)
             try:
                 response = await self._send(generation, route)
+            except httpx.ReadTimeout as error:
+                # It works on it, or hangs; a second try would only double the work.
+                raise DeadlineExceededError(f"{generation.model} gave no answer in time; ask for fewer tokens, or stream.") from error
             except httpx.TransportError as error:
                 log.warning("vLLM did not answer", error=repr(error), version=route.version)
                 failure, cause = _not_there(generation.model), "connection"
@@ -165,8 +175,8 @@ class GenerationResponse(Response):
             await send({"type": "http.response.body", "body": tap.end(), "more_body": False})
         finally:
             await response.aclose()
-            PROMPT_TOKENS.labels(generation.project).inc(tap.usage.prompt_tokens)
-            COMPLETION_TOKENS.labels(generation.project).inc(tap.usage.completion_tokens)
+            TOKENS.labels(generation.project, "prompt").inc(tap.usage.prompt_tokens)
+            TOKENS.labels(generation.project, "completion").inc(tap.usage.completion_tokens)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -50,7 +50,7 @@ class Routes:
         task = self._asking.get(key)
         if task is None:
             task = self._asking[key] = asyncio.create_task(self._resolve(key))
-            task.add_done_callback(lambda _: self._asking.pop(key, None))
+            task.add_done_callback(lambda done: self._asked(key, done))
         # One question for all who wait; it goes on when one of them leaves.
         return await asyncio.shield(task)
 
@@ -67,6 +67,11 @@ class Routes:
             task.cancel()
         await asyncio.gather(*watches, return_exceptions=True)
         await asyncio.gather(*asking, return_exceptions=True)
+
+    def _asked(self, key: _Key, done: asyncio.Task[Route]) -> None:
+        self._asking.pop(key, None)
+        if not done.cancelled():
+            done.exception()  # Seen, though everybody who waited may have left.
 
     async def _resolve(self, key: _Key) -> Route:
         project, model = key

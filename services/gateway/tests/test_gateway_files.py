@@ -2,12 +2,20 @@
 
 import asyncio
 import hashlib
+import secrets
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import openai
 import pytest
+import sqlalchemy as sa
 
 from finery.common.v1 import job_pb2
+from finery_common.errors import NotFoundError
+from finery_gateway.creates import Attempt, Creates
+from finery_gateway.files import Files, StoredFile
+from finery_gateway.multipart import FormReader
+from finery_gateway.tables import FileRow, migrate
 
 ROWS = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 20
 
@@ -190,6 +198,47 @@ async def test_an_idempotency_key_names_one_upload(client, world):
         await client.files.create(file=("a.jsonl", ROWS + b"\n"), purpose="fine-tune", extra_headers=key)
     assert [file.id async for file in client.files.list()] == [first.id]
     assert len(list(world.gateway.store.list(f"projects/{world.project}/files/"))) == 1
+
+
+async def test_files_live_the_same_life_on_both_databases(database, object_store):
+    await migrate(database)
+    project = f"p-{secrets.token_hex(6)}"
+    files = Files(database, store=object_store, creates=Creates(database), limit_bytes=1000)
+
+    async def upload(name: str, attempt: Attempt) -> StoredFile:
+        body = f'--b\r\ncontent-disposition: form-data; name="file"; filename="{name}"\r\n\r\nrow\r\n'
+        body += '--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--b--\r\n'
+
+        async def stream():
+            yield body.encode()
+
+        form = FormReader(stream(), content_type="multipart/form-data; boundary=b", file_limit_bytes=1000)
+        return await files.create(project, form=form, attempt=attempt)
+
+    first, second = await upload("a", Attempt("k")), await upload("b", Attempt())
+    assert await upload("a", Attempt("k")) == first
+    found = await files.list(project, after=None, limit=1, order="asc", purpose=None)
+    assert (found.files, found.has_more) == ((first,), True)
+    await files.delete(project, file_id=second.id, users=_nobody)
+    with pytest.raises(NotFoundError):
+        await files.get(project, file_id=second.id)
+
+
+async def test_what_a_dead_process_left_half_done_is_settled(world, client):
+    published, unpublished, deleting = [await world.upload() for _ in range(3)]
+    prefix = f"projects/{world.project}/files/"
+    world.gateway.store.delete(f"{prefix}{unpublished}/")
+    long_ago = datetime.now(UTC) - timedelta(hours=1)
+    async with world.gateway.db.begin() as session:
+        await session.execute(sa.update(FileRow).where(FileRow.id != deleting).values(state="publishing", created_at=long_ago))
+        await session.execute(sa.update(FileRow).where(FileRow.id == deleting).values(state="deleting"))
+    await world.gateway.files.settle()
+    assert [file.id async for file in client.files.list()] == [published]
+    assert not world.gateway.store.exists(f"{prefix}{deleting}/")
+
+
+async def _nobody() -> tuple[str, ...]:
+    return ()
 
 
 async def _until(condition) -> None:

@@ -209,4 +209,4 @@ def test_a_stream_cut_anywhere_comes_out_whole_and_without_the_usage_event():
 
 
 def _tokens(world) -> float:
-    return REGISTRY.get_sample_value("finery_gateway_completion_tokens_total", {"project": world.project}) or 0
+    return REGISTRY.get_sample_value("finery_gateway_tokens_total", {"project": world.project, "kind": "completion"}) or 0

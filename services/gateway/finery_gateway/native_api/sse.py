@@ -18,7 +18,7 @@ from finery_gateway.resources import AliasEvent, JobEvent
 KEEPALIVE_S = 15.0
 
 
-def after_sequence_of(request: Request, after_sequence: Annotated[int, Query(ge=0)] = 0) -> int:
+async def after_sequence_of(request: Request, after_sequence: Annotated[int, Query(ge=0)] = 0) -> int:
     """Where a watch goes on: `after_sequence`, or `Last-Event-ID`, which browsers send when they come back."""
     header = request.headers.get("last-event-id")
     if header is None:

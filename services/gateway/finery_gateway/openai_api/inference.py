@@ -28,4 +28,4 @@ async def create_completion(fields: CompletionFields, gateway: GatewayParts, pro
 
 
 def _generation(fields: GenerationFields, *, project: str, path: str) -> Generation:
-    return Generation(project, fields.model, path, fields.upstream_body(), streams=fields.stream, wants_usage=fields.wants_usage)
+    return Generation(project, fields.model, path, fields.upstream_body(), streams=bool(fields.stream), wants_usage=fields.wants_usage)
