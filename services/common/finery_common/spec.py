@@ -7,10 +7,10 @@ value `OPTIMIZER_TYPE_ADAMW` is `"adamw"` here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Any, Self, TypeVar
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -87,15 +87,15 @@ class Spec(BaseModel):
 class LoraSpec(Spec):
     """Low-rank adapters (Hu et al., arXiv:2106.09685) as PEFT names them."""
 
-    rank: int = Field(16, ge=1, le=SERVABLE_LORA_RANK)
+    rank: int = Field(default=16, ge=1, le=SERVABLE_LORA_RANK)
     """Rank of A and B."""
-    alpha: float = Field(16.0, gt=0)
+    alpha: float = Field(default=16.0, gt=0)
     """The update is scaled by alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of dropping an input of A."""
     bias: LoraBias = LoraBias.NONE
     """Which biases train too. Anything but none cannot be served as an adapter."""
-    target_modules: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$")], ...] = Field(LINEAR_MODULES, min_length=1)
+    target_modules: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$")], ...] = Field(default=LINEAR_MODULES, min_length=1)
     """Names of the linear layers that get an adapter."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732)."""
@@ -106,41 +106,41 @@ class OptimizerSpec(Spec):
 
     type: OptimizerType = OptimizerType.AUTO
     """auto: adamw_8bit on a GPU, adamw on a CPU. adamw_8bit needs a GPU."""
-    learning_rate: float = Field(2e-4, gt=0, le=1)
+    learning_rate: float = Field(default=2e-4, gt=0, le=1)
     """Peak learning rate."""
-    weight_decay: float = Field(0.01, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0, le=1)
     """Decoupled (Loshchilov & Hutter, arXiv:1711.05101)."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
-    beta2: float = Field(0.999, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the second moment."""
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global L2 norm."""
     schedule: ScheduleType = ScheduleType.LINEAR
     """How the rate falls after warm-up: linear and cosine reach 0 at the last step."""
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.05, ge=0, le=1)
     """Share of all steps spent rising from 0."""
-    min_warmup_steps: int = Field(5, ge=0)
+    min_warmup_steps: int = Field(default=5, ge=0)
     """Warm-up is at least this long, and never longer than the run."""
 
 
 class BatchSpec(Spec):
     """How many rows an optimizer step sees: micro_batch_size x gradient_accumulation_steps."""
 
-    micro_batch_size: int = Field(2, ge=1, le=1024)
+    micro_batch_size: int = Field(default=2, ge=1, le=1024)
     """Rows a forward pass."""
-    gradient_accumulation_steps: int = Field(4, ge=1, le=1024)
+    gradient_accumulation_steps: int = Field(default=4, ge=1, le=1024)
     """Forward passes a step. The loss is normalised by the step's label count, so the split does not change the gradient."""
 
 
 class CheckpointSpec(Spec):
     """When full states (adapter, optimizer, schedule, RNG, data cursor) are written, beside the end of every epoch."""
 
-    interval_steps: int | None = Field(None, ge=1)
+    interval_steps: int | None = Field(default=None, ge=1)
     """Steps between full states; none: epochs only."""
-    keep: int = Field(2, ge=1, le=100)
+    keep: int = Field(default=2, ge=1, le=100)
     """Full states kept. Adapters of epochs are always kept."""
 
 
@@ -151,7 +151,7 @@ class TrainingSpec(Spec):
     """A base model of the catalogue."""
     method: MethodType = MethodType.LORA
     """What is trained."""
-    max_sequence_length: int = Field(2048, ge=8, le=1_048_576)
+    max_sequence_length: int = Field(default=2048, ge=8, le=1_048_576)
     """In tokens; a longer row is an error that names its line."""
     lora: LoraSpec = LoraSpec()
     """Adapter shape."""
@@ -161,11 +161,11 @@ class TrainingSpec(Spec):
     """Rows a step."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """Full states."""
-    num_epochs: int = Field(1, ge=1, le=100)
+    num_epochs: int = Field(default=1, ge=1, le=100)
     """Passes over the data."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps, even inside an epoch."""
-    seed: int = Field(3407, ge=0, le=2**63 - 1)
+    seed: int = Field(default=3407, ge=0, le=2**63 - 1)
     """Of initialisation, shuffling and dropout."""
     precision: Precision = Precision.AUTO
     """Of weights and arithmetic. auto: bfloat16 on a GPU, float32 on a CPU."""
@@ -178,7 +178,7 @@ class DatasetSpec(Spec):
     """An uploaded file of this project."""
     base_model: str = Field(min_length=1, max_length=200)
     """Its tokenizer and chat template are used."""
-    max_sequence_length: int = Field(2048, ge=8, le=1_048_576)
+    max_sequence_length: int = Field(default=2048, ge=8, le=1_048_576)
     """In tokens; a longer row is an error that names its line."""
 
 
@@ -199,17 +199,17 @@ class ConversionSpec(Spec):
         return self
 
 
-def invalid_fields(error: ValidationError, *, known: object = ()) -> InvalidArgumentError:
+def invalid_fields(error: ValidationError, *, known: Iterable[str] = ()) -> InvalidArgumentError:
     """Pydantic's report as one InvalidArgumentError: what was got and what was wanted, by field."""
     violations = tuple(_violation(dict(item), known) for item in error.errors(include_url=False, include_context=False))
     text = "; ".join(f"{v.field}: {v.description}" if v.field else v.description for v in violations)
     return InvalidArgumentError(text, param=violations[0].field or None, violations=violations)
 
 
-def _violation(item: dict[str, Any], known: object) -> Violation:
+def _violation(item: dict[str, Any], known: Iterable[str]) -> Violation:
     field = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        names = ", ".join(known) if len(item["loc"]) == 1 and hasattr(known, "__iter__") else "those in the documentation"
+        names = ", ".join(known) if len(item["loc"]) == 1 and known else "those in the documentation"
         return Violation(field, f"unknown field; known are {names}")
     if item["type"] == "missing":
         return Violation(field, "missing; it is required")
@@ -226,13 +226,13 @@ def _fields_set(message: Message) -> dict[str, Any]:
     return {field.name: _plain(field, value) for field, value in message.ListFields()}
 
 
-def _plain(field: FieldDescriptor, value: Any) -> Any:
+def _plain(field: Any, value: Any) -> Any:
     if field.is_repeated:
         return tuple(_plain_one(field, item) for item in value)
     return _plain_one(field, value)
 
 
-def _plain_one(field: FieldDescriptor, value: Any) -> Any:
+def _plain_one(field: Any, value: Any) -> Any:
     if field.message_type is not None:
         return _fields_set(value)
     if field.enum_type is not None:
@@ -256,7 +256,7 @@ def _filled(message: M, values: dict[str, Any]) -> M:
     return message
 
 
-def _enum_prefix(field: FieldDescriptor) -> str:
+def _enum_prefix(field: Any) -> str:
     """`OPTIMIZER_TYPE_` for the enum `OptimizerType`, as buf's style asks of every value."""
-    name = field.enum_type.values_by_number[0].name
+    name: str = field.enum_type.values_by_number[0].name
     return name.removesuffix("UNSPECIFIED")

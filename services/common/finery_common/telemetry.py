@@ -46,5 +46,6 @@ def serve_metrics(*, host: str, port: int) -> int:
     try:
         server, _ = start_http_server(port, addr=host)
     except OSError as error:
-        raise FailedPreconditionError(f"FINERY_METRICS_PORT: cannot listen on {host}:{port}: {error.strerror}; choose a free port") from error
+        text = f"FINERY_METRICS_PORT: cannot listen on {host}:{port}: {error.strerror}; choose a free port"
+        raise FailedPreconditionError(text) from error
     return int(server.server_port)

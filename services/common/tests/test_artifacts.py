@@ -44,7 +44,7 @@ def publish(store: ArtifactStore, prefix: str, **objects: bytes) -> ArtifactRef:
 
 
 def keys(store: ArtifactStore, minio: Minio, prefix: str) -> list[str]:
-    return [item.object_name for item in minio.list_objects(store.settings.bucket, prefix=prefix, recursive=True)]
+    return [item.object_name or "" for item in minio.list_objects(store.settings.bucket, prefix=prefix, recursive=True)]
 
 
 def test_what_was_published_is_read_back(object_store, project):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from typing import Any
 
 import pytest
 
@@ -92,7 +93,7 @@ def test_an_unreachable_hub_says_what_to_do(tmp_path, object_store, monkeypatch)
 
 
 def test_only_safetensors_come_from_the_hub(tmp_path, model, object_store, monkeypatch):
-    asked: dict[str, object] = {}
+    asked: dict[str, Any] = {}
 
     def answer(repo_id: str, **options: object) -> str:
         asked.update(options, repo_id=repo_id)

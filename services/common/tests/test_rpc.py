@@ -4,11 +4,12 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 import grpc
+import grpc.aio
 import pytest
-from finery.common.v1 import job_pb2
-from finery.dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from finery.common.v1 import job_pb2
+from finery.dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from finery_common.errors import InternalError, InvalidArgumentError, NotFoundError, UnauthenticatedError, Violation
 from finery_common.rpc.channel import ServiceChannel, stream
 from finery_common.rpc.server import RpcServer, Servicer, token_authenticator
@@ -48,13 +49,13 @@ async def channel(address: str) -> AsyncIterator[ServiceChannel]:
     await channel.close()
 
 
-async def test_a_signed_call_reaches_the_servicer_with_its_project(channel):
+async def test_a_signed_call_reaches_the_servicer_with_its_project(channel: ServiceChannel):
     stub = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
     answer = await stub.GetDataset(dataset_pb2.GetDatasetRequest(name="x"), metadata=channel.metadata(project="alpha"))
     assert answer.name == "alpha/test"
 
 
-async def test_a_call_without_or_with_a_foreign_token_is_refused(address, channel):
+async def test_a_call_without_or_with_a_foreign_token_is_refused(address: str, channel: ServiceChannel):
     stub = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
     with pytest.raises(UnauthenticatedError):
         await stub.GetDataset(dataset_pb2.GetDatasetRequest(name="x"))
@@ -66,7 +67,7 @@ async def test_a_call_without_or_with_a_foreign_token_is_refused(address, channe
     await foreign.close()
 
 
-async def test_an_expired_token_is_refused(channel):
+async def test_an_expired_token_is_refused(channel: ServiceChannel):
     expired = SIGNER.sign(Principal("test", "alpha"), ttl_s=-1)
     with pytest.raises(UnauthenticatedError, match="expired"):
         await dataset_pb2_grpc.DatasetServiceStub(channel.grpc).GetDataset(
@@ -74,7 +75,7 @@ async def test_an_expired_token_is_refused(channel):
         )
 
 
-async def test_an_error_arrives_with_all_its_details(channel):
+async def test_an_error_arrives_with_all_its_details(channel: ServiceChannel):
     stub = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
     with pytest.raises(InvalidArgumentError) as caught:
         await stub.GetDataset(dataset_pb2.GetDatasetRequest(name="bad"), metadata=channel.metadata(project="alpha"))
@@ -83,7 +84,7 @@ async def test_an_error_arrives_with_all_its_details(channel):
     assert error.violations == (Violation("training.jsonl", "not JSON", 7), Violation("spec.seed", "got -1"))
 
 
-async def test_a_bug_shows_a_correlation_id_and_nothing_of_the_inside(channel):
+async def test_a_bug_shows_a_correlation_id_and_nothing_of_the_inside(channel: ServiceChannel):
     stub = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
     with pytest.raises(InternalError) as caught:
         await stub.GetDataset(dataset_pb2.GetDatasetRequest(name="bug"), metadata=channel.metadata(project="alpha"))
@@ -91,16 +92,15 @@ async def test_a_bug_shows_a_correlation_id_and_nothing_of_the_inside(channel):
     assert "inside" not in caught.value.message
 
 
-async def test_a_stream_ends_with_its_error(channel):
+async def test_a_stream_ends_with_its_error(channel: ServiceChannel):
     stub = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
-    seen: list[int] = []
+    events = stream(stub.WatchDataset(dataset_pb2.WatchDatasetRequest(), metadata=channel.metadata(project="alpha")))
+    assert (await anext(events)).sequence == 1
     with pytest.raises(NotFoundError, match="gone"):
-        async for event in stream(stub.WatchDataset(dataset_pb2.WatchDatasetRequest(), metadata=channel.metadata(project="alpha"))):
-            seen.append(event.sequence)
-    assert seen == [1]
+        await anext(events)
 
 
-async def test_health_needs_no_credentials(address):
+async def test_health_needs_no_credentials(address: str):
     async with grpc.aio.insecure_channel(address) as plain:
         answer = await health_pb2_grpc.HealthStub(plain).Check(health_pb2.HealthCheckRequest())
     assert answer.status == health_pb2.HealthCheckResponse.SERVING

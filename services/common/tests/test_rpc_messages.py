@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
-from finery.common.v1 import job_pb2
 
+from finery.common.v1 import job_pb2
 from finery_common.artifacts import ArtifactRef
 from finery_common.errors import InvalidArgumentError, Violation
 from finery_common.jobs import EventLevel, JobEvent, JobState

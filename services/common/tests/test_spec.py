@@ -1,10 +1,10 @@
 """Specs: validation and the round trip over the wire."""
 
 import pytest
-from finery.training.v1 import spec_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finery.training.v1 import spec_pb2
 from finery_common.errors import InvalidArgumentError
 from finery_common.spec import BatchSpec, LoraSpec, OptimizerSpec, OptimizerType, ScheduleType, TrainingSpec
 

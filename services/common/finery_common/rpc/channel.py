@@ -1,15 +1,15 @@
 """Calling another service: a channel that signs each call, gives it a deadline and raises FineryError.
 
-    channel = ServiceChannel("127.0.0.1:7001", signer=signer, caller="gateway")
-    stub = TrainingServiceStub(channel.grpc)
-    job = await stub.GetJob(request, metadata=channel.metadata(project="p"))
-    async for event in stream(stub.WatchJob(request, metadata=channel.metadata(project="p"))): ...
+channel = ServiceChannel("127.0.0.1:7001", signer=signer, caller="gateway")
+stub = TrainingServiceStub(channel.grpc)
+job = await stub.GetJob(request, metadata=channel.metadata(project="p"))
+async for event in stream(stub.WatchJob(request, metadata=channel.metadata(project="p"))): ...
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -33,7 +33,7 @@ class ServiceChannel:
     """A channel to one service. Unary calls without a deadline get 30 s; errors arrive as FineryError."""
 
     def __init__(self, target: str, *, signer: TokenSigner, caller: str) -> None:
-        self.grpc = grpc.aio.insecure_channel(target, options=_OPTIONS, interceptors=[_UnaryInterceptor()])
+        self.grpc = grpc.aio.insecure_channel(target, options=_OPTIONS, interceptors=_interceptors())
         self._signer = signer
         self._caller = caller
 
@@ -42,12 +42,13 @@ class ServiceChannel:
         return bearer(self._signer.sign(Principal(self._caller, project)))
 
     async def close(self) -> None:
-        await self.grpc.close()
+        """Ends the connection and what is under way on it."""
+        await self.grpc.close(None)
 
 
 def worker_channel(target: str) -> grpc.aio.Channel:
     """A channel for a worker, which has a token of its own and passes `bearer(token)`; errors arrive as FineryError."""
-    return grpc.aio.insecure_channel(target, options=_OPTIONS, interceptors=[_UnaryInterceptor()])
+    return grpc.aio.insecure_channel(target, options=_OPTIONS, interceptors=_interceptors())
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
@@ -64,6 +65,10 @@ async def stream(call: AsyncIterable[T]) -> AsyncIterator[T]:
         raise from_rpc_error(error) from error
 
 
+def _interceptors() -> list[grpc.aio.ClientInterceptor]:
+    return [cast("grpc.aio.ClientInterceptor", _UnaryInterceptor())]
+
+
 class _UnaryInterceptor(grpc.aio.UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(
         self,
@@ -72,7 +77,7 @@ class _UnaryInterceptor(grpc.aio.UnaryUnaryClientInterceptor):
         request: Any,
     ) -> Any:
         if client_call_details.timeout is None:
-            client_call_details = client_call_details._replace(timeout=DEFAULT_DEADLINE_S)
+            client_call_details = client_call_details._replace(timeout=DEFAULT_DEADLINE_S)  # pyright: ignore[reportAttributeAccessIssue]  a named tuple, which the stubs omit
         try:
             return await (await continuation(client_call_details, request))
         except grpc.RpcError as error:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
 
-from finery.common.v1 import job_pb2
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
 
+from finery.common.v1 import job_pb2
 from finery_common.artifacts import ArtifactRef
 from finery_common.errors import FineryError
 from finery_common.jobs import EventLevel, JobEvent, JobState
@@ -36,14 +36,17 @@ def from_timestamp(message: Timestamp) -> datetime:
 
 
 def state_to_proto(state: JobState) -> job_pb2.JobState:
-    return job_pb2.JobState.Value(f"JOB_STATE_{state}")
+    """The wire's name for `state`."""
+    return _STATES[state]
 
 
 def state_from_proto(state: job_pb2.JobState) -> JobState:
+    """The inverse of `state_to_proto`."""
     return JobState(job_pb2.JobState.Name(state).removeprefix("JOB_STATE_"))
 
 
 def artifact_to_proto(ref: ArtifactRef) -> job_pb2.ArtifactRef:
+    """`ref` on the wire."""
     return job_pb2.ArtifactRef(prefix=ref.prefix, manifest_sha256=ref.manifest_sha256, kind=ref.kind, size_bytes=ref.size_bytes)
 
 
@@ -72,7 +75,8 @@ def error_to_proto(fields: Mapping[str, object] | None) -> job_pb2.JobError | No
 def error_from_proto(error: job_pb2.JobError) -> dict[str, object]:
     """The inverse of `error_to_proto`."""
     violations = [
-        {"field": item.field, "description": item.description, "line": item.line if item.HasField("line") else None} for item in error.violations
+        {"field": item.field, "description": item.description, "line": item.line if item.HasField("line") else None}
+        for item in error.violations
     ]
     return {
         "code": error.code,
@@ -83,6 +87,7 @@ def error_from_proto(error: job_pb2.JobError) -> dict[str, object]:
 
 
 def event_to_proto(event: JobEvent) -> job_pb2.JobEvent:
+    """`event` on the wire."""
     return job_pb2.JobEvent(
         sequence=event.sequence,
         create_time=timestamp(event.created_at),
@@ -100,9 +105,13 @@ def struct(data: Mapping[str, object]) -> Struct:
 
 
 def struct_fields(message: Struct) -> dict[str, object]:
+    """The inverse of `struct`."""
     return cast("dict[str, object]", MessageToDict(message))
 
 
+_STATES: dict[JobState, job_pb2.JobState] = {
+    state: cast("job_pb2.JobState", job_pb2.JobState.Value(f"JOB_STATE_{state}")) for state in JobState
+}
 _LEVELS = {
     EventLevel.INFO: job_pb2.EVENT_LEVEL_INFO,
     EventLevel.WARN: job_pb2.EVENT_LEVEL_WARN,

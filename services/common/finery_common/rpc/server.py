@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import grpc
 import grpc.aio
@@ -55,7 +55,7 @@ class RpcServer:
     def __init__(self, *, address: str, servicers: Sequence[Servicer], authenticate: Authenticate) -> None:
         self._servicers = tuple(servicers)
         self._address = address
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  missing in the stubs
         self._server = grpc.aio.server(
             interceptors=[_Interceptor(authenticate)],
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)],
@@ -71,7 +71,9 @@ class RpcServer:
         try:
             port = self._server.add_insecure_port(self._address)
         except RuntimeError as error:
-            raise FailedPreconditionError(f"FINERY_GRPC_ADDRESS: cannot listen on {self._address}; is the port taken? Choose a free one.") from error
+            raise FailedPreconditionError(
+                f"FINERY_GRPC_ADDRESS: cannot listen on {self._address}; is the port taken? Choose a free one."
+            ) from error
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         log.info("serving gRPC", port=port, services=[item.full_name for item in self._servicers])
@@ -101,7 +103,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):
     def __init__(self, authenticate: Authenticate) -> None:
         self._authenticate = authenticate
 
-    async def intercept_service(
+    async def intercept_service(  # pyright: ignore[reportIncompatibleMethodOverride]  the stubs know the synchronous form only
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
@@ -111,6 +113,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         if handler is None or method.startswith(_OPEN_SERVICES):
             return handler
         token = _bearer(handler_call_details)
+        inner: Any
         if handler.response_streaming:
             inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
             make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
@@ -126,9 +129,9 @@ class _Interceptor(grpc.aio.ServerInterceptor):
             started_s = time.perf_counter()
             try:
                 await self._bind(token)
-                async with asyncio.timeout(UNARY_DEADLINE_S if context.time_remaining() is None else None):
+                async with asyncio.timeout(UNARY_DEADLINE_S if cast("float | None", context.time_remaining()) is None else None):
                     response = await inner(request, context)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  the one place where unknown errors are caught
                 await _abort(context, error, method=method, started_s=started_s)
             _count(method, "OK", started_s)
             return response
@@ -142,7 +145,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):
                 await self._bind(token)
                 async for response in inner(request, context):
                     yield response
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  the one place where unknown errors are caught
                 await _abort(context, error, method=method, started_s=started_s)
             _count(method, "OK", started_s)
 
@@ -168,7 +171,7 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception, *, method:
         error = DeadlineExceededError(f"{method} was not done within {UNARY_DEADLINE_S:.0f} s; set a longer deadline or try again later.")
     known = error if isinstance(error, FineryError) else unknown_error(error)
     _count(method, known.status, started_s)
-    await context.abort_with_status(abort_arguments(known))
+    await context.abort_with_status(abort_arguments(known))  # pyright: ignore[reportAttributeAccessIssue]  missing in the stubs
     raise AssertionError("abort_with_status raises")
 
 

@@ -6,6 +6,8 @@ Owns the mapping in both directions. Unknown errors become INTERNAL with a corre
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -55,7 +57,7 @@ def from_rpc_error(error: grpc.RpcError) -> FineryError:
     info: dict[str, str] = {}
     reason, violations, retry_after_s = None, (), None
     status = _rich_status(error)
-    for detail in status.details if status is not None else ():
+    for detail in cast("Any", status.details if status is not None else ()):
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             unpacked = error_details_pb2.ErrorInfo.FromString(detail.value)
             reason, info = unpacked.reason, dict(unpacked.metadata)
@@ -88,7 +90,7 @@ def _violation(item: error_details_pb2.BadRequest.FieldViolation) -> Violation:
 
 def _rich_status(error: grpc.RpcError) -> status_pb2.Status | None:
     metadata = error.trailing_metadata() if isinstance(error, grpc.aio.AioRpcError) else None
-    for key, value in metadata or ():
+    for key, value in cast("Iterable[tuple[str, str | bytes]]", metadata or ()):
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             return status_pb2.Status.FromString(value)
     return None

@@ -39,7 +39,8 @@ class TokenSigner:
 
     def sign(self, principal: Principal, *, ttl_s: float = SERVICE_TOKEN_TTL_S) -> str:
         """A token for `principal` that expires in `ttl_s` seconds."""
-        claims: dict[str, str | int | float] = {"aud": _AUDIENCE, "sub": principal.caller, "project": principal.project, "exp": time.time() + ttl_s}
+        claims: dict[str, str | int | float] = {"aud": _AUDIENCE, "sub": principal.caller, "project": principal.project}
+        claims["exp"] = time.time() + ttl_s
         if principal.job_id is not None and principal.epoch is not None:
             claims |= {"job_id": principal.job_id, "epoch": principal.epoch}
         return jwt.encode(claims, self._secret, algorithm="HS256")
