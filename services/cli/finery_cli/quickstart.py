@@ -28,7 +28,6 @@ from finery_common.errors import FailedPreconditionError, UnavailableError
 
 SHOWN_ROWS = 12
 CONCURRENCY = 8
-MAX_REPLY_TOKENS = 8
 SERVED_S = 300.0
 
 
@@ -90,7 +89,9 @@ def _wait_served(client: OpenAI, model: str) -> None:
 def _ask_both(client: OpenAI, rows: Sequence[QuestionRow], *, tuned_model: str) -> tuple[list[str], list[str]]:
     def ask(call: tuple[str, QuestionRow]) -> str:
         model, row = call
-        reply = client.chat.completions.create(model=model, messages=row.messages, max_tokens=MAX_REPLY_TOKENS, temperature=0)
+        reply = client.chat.completions.create(
+            model=model, messages=row.messages, max_tokens=quickstart_data.MAX_REPLY_TOKENS, temperature=0
+        )
         return (reply.choices[0].message.content or "").strip()
 
     calls = [(model, row) for model in (QUICKSTART_MODEL, tuned_model) for row in rows]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from openai.types.chat import ChatCompletionMessageParam
 
 from finery_common.errors import FailedPreconditionError
 
@@ -44,7 +45,7 @@ class QuestionRow:
     topic: str
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[ChatCompletionMessageParam]:
         """What a model is asked, in OpenAI's form."""
         topics = f"{', '.join(TOPICS[:-1])} or {TOPICS[-1]}"
         content = f"Which topic is this question about: {topics}?\nQuestion: {self.question}\nAnswer with the topic only."
