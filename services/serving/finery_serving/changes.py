@@ -22,6 +22,8 @@ class Changes:
     async def wait_after(self, count: int, *, timeout_s: float | None = None) -> bool:
         """Waits for a change after the one numbered `count`, at most `timeout_s` seconds; answers whether there was one."""
         if self.count == count:
+            # Not wait_for: in Python 3.11 it loses a cancellation that comes together with the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._next.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._next.wait()
         return self.count != count

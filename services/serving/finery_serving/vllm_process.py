@@ -102,7 +102,7 @@ def vllm_command(config: VllmConfig, *, socket: Path) -> list[str]:
     command = [str(config.python), "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
     command += ["--model", str(config.base_model_dir), "--served-model-name", config.base_model]
     command += ["--enable-lora", "--max-loras", str(config.max_loras), "--max-cpu-loras", str(config.max_cpu_loras)]
-    command += ["--max-lora-rank", str(config.max_lora_rank), "--api-server-count", "1"]
+    command += ["--disable-uvicorn-access-log", "--max-lora-rank", str(config.max_lora_rank), "--api-server-count", "1"]
     command += ["--middleware", f"{finery_vllm_middleware.__name__.rpartition('.')[2]}.{finery_vllm_middleware.FineryMiddleware.__name__}"]
     if config.max_model_len:
         command += ["--max-model-len", str(config.max_model_len)]
@@ -253,7 +253,8 @@ class VllmProcess:
         if process.returncode is None:
             _signal_group(process.pid, signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), STOP_S)
+                async with asyncio.timeout(STOP_S):
+                    await process.wait()
         _signal_group(process.pid, signal.SIGKILL)
         await process.wait()
         self._process = None

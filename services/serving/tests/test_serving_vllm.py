@@ -229,11 +229,11 @@ async def test_a_swap_leaves_a_running_stream_unharmed(client, adapters):
     for alias, ref in (("swap-reference", first), ("swap", first)):
         await client.deploy(alias, ref)
     old = await client.resolve("swap")
-    expected = await client.answer("swap-reference", max_tokens=80)
+    expected = await client.answer("swap-reference", max_tokens=64)
     await client.delete("swap-reference")
 
     raw, flipped = b"", None
-    async with client.ask(old, "swap", stream=True, max_tokens=80, ignore_eos=True) as response:
+    async with client.ask(old, "swap", stream=True, max_tokens=64, ignore_eos=True) as response:
         async for chunk in response.aiter_bytes():
             raw += chunk
             if flipped is None:

@@ -1,0 +1,229 @@
+"""The agent over its restarts and vLLM's deaths, with a real store and database and a stand-in for vLLM's process."""
+
+import asyncio
+import json
+import os
+import secrets
+import sys
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from finery_common.database import Database
+from finery_common.errors import FailedPreconditionError, NotFoundError, UnavailableError
+from finery_serving.agent import Agent
+from finery_serving.aliases import AliasStore, RolloutState
+from finery_serving.changes import Changes
+from finery_serving.preflight import BaseModel
+from finery_serving.vllm_process import VllmConfig, make_runtime
+
+BASE = BaseModel("base", "b" * 64, {"model.q_proj.weight": (4, 4)})
+
+
+@pytest.fixture
+def project():
+    return f"p{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+async def database(tmp_path):
+    db = await Database.open(f"sqlite:///{tmp_path / 'serving.sqlite'}", schema="serving")
+    await db.migrate("finery_serving.migrations", version_table="serving_version")
+    yield db
+    await db.close()
+
+
+@pytest.fixture
+def publish(object_store, project):
+    def publish(*extra: str, step: int = 1):
+        weights = {f"base_model.model.model.q_proj.lora_{side}.weight": np.ones((4, 4), np.float32) for side in "AB"}
+        with object_store.writer(f"projects/{project}/adapters/ftjob-{secrets.token_hex(4)}-{step}/", kind="adapter") as writer:
+            writer.put_bytes("adapter_config.json", data=json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}).encode())
+            writer.put_bytes("adapter_model.safetensors", data=save(weights))
+            for name in extra:
+                writer.put_bytes(name, data=b"")
+            metadata = {"base_model": BASE.name, "base_model_sha256": BASE.sha256}
+            return writer.publish(made_from={}, spec={}, attempt="1", metadata=metadata)
+
+    return publish
+
+
+@pytest.fixture
+def running(tmp_path, database, object_store):
+    """Starts an agent, and at the end of the block stops it and its vLLM."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "fake_vllm.py"} "$@"\n')
+    python.chmod(0o755)
+
+    @asynccontextmanager
+    async def running(*, max_cpu_loras=4):
+        config = VllmConfig(python, BASE.name, tmp_path, "cpu", 2, max_cpu_loras, 8, 128, 1, 30, ())
+        runtime = make_runtime(None, xdg_runtime_dir=None)
+        agent = Agent(config, runtime=runtime, state_dir=tmp_path, environment=os.environ)
+        try:
+            async with (
+                agent.vllm_running(),
+                agent.reconciling(database, store=object_store, base=BASE, cache_dir=tmp_path / "cache") as services,
+            ):
+                yield SimpleNamespace(agent=agent, store=services.aliases, routes=services.routes, residency=services.residency)
+        finally:
+            runtime.remove()
+
+    return running
+
+
+async def deploy(store, project, ref, alias="m"):
+    return await store.deploy(project, alias, adapter=ref, base_model=BASE.name, request_id=secrets.token_hex(4))
+
+
+async def until(here, project, alias, *states):
+    async with asyncio.timeout(40):
+        while True:
+            seen = here.agent.changes.count
+            found = await here.store.get(project, alias)
+            if found.rollout.state in states:
+                return found
+            await here.agent.changes.wait_after(seen)
+
+
+async def unloaded(here, version):
+    async with asyncio.timeout(10):
+        while version in here.residency.versions:
+            await here.agent.changes.wait_after(here.agent.changes.count)
+
+
+@pytest.mark.parametrize("reached", [RolloutState.PENDING, RolloutState.STAGING, RolloutState.LOADING, RolloutState.PROBING])
+async def test_a_rollout_that_a_crash_cut_short_is_carried_out(running, database, project, publish, reached):
+    before = AliasStore(database, changes=Changes())
+    made = await deploy(before, project, publish())
+    if reached != RolloutState.PENDING:
+        await before.advance(made.rollout, reached)
+    async with running() as here:
+        assert (await here.routes.resolve(project, model="m", after_epoch=0, timeout_s=30)).version == made.rollout.version
+        assert (await until(here, project, "m", RolloutState.READY)).epoch == 1
+
+
+async def test_a_flip_outlives_a_crash_and_its_version_is_loaded_again(running, database, project, publish):
+    before = AliasStore(database, changes=Changes())
+    made = await deploy(before, project, publish())
+    await before.flip(made.rollout, etag=made.etag, swap_s=0.1)
+    async with running() as here:
+        assert (await until(here, project, "m", RolloutState.READY)).epoch == 1
+        async with asyncio.timeout(30):
+            while here.residency.versions != (made.rollout.version,):
+                await here.agent.changes.wait_after(here.agent.changes.count)
+
+
+async def test_rollouts_of_one_alias_go_in_order_and_the_last_stays(running, project, publish):
+    async with running() as here:
+        made = [await deploy(here.store, project, publish(step=step)) for step in (1, 2, 3)]
+        await here.routes.resolve(project, model="m", after_epoch=2, timeout_s=30)
+        last = await until(here, project, "m", RolloutState.READY)
+        assert (last.version, last.epoch) == (made[2].rollout.version, 3)
+        for earlier in made[:2]:
+            await unloaded(here, earlier.rollout.version)
+
+
+async def test_an_adapter_that_vllm_refuses_fails_without_its_path(running, project, publish, tmp_path):
+    async with running() as here:
+        await deploy(here.store, project, publish())
+        good = await until(here, project, "m", RolloutState.READY)
+        await deploy(here.store, project, publish("refuse"))
+        failed = await until(here, project, "m", RolloutState.FAILED)
+        assert (failed.version, failed.epoch) == (good.version, 1)
+        assert failed.rollout.error is not None
+        assert failed.rollout.error["code"] == "adapter_not_loadable"
+        assert str(tmp_path) not in str(failed.rollout.error["message"])
+
+
+async def test_an_adapter_that_kills_vllm_fails_in_the_end_and_the_old_one_comes_back(running, project, publish, monkeypatch):
+    monkeypatch.setattr("finery_serving.rollout._MAX_ATTEMPTS", 2)
+    async with running() as here:
+        await deploy(here.store, project, publish())
+        await until(here, project, "m", RolloutState.READY)
+        await deploy(here.store, project, publish("die"))
+        failed = await until(here, project, "m", RolloutState.FAILED)
+        assert failed.rollout.error is not None
+        assert failed.rollout.error["code"] == "unavailable"
+        route = await here.routes.resolve(project, model="m", after_epoch=0, timeout_s=30)
+        assert route.version == failed.version
+
+
+async def test_a_drain_waits_for_the_last_request_and_the_copy_goes_after_it(running, project, publish, tmp_path):
+    old, new = publish(), publish()
+    async with running() as here:
+        await deploy(here.store, project, old)
+        await until(here, project, "m", RolloutState.READY)
+        route = await here.routes.resolve(project, model="m", after_epoch=0, timeout_s=30)
+        request = asyncio.create_task(ask(route, user="1.5"))
+        async with asyncio.timeout(5):
+            while not (await here.agent.client.state()).in_flight:
+                await asyncio.sleep(0.01)
+        await deploy(here.store, project, new)
+        await here.routes.resolve(project, model="m", after_epoch=route.epoch, timeout_s=30)
+        assert not request.done()
+        assert (tmp_path / "cache" / old.manifest_sha256).is_dir()
+        await until(here, project, "m", RolloutState.READY)
+        assert request.done()
+        assert (await request).json()["model"] == "m"
+        assert (await ask(route)).headers["x-finery-retired"] == "1"
+        async with asyncio.timeout(10):
+            while (tmp_path / "cache" / old.manifest_sha256).exists():
+                await asyncio.sleep(0.01)
+        assert (tmp_path / "cache" / new.manifest_sha256).is_dir()
+
+
+async def test_a_version_under_two_aliases_stays_while_one_has_it(running, project, publish):
+    ref = publish()
+    async with running() as here:
+        for alias in ("m", "n"):
+            await deploy(here.store, project, ref, alias)
+            await until(here, project, alias, RolloutState.READY)
+        await here.store.delete(project, "m")
+        route = await here.routes.resolve(project, model="n", after_epoch=0, timeout_s=30)
+        assert (await ask(route, alias="n")).status_code == 200
+        await here.store.delete(project, "n")
+        await unloaded(here, route.version)
+
+
+async def test_what_cannot_be_answered_in_time_says_why(running, project, publish):
+    async with running() as here:
+        with pytest.raises(UnavailableError, match="vLLM is starting") as caught:
+            await here.routes.resolve(project, model=BASE.name, after_epoch=0, timeout_s=0.3)
+        assert caught.value.retry_after_s
+        await here.routes.resolve(project, model=BASE.name, after_epoch=0, timeout_s=30)
+        with pytest.raises(NotFoundError):
+            await here.routes.resolve(project, model="m", after_epoch=0, timeout_s=30)
+        await deploy(here.store, project, publish())
+        await here.routes.resolve(project, model="m", after_epoch=0, timeout_s=30)
+        started_s = time.monotonic()
+        with pytest.raises(UnavailableError, match="being deployed"):
+            await here.routes.resolve(project, model="m", after_epoch=1, timeout_s=0.5)
+        assert time.monotonic() - started_s < 0.5
+
+
+async def test_a_cold_version_whose_copy_and_artifact_are_gone_is_an_error_without_paths(running, object_store, project, publish, tmp_path):
+    refs = [publish() for _ in range(2)]
+    async with running(max_cpu_loras=1) as here:
+        for alias, ref in zip("ab", refs, strict=True):
+            await deploy(here.store, project, ref, alias)
+            await until(here, project, alias, RolloutState.READY)
+        (tmp_path / "cache" / refs[0].manifest_sha256).rename(tmp_path / "lost")
+        object_store.delete(refs[0])
+        with pytest.raises(FailedPreconditionError) as caught:
+            await here.routes.resolve(project, model="a", after_epoch=0, timeout_s=30)
+        assert str(tmp_path) not in caught.value.message
+        assert (await here.routes.resolve(project, model="b", after_epoch=0, timeout_s=30)).epoch == 1
+
+
+async def ask(route, *, alias="m", **fields):
+    headers = {"x-finery-replica-token": route.replica_token, "x-finery-version": route.version, "x-finery-alias": alias}
+    transport = httpx.AsyncHTTPTransport(uds=route.replica_address.removeprefix("unix://"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as http:
+        return await http.post("/v1/completions", json={"model": route.version, "max_tokens": 1, **fields}, headers=headers)
