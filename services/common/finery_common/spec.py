@@ -119,7 +119,7 @@ class OptimizerSpec(Spec):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global L2 norm."""
     schedule: ScheduleType = ScheduleType.LINEAR
-    """How the rate falls after warm-up: linear and cosine reach 0 at the last step."""
+    """How the rate falls after warm-up: linear and cosine towards 0, due after the last step."""
     warmup_ratio: float = Field(default=0.05, ge=0, le=1)
     """Share of all steps spent rising from 0."""
     min_warmup_steps: int = Field(default=5, ge=0)

@@ -76,8 +76,11 @@ class Attempts:
         return _command(job)
 
     async def checkpoint(self, lease: Lease, *, report: CheckpointReport) -> Command:
-        """Records a published full state, and adapter, and lets go of the states beyond `checkpoint.keep`."""
+        """Records a published full state, and adapter, and lets go of the states beyond `checkpoint.keep`. Repeating it changes nothing."""
         job = await self._renew(lease)
+        mark = {"step": report.step, "epoch": lease.epoch}
+        if job.progress.get("reported_checkpoint") == mark:
+            return _command(job)
         states = [ArtifactRef.model_validate(item) for item in cast("list[object]", job.result.get("states") or [])]
         data: dict[str, object] = {"step": report.step, "metrics": report.metrics.to_fields()}
         result: dict[str, object] = {}
@@ -99,7 +102,13 @@ class Attempts:
             data["adapter"] = report.adapter.model_dump()
         what = "The checkpoint and adapter" if report.adapter is not None else "The checkpoint"
         job = await self._jobs.append_event(
-            job.id, type="checkpoint", message=f"{what} of step {report.step} are saved.", data=data, result=result, epoch=lease.epoch
+            job.id,
+            type="checkpoint",
+            message=f"{what} of step {report.step} are saved.",
+            data=data,
+            result=result,
+            progress={"reported_checkpoint": mark},
+            epoch=lease.epoch,
         )
         await self._drop(dropped)
         return _command(job)

@@ -190,7 +190,7 @@ class WorkerClient:
         await self._stub.FinishAttempt(request, metadata=self._metadata, timeout=_TIMEOUT_S)
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._channel.close(None)
 
 
 def _dataset(message: dataset_pb2.Dataset) -> DatasetStatus:

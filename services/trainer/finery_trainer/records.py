@@ -60,7 +60,7 @@ class StepMetrics:
     memory_bytes: int
     validation_loss: float | None = None
 
-    def to_fields(self) -> dict[str, object]:
+    def to_fields(self) -> dict[str, Any]:
         """As the job store keeps it: without what is not there."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 

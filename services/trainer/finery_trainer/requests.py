@@ -33,7 +33,8 @@ class RequestChecks:
         entry = self._catalogue.get(request.spec.base_model)
         if request.spec.max_sequence_length > entry.max_sequence_length:
             raise InvalidArgumentError(
-                f"spec.max_sequence_length: got {request.spec.max_sequence_length}, wanted at most {entry.max_sequence_length} for {entry.name}.",
+                f"spec.max_sequence_length: got {request.spec.max_sequence_length}, wanted at most {entry.max_sequence_length} "
+                f"for {entry.name}.",
                 param="spec.max_sequence_length",
             )
         await self._check_servable(request, project=project)

@@ -185,7 +185,7 @@ def job_to_proto(job: Job) -> training_pb2.Job:
         adapter=None if adapter is None else artifact_to_proto(adapter),
         metrics_file=None if metrics_file is None else artifact_to_proto(metrics_file),
         deployment=training_pb2.JobDeployment(
-            state=training_pb2.DeploymentState.Value(f"DEPLOYMENT_STATE_{deployment.state}"),
+            state=f"DEPLOYMENT_STATE_{deployment.state}",
             alias=deployment.alias,
             message=deployment.message,
         ),
@@ -215,7 +215,7 @@ def _metrics_from_proto(message: training_pb2.StepMetrics) -> StepMetrics:
 
 
 def _command_to_proto(command: Command) -> worker_pb2.WorkerCommand:
-    return worker_pb2.WorkerCommand(action=worker_pb2.WorkerAction.Value(f"WORKER_ACTION_{command}"))
+    return worker_pb2.WorkerCommand(action=f"WORKER_ACTION_{command}")
 
 
 def _named(name: str) -> tuple[str, str]:

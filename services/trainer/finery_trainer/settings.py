@@ -13,11 +13,11 @@ from finery_common.settings import ServiceSettings
 class TrainerSettings(ServiceSettings):
     """What the training service needs beyond what every service does."""
 
-    max_workers: int = Field(1, ge=1)
+    max_workers: int = Field(default=1, ge=1)
     """Jobs that train at the same time; the others wait in the order of their creation."""
-    lease_s: float = Field(30.0, gt=0)
+    lease_s: float = Field(default=30.0, gt=0)
     """A worker that has not reported for so long counts as dead."""
-    cancel_grace_s: float = Field(60.0, gt=0)
+    cancel_grace_s: float = Field(default=60.0, gt=0)
     """A worker that has not obeyed a cancellation for so long is ended."""
 
 
@@ -26,9 +26,9 @@ class WorkerSettings(ServiceSettings):
 
     worker_token_file: Path
     """File or inherited descriptor (`/dev/fd/<n>`) that holds the attempt's token; read once."""
-    worker_heartbeat_s: float = Field(5.0, gt=0)
+    worker_heartbeat_s: float = Field(default=5.0, gt=0)
     """Time between heartbeats."""
-    worker_tolerance_s: float = Field(300.0, gt=0)
+    worker_tolerance_s: float = Field(default=300.0, gt=0)
     """How long training goes on while the server cannot be reached."""
 
 

@@ -6,6 +6,7 @@ the job to another), with 75 when it was told to stop and has saved its state, w
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -77,7 +78,7 @@ class Worker:
         except (UnavailableError, AttemptOver, ServerGone, Stopped):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the server must learn that the attempt failed
-            fields = error_fields(_explained(error, assignment))
+            fields = error_fields(explain(error, assignment))
             log.error("the attempt failed", code=fields["code"], error=fields["message"])
             self._link.ask(lambda client: client.finish(JobState.FAILED, error=fields))
 
@@ -227,10 +228,15 @@ def _metrics_of(report: loop.StepReport) -> StepMetrics:
     )
 
 
-def _explained(error: Exception, assignment: Assignment) -> FineryError:
-    """`error` for people: the tree's own errors as they are, memory that ran out with what to lower, anything else as our bug."""
+def explain(error: Exception, assignment: Assignment) -> FineryError:
+    """`error` for people: the tree's own errors as they are, a full disk or memory with what to do, anything else as our bug."""
     if isinstance(error, FineryError):
         return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceExhaustedError(
+            f"The worker's disk is full ({error.filename or 'temporary files'}); free space there and create the job again.",
+            code="disk_full",
+        )
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
         batch = assignment.spec.batch
         return ResourceExhaustedError(

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from google.protobuf.json_format import MessageToDict
+from safetensors.numpy import save_file
+
 from finery.common.v1 import job_pb2
 from finery.dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from finery.serving.v1 import serving_pb2, serving_pb2_grpc
 from finery.training.v1 import spec_pb2, training_pb2, training_pb2_grpc
-from google.protobuf.json_format import MessageToDict
-from safetensors.numpy import save_file
-
 from finery_common.artifacts import ArtifactRef, ArtifactStore
 from finery_common.errors import NotFoundError, UnavailableError
 from finery_common.rpc.channel import ServiceChannel, stream
@@ -214,7 +214,9 @@ class System:
 
     def request(self, *, request_id: str | None = None, spec: dict[str, Any] | None = None, **fields: Any) -> training_pb2.CreateJobRequest:
         values = {"base_model": "tiny", "max_sequence_length": 64, **(spec or {})}
-        job = training_pb2.Job(spec=TrainingSpec.parse(values).to_proto(spec_pb2.TrainingSpec), **{"training_file": self.upload(), **fields})
+        job = training_pb2.Job(
+            spec=TrainingSpec.parse(values).to_proto(spec_pb2.TrainingSpec), **{"training_file": self.upload(), **fields}
+        )
         return training_pb2.CreateJobRequest(parent=f"projects/{self.project}", job=job, request_id=request_id or secrets.token_hex(8))
 
     async def create(self, **fields: Any) -> training_pb2.Job:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import secrets
 
 import pytest
+
 from finery.common.v1 import job_pb2
 from finery.training.v1 import training_pb2
-
 from finery_common.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -23,6 +25,7 @@ from finery_trainer.launchers import Attempt, Exit
 from finery_trainer.link import AttemptOver, Link
 from finery_trainer.publishing import MetricsTable, Publisher
 from finery_trainer.records import CheckpointReport, StepMetrics
+from finery_trainer.worker import explain
 
 ANOTHER = "ftjob-" + "0" * 24
 
@@ -31,6 +34,7 @@ class FakeLauncher:
     """Starts nothing: the test plays the worker."""
 
     def __init__(self) -> None:
+        self.address = ""
         self.attempts: list[Attempt] = []
         self.killed: list[str] = []
         self._exits: list[Exit] = []
@@ -57,7 +61,7 @@ async def launcher(system):
     """The service runs with it."""
     launcher = FakeLauncher()
     async with system.started(lambda _address: launcher) as service:
-        launcher.service = service
+        launcher.address = service.address
         yield launcher
 
 
@@ -70,7 +74,7 @@ async def attempt_of(launcher, wait_until, *, number=1) -> Attempt:
 
 
 async def worker_client(launcher, attempt) -> WorkerClient:
-    return WorkerClient(launcher.service.address, token=attempt.token)
+    return WorkerClient(launcher.address, token=attempt.token)
 
 
 def metrics_of(step, *, num_steps=6) -> StepMetrics:
@@ -247,7 +251,9 @@ async def test_two_places_run_two_jobs(system, wait_until):
         for _ in range(3):
             await system.create()
         await attempt_of(launcher, wait_until, number=2)
-        jobs = (await system.stub.ListJobs(training_pb2.ListJobsRequest(parent=f"projects/{system.project}"), metadata=system.metadata())).jobs
+        jobs = (
+            await system.stub.ListJobs(training_pb2.ListJobsRequest(parent=f"projects/{system.project}"), metadata=system.metadata())
+        ).jobs
         assert sum(job.state == job_pb2.JOB_STATE_RUNNING for job in jobs) == 2
 
 
@@ -315,10 +321,8 @@ async def test_a_zombie_can_neither_report_nor_publish(system, launcher, wait_un
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "weights").write_text("old")
     work = Assignment(system.project, zombie.job_id, zombie.epoch, TrainingSpec(base_model="tiny"), state, None, None)
-    with Link(launcher.service.address, token=zombie.token, heartbeat_s=60, tolerance_s=1) as link:
+    with Link(launcher.address, token=zombie.token, heartbeat_s=60, tolerance_s=1) as link:
         publisher = Publisher(system.store, assignment=work, base_sha256="0" * 64, confirm=link.confirm)
-        import asyncio
-
         with pytest.raises(AttemptOver):
             await asyncio.to_thread(publisher.adapter, tmp_path / "adapter", step=6)
     assert not system.store.exists(f"projects/{system.project}/adapters/{zombie.job_id}-6/")
@@ -336,7 +340,7 @@ async def test_a_worker_may_call_nothing_but_its_own_service(system, launcher, w
     attempt = await attempt_of(launcher, wait_until)
     with pytest.raises(PermissionDeniedError):
         await system.stub.GetJob(training_pb2.GetJobRequest(name=job.name), metadata=bearer(attempt.token))
-    client = WorkerClient(launcher.service.address, token=system.signer.sign(Principal("test", system.project)))
+    client = WorkerClient(launcher.address, token=system.signer.sign(Principal("test", system.project)))
     with pytest.raises(PermissionDeniedError):
         await client.assignment()
     await client.close()
@@ -358,9 +362,11 @@ async def test_full_states_beyond_those_to_keep_are_removed(system, launcher, wa
     client = await worker_client(launcher, await attempt_of(launcher, wait_until))
     for step in (1, 2, 3):
         state = publish(system, f"runs/{named(job)}/checkpoints/{step}/", "checkpoint")
-        await client.report_checkpoint(CheckpointReport(step, state, None, metrics_of(step)))
+        for _ in range(2):
+            await client.report_checkpoint(CheckpointReport(step, state, None, metrics_of(step)))
     left = [ref.prefix.split("/")[-2] for ref in system.store.list(f"projects/{system.project}/runs/{named(job)}/")]
     assert left == ["2", "3"]
+    assert sum(event["type"] == "checkpoint" for event in await system.events(job.name)) == 3
     assert (await client.assignment()).checkpoint == state
     await client.close()
 
@@ -451,6 +457,23 @@ async def test_the_table_of_metrics_goes_on_where_a_state_left_it(tmp_path):
     again.add(metrics_of(2))
     lines = again.write(tmp_path).read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["step", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"), "out_of_memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), "disk_full"),
+        (ZeroDivisionError("the inside"), "internal_error"),
+        (InvalidArgumentError("as it is", code="mine"), "mine"),
+    ],
+)
+def test_what_ends_an_attempt_is_explained_without_the_inside(error, code):
+    work = Assignment("p", "ftjob-1", 1, TrainingSpec(base_model="tiny"), None, None, None)
+    explained = explain(error, work)
+    assert explained.code == code
+    assert "the inside" not in explained.message
 
 
 async def test_a_validation_taken_up_by_another_process_goes_on(system, wait_until):

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def save(model: PeftModel, folder: Path, *, base_model: str) -> None:
-    """Writes the active adapter of `model` into `folder`, which must exist. `base_model` is the name that its configuration records."""
+    """Writes the adapter of `model` into `folder`, which must exist. `base_model` is the name that its configuration records."""
     from peft import get_peft_model_state_dict
 
     # "auto" would ask the Hub whether the vocabulary grew.
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = model.peft_config[model.active_adapter]
+    config = model.peft_config["default"]
     was = config.base_model_name_or_path, config.inference_mode
     config.base_model_name_or_path, config.inference_mode = base_model, True
     config.save_pretrained(str(folder))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import psutil
 import torch
@@ -29,6 +29,7 @@ from finery_trainer.engine.optim import Stepper, build_optimizer, non_finite
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PretrainedConfig
 
 
 class Action(StrEnum):
@@ -154,7 +155,7 @@ def mean_loss(model: PeftModel, data: TokenDataset, *, micro_batch_size: int) ->
 class _Run:
     def __init__(self, model: PeftModel, data: TokenDataset, spec: TrainingSpec, *, validation: TokenDataset | None) -> None:
         self._model, self._data, self._spec, self._validation = model, data, spec, validation
-        config = model.get_base_model().config
+        config = cast("PretrainedConfig", model.get_base_model().config)
         limit = min(spec.max_sequence_length, getattr(config, "max_position_embeddings", None) or spec.max_sequence_length)
         for dataset in (data, validation):
             if dataset is not None:

@@ -25,7 +25,8 @@ def load(spec: TrainingSpec, base_dir: Path, *, device: torch.device | None = No
     from peft import get_peft_model
 
     device = device or default_device()
-    base = _load_base(base_dir, dtype=dtype_of(spec.precision, device)).to(device)
+    base = _load_base(base_dir, dtype=dtype_of(spec.precision, device))
+    base.to(device)  # pyright: ignore[reportArgumentType]  # its decorator hides the signature
     base.config.use_cache = False
     torch.manual_seed(spec.seed)
     model = get_peft_model(base, lora_config(spec.lora, base))

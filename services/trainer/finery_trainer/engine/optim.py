@@ -6,7 +6,7 @@ The learning rate is a function of the step alone, so that a checkpoint needs th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +92,7 @@ def non_finite(what: str, value: float, *, step: int) -> FailedPreconditionError
     )
 
 
-def _optimizer_class(kind: OptimizerType, *, on_gpu: bool) -> type[torch.optim.Optimizer]:
+def _optimizer_class(kind: OptimizerType, *, on_gpu: bool) -> Callable[..., torch.optim.Optimizer]:
     if kind is OptimizerType.ADAMW or (kind is OptimizerType.AUTO and not on_gpu):
         return torch.optim.AdamW
     if not on_gpu:
@@ -100,7 +100,7 @@ def _optimizer_class(kind: OptimizerType, *, on_gpu: bool) -> type[torch.optim.O
             "optimizer.type: got adamw_8bit on a machine without a GPU; use adamw or auto.", param="optimizer.type"
         )
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # on GPU machines only
     except ImportError as error:
         raise FailedPreconditionError(
             f"optimizer.type {kind.value} needs the package bitsandbytes on a GPU; install it or use adamw.", param="optimizer.type"

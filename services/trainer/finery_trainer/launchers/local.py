@@ -28,6 +28,8 @@ class LocalLauncher:
         self._log_dir = log_dir
         self._env = {key: value for key, value in os.environ.items() if key not in _NOT_THE_WORKERS}
         self._env["FINERY_TRAINER_ADDRESS"] = trainer_address
+        # Threads that spin at barriers make a step five times slower as soon as anything else, vLLM for one, runs on the same cores.
+        self._env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._processes: dict[tuple[str, int], asyncio.subprocess.Process] = {}
         self._exits: list[Exit] = []
         self._waiters: set[asyncio.Task[None]] = set()
