@@ -229,7 +229,8 @@ class VllmProcess:
                 start_new_session=True,
             )
         with contextlib.suppress(psutil.NoSuchProcess):
-            self._pid_file.write_text(json.dumps({"pid": process.pid, "created": psutil.Process(process.pid).create_time()}))
+            noted = {"pid": process.pid, "created": psutil.Process(process.pid).create_time(), "runtime": str(self.runtime.folder)}
+            self._pid_file.write_text(json.dumps(noted))
         return process
 
     async def _became_healthy(self, process: asyncio.subprocess.Process) -> bool:
@@ -262,16 +263,21 @@ class VllmProcess:
 
 
 def kill_leftover(pid_file: Path) -> None:
-    """Ends the vLLM that a killed agent left behind, named by `pid_file`; the start time tells it from another process of that id."""
+    """Ends the vLLM that a killed agent left behind and removes its runtime folder, both named by `pid_file`.
+
+    The start time tells it from another process of that id.
+    """
+    noted = {}
     try:
         noted = json.loads(pid_file.read_text())
         alive = abs(psutil.Process(noted["pid"]).create_time() - noted["created"]) < 1
     except (OSError, ValueError, KeyError, psutil.Error):
         alive = False
-        noted = {}
     if alive:
         log.warning("ending the vLLM of an earlier run", pid=noted["pid"])
         _signal_group(noted["pid"], signal.SIGKILL)
+    if "runtime" in noted:
+        shutil.rmtree(noted["runtime"], ignore_errors=True)
     pid_file.unlink(missing_ok=True)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import uvicorn
-from finery_vllm_middleware import FineryMiddleware
+from finery_vllm_middleware import FineryMiddleware  # pyright: ignore[reportMissingImports]
 
 
 class Engine:

@@ -163,7 +163,7 @@ async def test_a_drain_waits_for_the_last_request_and_the_copy_goes_after_it(run
         route = await here.routes.resolve(project, model="m", after_epoch=0, timeout_s=30)
         request = asyncio.create_task(ask(route, user="1.5"))
         async with asyncio.timeout(5):
-            while not (await here.agent.client.state()).in_flight:
+            while not (await here.agent.client.state()).in_flight:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         await deploy(here.store, project, new)
         await here.routes.resolve(project, model="m", after_epoch=route.epoch, timeout_s=30)
@@ -174,7 +174,7 @@ async def test_a_drain_waits_for_the_last_request_and_the_copy_goes_after_it(run
         assert (await request).json()["model"] == "m"
         assert (await ask(route)).headers["x-finery-retired"] == "1"
         async with asyncio.timeout(10):
-            while (tmp_path / "cache" / old.manifest_sha256).exists():
+            while (tmp_path / "cache" / old.manifest_sha256).exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert (tmp_path / "cache" / new.manifest_sha256).is_dir()
 

@@ -131,8 +131,10 @@ def test_a_leftover_is_ended_and_another_process_of_that_id_is_not(tmp_path):
     file.write_text(json.dumps({"pid": child.pid, "created": created - 100}))
     kill_leftover(file)
     assert child.poll() is None
-    file.write_text(json.dumps({"pid": child.pid, "created": created}))
+    (tmp_path / "runtime").mkdir()
+    file.write_text(json.dumps({"pid": child.pid, "created": created, "runtime": str(tmp_path / "runtime")}))
     kill_leftover(file)
+    assert not (tmp_path / "runtime").exists()
     assert child.wait(timeout=5) == -9
     assert not file.exists()
     kill_leftover(file)
