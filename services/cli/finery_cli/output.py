@@ -33,7 +33,9 @@ def show(value: Mapping[str, object] | Sequence[Mapping[str, object]], *, column
             if value.get(column) not in (None, "", [], {}):
                 out.print(f"[bold]{column}[/]  {_cell(column, value.get(column))}")
     else:
-        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in columns:
+            table.add_column(column, overflow="fold")
         for row in value:
             table.add_row(*(_cell(column, row.get(column)) for column in columns))
         out.print(table if value else "[dim]nothing here yet[/]")
@@ -42,7 +44,7 @@ def show(value: Mapping[str, object] | Sequence[Mapping[str, object]], *, column
 def _cell(column: str, value: object) -> str:
     if value is None:
         return ""
-    if column.endswith("_at") and isinstance(value, int | float):
+    if (column == "created" or column.endswith("_at")) and isinstance(value, int | float):
         return datetime.fromtimestamp(value, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     if isinstance(value, Mapping):
         return str(value.get("message") or json.dumps(value))

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from finery_common.artifacts import S3Settings
 from finery_common.errors import FailedPreconditionError
 
 
@@ -75,11 +76,17 @@ class ServiceSettings(BaseSettings):
         """The database of `service`: SQLite has a file a service."""
         return self.database_url or f"sqlite+aiosqlite:///{self.state_dir / 'db' / f'{service}.sqlite'}"
 
-    def s3_keys(self) -> tuple[str, str]:
-        """Access key and secret key. Raises FailedPreconditionError where one is missing."""
-        return (
-            secret(self.s3_access_key, self.s3_access_key_file, name="FINERY_S3_ACCESS_KEY"),
-            secret(self.s3_secret_key, self.s3_secret_key_file, name="FINERY_S3_SECRET_KEY"),
+    def s3(self) -> S3Settings:
+        """Where the artifact store is. Raises FailedPreconditionError where the endpoint or a key is missing."""
+        if not self.s3_endpoint:
+            raise FailedPreconditionError("FINERY_S3_ENDPOINT is not set; set it to host:port of the object store")
+        return S3Settings(
+            endpoint=self.s3_endpoint,
+            access_key=secret(self.s3_access_key, self.s3_access_key_file, name="FINERY_S3_ACCESS_KEY"),
+            secret_key=secret(self.s3_secret_key, self.s3_secret_key_file, name="FINERY_S3_SECRET_KEY"),
+            bucket=self.s3_bucket,
+            region=self.s3_region,
+            secure=self.s3_secure,
         )
 
     def token_secret(self) -> str:

@@ -11,7 +11,7 @@ import sys
 import structlog
 from pydantic import ValidationError
 
-from finery_common.artifacts import ArtifactStore, S3Settings
+from finery_common.artifacts import ArtifactStore
 from finery_common.catalogue import Catalogue
 from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError, FineryError
@@ -36,7 +36,7 @@ async def serve(settings: ConverterSettings) -> None:
         raise FailedPreconditionError("FINERY_CATALOGUE is not set; set it to the YAML file of base models.")
     catalogue = Catalogue.load(settings.catalogue)
     authenticate = token_authenticator(TokenSigner(settings.token_secret()))
-    artifacts = await asyncio.to_thread(ArtifactStore.connect, _s3_settings(settings))
+    artifacts = await asyncio.to_thread(ArtifactStore.connect, settings.s3())
     database = await Database.open(settings.service_database_url("converter"), schema="converter")
     try:
         await migrate(database)
@@ -55,22 +55,6 @@ async def serve(settings: ConverterSettings) -> None:
             await running
     finally:
         await database.close()
-
-
-def _s3_settings(settings: ConverterSettings) -> S3Settings:
-    if not settings.s3_endpoint:
-        raise FailedPreconditionError("FINERY_S3_ENDPOINT is not set; set it to host:port of the object store.")
-    access_key, secret_key = settings.s3_keys()
-    return S3Settings.model_validate(
-        {
-            "endpoint": settings.s3_endpoint,
-            "access_key": access_key,
-            "secret_key": secret_key,
-            "bucket": settings.s3_bucket,
-            "region": settings.s3_region,
-            "secure": settings.s3_secure,
-        }
-    )
 
 
 def main() -> int:

@@ -98,7 +98,8 @@ class Attempt:
                     await self._end(JobState.SUCCEEDED if ref else JobState.CANCELLED, ref=ref)
                     return
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), RENEW_S)
+                    async with asyncio.timeout(RENEW_S):
+                        await self._woken.wait()
             await work
         finally:
             await _stop(work)

@@ -49,7 +49,8 @@ class ConversionRunner:
                 except FineryError as error:
                     log.warning("cannot look for conversions", error=error.message)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), POLL_S)
+                    async with asyncio.timeout(POLL_S):
+                        await self._woken.wait()
         finally:
             if self._current is not None:
                 self._current.cancel()

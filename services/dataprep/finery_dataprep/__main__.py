@@ -10,7 +10,7 @@ from functools import partial
 
 from pydantic import ValidationError
 
-from finery_common.artifacts import ArtifactStore, S3Settings
+from finery_common.artifacts import ArtifactStore
 from finery_common.catalogue import Catalogue, materialize
 from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError, FineryError
@@ -44,7 +44,7 @@ async def _serve(settings: DataprepSettings) -> None:
         raise FailedPreconditionError("FINERY_CATALOGUE is not set; set it to the YAML file of base models.")
     catalogue = Catalogue.load(settings.catalogue)
     signer = TokenSigner(settings.token_secret())
-    artifacts = await asyncio.to_thread(ArtifactStore.connect, _s3_settings(settings))
+    artifacts = await asyncio.to_thread(ArtifactStore.connect, settings.s3())
     database = await Database.open(settings.service_database_url("dataprep"), schema="dataprep")
     try:
         await migrate(database)
@@ -74,18 +74,6 @@ async def _serve(settings: DataprepSettings) -> None:
 
 def _context_limit(catalogue: Catalogue, name: str) -> int:
     return catalogue.get(name).max_sequence_length
-
-
-def _s3_settings(settings: DataprepSettings) -> S3Settings:
-    access_key, secret_key = settings.s3_keys()
-    return S3Settings(
-        endpoint=settings.s3_endpoint,
-        access_key=access_key,
-        secret_key=secret_key,
-        bucket=settings.s3_bucket,
-        region=settings.s3_region,
-        secure=settings.s3_secure,
-    )
 
 
 if __name__ == "__main__":

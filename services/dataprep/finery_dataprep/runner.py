@@ -75,7 +75,8 @@ class DatasetRunner:
                 except FineryError as error:
                     log.warning("cannot look for jobs", error=error.message)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), POLL_S)
+                    async with asyncio.timeout(POLL_S):
+                        await self._woken.wait()
         finally:
             for task in self._tasks.values():
                 task.cancel()

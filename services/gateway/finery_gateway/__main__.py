@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from finery_common.artifacts import ArtifactStore, S3Settings
+from finery_common.artifacts import ArtifactStore
 from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError, FineryError
 from finery_common.rpc.channel import ServiceChannel
@@ -80,18 +80,7 @@ async def _gateway(settings: GatewaySettings) -> AsyncIterator[tuple[Gateway, Pu
         db = await Database.open(settings.service_database_url("gateway"), schema="gateway")
         stack.push_async_callback(db.close)
         await migrate(db)
-        access_key, secret_key = settings.s3_keys()
-        s3 = S3Settings.model_validate(
-            {
-                "endpoint": settings.s3_endpoint,
-                "access_key": access_key,
-                "secret_key": secret_key,
-                "bucket": settings.s3_bucket,
-                "region": settings.s3_region,
-                "secure": settings.s3_secure,
-            }
-        )
-        store = await asyncio.to_thread(ArtifactStore.connect, s3)
+        store = await asyncio.to_thread(ArtifactStore.connect, settings.s3())
         channels = {
             area: ServiceChannel(target, signer=signer, caller=CALLER)
             for area, target in (

@@ -13,7 +13,7 @@ import structlog
 from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
-from finery_common.artifacts import ArtifactStore, S3Settings
+from finery_common.artifacts import ArtifactStore
 from finery_common.catalogue import BaseModelEntry, Catalogue, folder_sha256, materialize
 from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError, FineryError
@@ -49,7 +49,7 @@ def main() -> int:
 async def _serve(settings: ServingSettings) -> None:
     signer = TokenSigner(settings.token_secret())
     serve_metrics(host=settings.metrics_host, port=settings.metrics_port)
-    store = await asyncio.to_thread(ArtifactStore.connect, _s3(settings))
+    store = await asyncio.to_thread(ArtifactStore.connect, settings.s3())
     entry = base_entry(settings)
     base_dir = await asyncio.to_thread(materialize, entry, cache_dir=settings.artifact_cache_dir, store=store)
     runtime = make_runtime(settings.runtime_dir, xdg_runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
@@ -115,20 +115,6 @@ def vllm_config(settings: ServingSettings, *, entry: BaseModelEntry, base_dir: P
         kv_cache_gib=settings.vllm_kv_cache_gib,
         start_timeout_s=settings.vllm_start_timeout_s,
         private_paths=(str(settings.state_dir), str(settings.artifact_cache_dir)),
-    )
-
-
-def _s3(settings: ServingSettings) -> S3Settings:
-    access_key, secret_key = settings.s3_keys()
-    if not settings.s3_endpoint:
-        raise FailedPreconditionError("FINERY_S3_ENDPOINT is not set; set it to host:port of the object store")
-    return S3Settings(
-        endpoint=settings.s3_endpoint,
-        access_key=access_key,
-        secret_key=secret_key,
-        bucket=settings.s3_bucket,
-        region=settings.s3_region,
-        secure=settings.s3_secure,
     )
 
 

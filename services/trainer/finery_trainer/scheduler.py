@@ -58,7 +58,8 @@ class Scheduler:
                 except FineryError as error:
                     log.warning("cannot move jobs on", error=error.message)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), POLL_S)
+                    async with asyncio.timeout(POLL_S):
+                        await self._woken.wait()
         finally:
             for task in self._validating.values():
                 task.cancel()
@@ -163,7 +164,7 @@ class Scheduler:
         lease = await self._jobs.acquire(job.id, holder=self._holder, ttl_s=self._settings.lease_s)
         try:
             started = await self._jobs.transition(
-                job.id, JobState.RUNNING, message=f"Attempt {lease.epoch} starts.", epoch=lease.epoch, data={"epoch": lease.epoch}
+                job.id, JobState.RUNNING, message="A worker starts.", epoch=lease.epoch, data={"epoch": lease.epoch}
             )
         except FineryError:
             await self._jobs.release(lease)

@@ -26,7 +26,7 @@ from finery_trainer.requests import RequestChecks
 from finery_trainer.runs import Runs
 from finery_trainer.scheduler import Scheduler
 from finery_trainer.server import TrainingServicer, WorkerServicer, servicers
-from finery_trainer.settings import TrainerSettings, s3_settings
+from finery_trainer.settings import TrainerSettings
 from finery_trainer.validation import Validation
 
 WORKERS_STOP_S, DRAIN_S = 12.0, 6.0
@@ -51,7 +51,7 @@ async def running(settings: TrainerSettings, *, make_launcher: Callable[[str], L
         raise FailedPreconditionError("FINERY_CATALOGUE is not set; set it to the YAML file of base models.")
     catalogue = Catalogue.load(settings.catalogue)
     signer = TokenSigner(settings.token_secret())
-    artifacts = await asyncio.to_thread(ArtifactStore.connect, s3_settings(settings))
+    artifacts = await asyncio.to_thread(ArtifactStore.connect, settings.s3())
     async with contextlib.AsyncExitStack() as stack:
         jobs = await _open_jobs(settings, stack)
 

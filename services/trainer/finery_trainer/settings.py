@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pydantic import Field
 
-from finery_common.artifacts import S3Settings
 from finery_common.settings import ServiceSettings
 
 
@@ -30,16 +29,3 @@ class WorkerSettings(ServiceSettings):
     """Time between heartbeats."""
     worker_tolerance_s: float = Field(default=300.0, gt=0)
     """How long training goes on while the server cannot be reached."""
-
-
-def s3_settings(settings: ServiceSettings) -> S3Settings:
-    """Where the artifact store is. Raises FailedPreconditionError where a key is missing."""
-    access_key, secret_key = settings.s3_keys()
-    return S3Settings(
-        endpoint=settings.s3_endpoint,
-        access_key=access_key,
-        secret_key=secret_key,
-        bucket=settings.s3_bucket,
-        region=settings.s3_region,
-        secure=settings.s3_secure,
-    )

@@ -30,7 +30,7 @@ from finery_trainer.launchers.local import STOPPED_EXIT_CODE
 from finery_trainer.link import AttemptOver, Link, ServerGone
 from finery_trainer.publishing import MetricsTable, Publisher
 from finery_trainer.records import CheckpointReport, StepMetrics
-from finery_trainer.settings import WorkerSettings, s3_settings
+from finery_trainer.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -88,7 +88,7 @@ class Worker:
         from finery_trainer import engine
 
         transformers_logging.disable_progress_bar()
-        store = ArtifactStore.connect(s3_settings(self._settings))
+        store = ArtifactStore.connect(self._settings.s3())
         inputs = self._fetch(assignment, store)
         self._enter("loading the base model")
         training = engine.data.TokenDataset(inputs.training_dir)

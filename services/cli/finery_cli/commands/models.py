@@ -71,11 +71,11 @@ def _wait_rolled_out(gateway: Gateway, deployed: dict[str, object]) -> dict[str,
         while True:
             rollout = _rollout(deployed)
             state = str(rollout["state"])
-            if state == "FAILED":
+            if state == "failed":
                 fail(f"The rollout of {version} failed, what served before goes on: {_message(rollout)}")
-            if state in ("READY", "DRAINING") or rollout.get("version") != version:
+            if state in ("ready", "draining") or rollout.get("version") != version:
                 return deployed
-            status.update(f"rolling out {version}: {state.lower()}")
+            status.update(f"rolling out {version}: {state}")
             time.sleep(_POLL_S)
             deployed = gateway.native.get(f"/deployments/{deployed['alias']}").json()
 

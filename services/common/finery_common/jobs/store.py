@@ -233,7 +233,8 @@ class JobStore:
                 if until(job) if until else job.state.is_final:
                     return
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), self._poll_interval_s)
+                    async with asyncio.timeout(self._poll_interval_s):
+                        await changed.wait()
         finally:
             self._watchers[job_id].discard(changed)
             if not self._watchers[job_id]:
