@@ -92,8 +92,10 @@ async def _gateway(settings: GatewaySettings) -> AsyncIterator[tuple[Gateway, Pu
         }
         for channel in channels.values():
             stack.push_async_callback(channel.close)
-        keys, creates, serving = KeyStore(db), Creates(db), ServingClient(channels["serving"])
-        proxy = Proxy(Routes(serving, cold_wait_s=settings.cold_wait_s), secret=secret, timeout_s=settings.generation_timeout_s)
+        keys, creates = KeyStore(db), Creates(db)
+        serving, training = ServingClient(channels["serving"]), TrainingClient(channels["training"])
+        routes = Routes(serving, training=training, cold_wait_s=settings.cold_wait_s)
+        proxy = Proxy(routes, secret=secret, timeout_s=settings.generation_timeout_s)
         stack.push_async_callback(proxy.close)
         gateway = Gateway(
             db=db,
@@ -101,7 +103,7 @@ async def _gateway(settings: GatewaySettings) -> AsyncIterator[tuple[Gateway, Pu
             keys=keys,
             creates=creates,
             files=Files(db, store=store, creates=creates, limit_bytes=settings.upload_limit_bytes),
-            training=TrainingClient(channels["training"]),
+            training=training,
             datasets=DatasetClient(channels["dataset"]),
             conversions=ConversionClient(channels["conversion"]),
             serving=serving,

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import Callable
 
 import structlog
 
-from finery_common.errors import DeadlineExceededError, FineryError, UnavailableError
-from finery_gateway.client import ServingClient
+from finery_common.errors import DeadlineExceededError, FineryError, NotFoundError, UnavailableError
+from finery_gateway.client import ServingClient, TrainingClient
 from finery_gateway.resources import Route
 
 ROUTE_TTL_S = 30.0
 _WATCH_AGAIN_S = 1.0
 _MAX_ROUTES = 100_000
+_ASK_AGAIN_S = 0.2
+_JOB_MODEL = re.compile(r"ft:[^:]+:[^:]+:[^:]*:([0-9a-f]{24})")
 
 log = structlog.get_logger(__name__)
 _Key = tuple[str, str]
@@ -28,8 +31,11 @@ _Key = tuple[str, str]
 class Routes:
     """Routes by (project, model). `close` ends the watches."""
 
-    def __init__(self, serving: ServingClient, *, cold_wait_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, serving: ServingClient, *, training: TrainingClient, cold_wait_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._serving = serving
+        self._training = training
         self._cold_wait_s = cold_wait_s
         self._clock = clock
         self._known: dict[_Key, tuple[Route, float]] = {}
@@ -75,18 +81,43 @@ class Routes:
 
     async def _resolve(self, key: _Key) -> Route:
         project, model = key
-        try:
-            route = await self._serving.resolve(project, model=model, after_epoch=0, timeout_s=self._cold_wait_s)
-        except DeadlineExceededError as error:
-            raise UnavailableError(
-                f"{model} is being loaded and was not ready within {self._cold_wait_s:.0f} s; try again.",
-                retry_after_s=5,
-                code="model_loading",
-            ) from error
+        give_up_s = self._clock() + self._cold_wait_s
+        was_ready = False
+        while True:
+            try:
+                route = await self._serving.resolve(project, model=model, after_epoch=0, timeout_s=max(1.0, give_up_s - self._clock()))
+                break
+            except DeadlineExceededError as error:
+                raise self._too_slow(model) from error
+            except NotFoundError:
+                state = await self._deployment_state(project, model)
+                # One that turned ready between the two questions is asked for again; one that stays unknown was taken out.
+                if state != "pending" and (state != "ready" or was_ready):
+                    raise
+                was_ready = state == "ready"
+                if self._clock() >= give_up_s:
+                    raise self._too_slow(model) from None
+            await asyncio.sleep(_ASK_AGAIN_S)
         if len(self._known) >= _MAX_ROUTES:
             self._known.clear()
         self._known[key] = (route, self._clock() + ROUTE_TTL_S)
         return route
+
+    async def _deployment_state(self, project: str, model: str) -> str | None:
+        """How far the deployment of a job's own model is: the job succeeds a moment before serving hears of its model."""
+        job_hex = _JOB_MODEL.fullmatch(model)
+        if job_hex is None:
+            return None
+        try:
+            job = await self._training.get_job(project, job_id=f"ftjob-{job_hex[1]}")
+        except FineryError:
+            return None
+        return job.deployment.state if job.state == "succeeded" and job.deployment.alias == model else None
+
+    def _too_slow(self, model: str) -> UnavailableError:
+        return UnavailableError(
+            f"{model} is being loaded and was not ready within {self._cold_wait_s:.0f} s; try again.", retry_after_s=5, code="model_loading"
+        )
 
     async def _watch(self, project: str) -> None:
         while True:

@@ -406,7 +406,8 @@ async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
         await migrate(db)
         keys, creates = KeyStore(db), Creates(db)
         serving_client = ServingClient(channel)
-        proxy = Proxy(Routes(serving_client, cold_wait_s=1), secret="s" * 40, timeout_s=10)
+        training_client = TrainingClient(channel)
+        proxy = Proxy(Routes(serving_client, training=training_client, cold_wait_s=1), secret="s" * 40, timeout_s=10)
         stack.push_async_callback(proxy.close)
         gateway = Gateway(
             db=db,
@@ -414,7 +415,7 @@ async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
             keys=keys,
             creates=creates,
             files=Files(db, store=object_store, creates=creates, limit_bytes=UPLOAD_LIMIT_BYTES),
-            training=TrainingClient(channel),
+            training=training_client,
             datasets=DatasetClient(channel),
             conversions=ConversionClient(channel),
             serving=serving_client,

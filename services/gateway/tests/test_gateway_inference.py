@@ -7,6 +7,8 @@ import openai
 import pytest
 from prometheus_client import REGISTRY
 
+from finery.common.v1 import job_pb2
+from finery.training.v1 import spec_pb2, training_pb2
 from finery_gateway.usage import StreamTap
 
 BASE = "SmolLM2-135M-Instruct"
@@ -128,6 +130,40 @@ async def test_a_cold_model_is_503_with_retry_after_when_it_takes_too_long(clien
         await _chat(client, model="m")
     assert caught.value.status_code == 503
     assert int(caught.value.response.headers["retry-after"]) >= 1
+
+
+def _finished_job(world, *, deployment: str) -> str:
+    """Puts a job that succeeded into the training service; answers its model's name."""
+    job_hex = "0123456789abcdef01234567"
+    alias = f"ft:{BASE}:{world.project}:news:{job_hex}"
+    name = f"projects/{world.project}/jobs/ftjob-{job_hex}"
+    state = training_pb2.JobDeployment(state=f"DEPLOYMENT_STATE_{deployment}", alias=alias)
+    world.training.jobs[name] = training_pb2.Job(
+        name=name,
+        spec=spec_pb2.TrainingSpec(base_model=BASE),
+        suffix="news",
+        training_file="file-1",
+        state=job_pb2.JOB_STATE_SUCCEEDED,
+        deployment=state,
+    )
+    world.training.jobs[name].create_time.GetCurrentTime()
+    return alias
+
+
+async def test_a_job_that_has_just_succeeded_answers_as_soon_as_its_model_is_there(client, world):
+    alias = _finished_job(world, deployment="PENDING")
+    world.vllm.admitted.add("v1")
+    asked = asyncio.create_task(_chat(client, model=alias))
+    async with asyncio.timeout(5):
+        while alias not in world.serving.resolved:  # noqa: ASYNC110  the fake has no event for it
+            await asyncio.sleep(0.01)
+    world.serving.flip(world.project, alias, "v1")
+    assert (await asked).model == alias
+
+
+async def test_a_job_whose_model_was_taken_out_is_not_there(client, world):
+    with pytest.raises(openai.NotFoundError):
+        await _chat(client, model=_finished_job(world, deployment="READY"))
 
 
 async def test_a_vllm_that_is_not_there_is_503(client, world):
