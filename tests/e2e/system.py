@@ -57,7 +57,7 @@ class System:
         )
 
 
-def start_system(state_dir: Path, base_model_dir: Path) -> System:
+def start_system(state_dir: Path, base_model_dir: Path, *, database_url: str = "") -> System:
     """Starts `finery up` on free ports with SmolLM2 in the catalogue; answers once every service is healthy."""
     layout = Layout.of(state_dir)
     layout.prepare()
@@ -76,7 +76,14 @@ def start_system(state_dir: Path, base_model_dir: Path) -> System:
         str(grpc_port),
     ]
     with (state_dir / "up.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "FINERY_DATABASE_URL": database_url},
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     deadline_s = time.monotonic() + UP_S
     while (running := layout.running()) is None or running.pid != process.pid:
         assert process.poll() is None, (state_dir / "up.log").read_text()

@@ -153,15 +153,15 @@ def test_a_client_that_hangs_up_in_the_middle_of_a_stream_frees_the_model(system
         time.sleep(0.3)
 
 
-def test_ctrl_c_in_the_middle_of_training_loses_nothing(tmp_path: Path, base_model_dir: Path):
-    first = start_system(tmp_path, base_model_dir)
+def test_ctrl_c_in_the_middle_of_training_loses_nothing_with_postgresql(tmp_path: Path, base_model_dir: Path, postgres_url: str):
+    first = start_system(tmp_path, base_model_dir, database_url=postgres_url)
     client = first.client()
     job_id = create_job(client, LONG_SPEC)
     wait_steps(client, job_id, 3)
     stop_system(first)
     assert first.process.returncode == 0
     assert first.layout.running() is None
-    second = start_system(tmp_path, base_model_dir)
+    second = start_system(tmp_path, base_model_dir, database_url=postgres_url)
     try:
         client = second.client()
         wait_job(client, job_id, "succeeded")

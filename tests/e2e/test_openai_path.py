@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import openai
 import pytest
@@ -169,6 +173,36 @@ def test_a_second_job_is_swapped_in_while_a_stream_of_the_first_runs(client: Ope
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == num_tokens, "the stream of the first version ends unharmed"
     assert "walnut" in ask(client, alias)
+
+
+def test_the_command_does_what_the_client_does(system: System, crimson: Trained, tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(code_word_rows("birch"))
+    uploaded = json.loads(system.finery("files", "upload", str(rows), "--json").stdout)
+    assert uploaded["bytes"] == rows.stat().st_size
+    assert uploaded["id"] in system.finery("files", "list").stdout
+    assert crimson.job.id in [job["id"] for job in json.loads(system.finery("jobs", "list", "--json").stdout)]
+    assert crimson.model in [model["id"] for model in json.loads(system.finery("models", "list", "--json").stdout)]
+    assert crimson.model in json.loads(system.finery("status", "--json").stdout)["models"]
+    assert "crimson" in system.finery("chat", QUESTION, "--model", crimson.model, "--max-tokens", "12").stdout
+    wrong = system.finery("jobs", "get", "ftjob-" + "0" * 24)
+    assert wrong.returncode == 1
+    assert "ftjob-" + "0" * 24 in wrong.stderr
+
+
+def test_a_merged_gguf_answers_from_llama_cpp_what_the_adapter_was_taught(system: System, crimson: Trained, tmp_path: Path):
+    done = system.finery("convert", crimson.job.id, "--output", str(tmp_path), "--format", "gguf", "--type", "q8_0", "--json")
+    assert done.returncode == 0, done.stderr
+    [file] = json.loads(done.stdout)["files"]
+    prompt = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    code = (
+        "import sys, xllamacpp; p = xllamacpp.CommonParams(); p.model.path, p.n_ctx, p.n_parallel, p.warmup = sys.argv[1], 256, 1, False; "
+        "a = xllamacpp.Server(p).handle_completions({'prompt': sys.argv[2], 'max_tokens': 12, 'temperature': 0}); "
+        "print(a['choices'][0]['text'])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code, file, prompt], capture_output=True, text=True, check=False, timeout=120)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    assert "crimson" in answer.stdout
 
 
 def test_a_running_job_is_cancelled_within_a_step(client: OpenAI, crimson: Trained):

@@ -82,6 +82,13 @@ async def test_the_same_request_gives_the_same_job(store: JobStore) -> None:
     assert len(await store.events(first.id)) == 1
 
 
+async def test_a_request_id_is_known_to_its_own_project_once_it_made_a_job(store: JobStore) -> None:
+    assert not await store.knows("p", request_id="1")
+    await store.create("p", request_id="1", spec={})
+    assert await store.knows("p", request_id="1")
+    assert not await store.knows("q", request_id="1")
+
+
 @pytest.mark.parametrize(("spec", "metadata"), [({"a": 2}, {}), ({"a": 1}, {"k": "v"}), ({}, {})])
 async def test_the_same_request_id_with_another_body_is_refused(store: JobStore, spec: dict[str, object], metadata: dict[str, str]) -> None:
     first = await store.create("p", request_id="1", spec={"a": 1})

@@ -43,7 +43,8 @@ class ConversionServicer(conversion_pb2_grpc.ConversionServiceServicer):
     async def CreateConversion(self, request: conversion_pb2.CreateConversionRequest, context: Context) -> conversion_pb2.Conversion:
         project = parse_parent(request.parent, project=require_project())
         spec = ConversionSpec.from_proto(request.spec)
-        await asyncio.to_thread(self._sources.find, project, spec.adapter)
+        if not await self._jobs.knows(project, request_id=request.request_id):
+            await asyncio.to_thread(self._sources.find, project, spec.adapter)
         job = await self._jobs.create(project, request_id=request.request_id, spec=spec.model_dump(mode="json"))
         self._runner.wake()
         return conversion_to_proto(job)

@@ -254,9 +254,22 @@ class FakeDatasets(dataset_pb2_grpc.DatasetServiceServicer):
 
 
 class FakeConversions(conversion_pb2_grpc.ConversionServiceServicer):
+    """Conversions in memory; a test gives them what they publish."""
+
+    def __init__(self) -> None:
+        self.conversions: dict[str, conversion_pb2.Conversion] = {}
+
     async def CreateConversion(self, request, context):
         name = f"projects/{require_project()}/conversions/conv-{secrets.token_hex(12)}"
-        return conversion_pb2.Conversion(name=name, spec=request.spec, state=job_pb2.JOB_STATE_QUEUED, create_time=_now())
+        made = conversion_pb2.Conversion(name=name, spec=request.spec, state=job_pb2.JOB_STATE_QUEUED, create_time=_now())
+        self.conversions[name] = made
+        return made
+
+    async def GetConversion(self, request, context):
+        parse_name(request.name, collection="conversions", project=require_project())
+        if request.name not in self.conversions:
+            raise NotFoundError("There is no such conversion.")
+        return self.conversions[request.name]
 
 
 @dataclass
@@ -366,6 +379,7 @@ class World:
     training: FakeTraining
     serving: FakeServing
     datasets: FakeDatasets
+    conversions: FakeConversions
     vllm: FakeVllm
     project: str
 
@@ -384,6 +398,7 @@ async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
         uds = str(tmp_path / "v.sock")
         await stack.enter_async_context(_running(vllm, uds=uds, lifespan="off"))
         training, serving, datasets = FakeTraining(), FakeServing(f"unix://{uds}"), FakeDatasets()
+        conversions = FakeConversions()
         inner = RpcServer(
             address="127.0.0.1:0",
             servicers=[
@@ -392,7 +407,7 @@ async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
                 Servicer("finery.dataset.v1.DatasetService", partial(dataset_pb2_grpc.add_DatasetServiceServicer_to_server, datasets)),
                 Servicer(
                     "finery.conversion.v1.ConversionService",
-                    partial(conversion_pb2_grpc.add_ConversionServiceServicer_to_server, FakeConversions()),
+                    partial(conversion_pb2_grpc.add_ConversionServiceServicer_to_server, conversions),
                 ),
             ],
             authenticate=token_authenticator(SIGNER),
@@ -428,7 +443,8 @@ async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
         grpc_port = await rpc.start()
         stack.push_async_callback(partial(rpc.stop, drain_s=0))
         port = await stack.enter_async_context(_running(create_app(gateway, body_limit_bytes=BODY_LIMIT_BYTES)))
-        yield World(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", api_key, gateway, training, serving, datasets, vllm, project)
+        url, grpc_address = f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}"
+        yield World(url, grpc_address, api_key, gateway, training, serving, datasets, conversions, vllm, project)
 
 
 @pytest.fixture

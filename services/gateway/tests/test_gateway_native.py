@@ -11,6 +11,7 @@ from finery.common.v1 import job_pb2
 from finery.training.v1 import training_pb2
 from finery_common.errors import UnavailableError
 from finery_common.rpc.channel import ServiceChannel
+from finery_common.rpc.messages import artifact_to_proto
 from finery_common.rpc.tokens import TokenSigner
 from finery_gateway.client import TrainingClient
 from finery_gateway.errors import error_response
@@ -74,6 +75,24 @@ async def test_a_conversion_is_created(native):
     made = await native.post("/conversions", json={"adapter": f"adapters/ftjob-{'0' * 24}-1", "format": "gguf", "type": "q8_0"})
     assert made.status_code == 201
     assert made.json()["spec"] == {"adapter": f"adapters/ftjob-{'0' * 24}-1", "format": "gguf", "type": "q8_0"}
+
+
+async def test_what_a_conversion_published_is_listed_and_read(native, world):
+    made = (await native.post("/conversions", json={"adapter": f"adapters/ftjob-{'0' * 24}-1", "format": "gguf"})).json()
+    unfinished = await native.get(f"/conversions/{made['id']}/files")
+    assert unfinished.status_code == 409
+    assert "has no files" in unfinished.json()["error"]["message"]
+    with world.gateway.store.writer(f"projects/{world.project}/models/{made['id']}/", kind="model") as writer:
+        writer.put_bytes("model.gguf", data=b"GGUF" * 1000)
+        ref = writer.publish(made_from={}, spec={}, attempt="1")
+    world.conversions.conversions[made["name"]].artifact.CopyFrom(artifact_to_proto(ref))
+    assert [(item["name"], item["size_bytes"]) for item in (await native.get(f"/conversions/{made['id']}/files")).json()] == [
+        ("model.gguf", 4000)
+    ]
+    assert (await native.get(f"/conversions/{made['id']}/files/model.gguf")).content == b"GGUF" * 1000
+    missing = await native.get(f"/conversions/{made['id']}/files/other.gguf")
+    assert missing.status_code == 404
+    assert "model.gguf" in missing.json()["error"]["message"]
 
 
 async def test_a_jobs_adapter_or_checkpoint_is_deployed_under_an_alias(native, client, world):

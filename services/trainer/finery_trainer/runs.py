@@ -51,7 +51,8 @@ class Runs:
 
     async def create(self, project: str, *, request: JobRequest, metadata: Mapping[str, str], request_id: str) -> Job:
         """Commits a job before it returns; raises as `RequestChecks.check` does. The same `request_id` and body give the same job."""
-        await self._checks.check(request, project=project, metadata=metadata)
+        if not await self._jobs.knows(project, request_id=request_id):
+            await self._checks.check(request, project=project, metadata=metadata)
         job = await self._jobs.create(project, request_id=request_id, spec=request.to_fields(), metadata=metadata)
         self._wake()
         return job

@@ -145,6 +145,14 @@ async def test_the_same_request_gives_the_same_job_and_another_body_is_refused(s
         await system.stub.CreateJob(request, metadata=system.metadata())
 
 
+async def test_a_create_is_repeated_even_when_its_file_is_gone_by_then(system, launcher):
+    file = system.upload()
+    request = system.request(request_id="two", training_file=file)
+    first = await system.stub.CreateJob(request, metadata=system.metadata())
+    system.store.delete(f"projects/{system.project}/files/{file}/")
+    assert (await system.stub.CreateJob(request, metadata=system.metadata())).name == first.name
+
+
 async def test_jobs_are_listed_newest_first_in_pages_and_by_metadata(system, launcher):
     names = [(await system.create(metadata={"n": str(number)})).name for number in range(3)]
     listing = training_pb2.ListJobsRequest(parent=f"projects/{system.project}", page_size=2)

@@ -83,6 +83,12 @@ class JobStore:
                 row = await self._repeated(session, project, request_id, body_sha256)
             return job_of(row)
 
+    async def knows(self, project: str, *, request_id: str) -> bool:
+        """Whether `create` made a job for this request id, so that repeating it needs no checks: the answer is that job, or a refusal."""
+        async with self._db.read() as session:
+            query = sa.select(JobRow.id).where(JobRow.kind == self._kind, JobRow.project == project, JobRow.request_id == request_id)
+            return await session.scalar(query) is not None
+
     async def get(self, project: str, job_id: str) -> Job:
         """The job as it is now. Another project's is as unknown as one that never was: NotFoundError with the same text."""
         async with self._db.read() as session:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 from uuid import uuid4
 
 from fastapi import APIRouter, Query
 from fastapi.responses import Response, StreamingResponse
 
+from finery_common.artifacts import Manifest, ObjectEntry
+from finery_common.errors import FailedPreconditionError, NotFoundError
 from finery_common.spec import ConversionSpec
-from finery_gateway.context import CreateAttempt, GatewayParts, Project
+from finery_gateway.context import CreateAttempt, Gateway, GatewayParts, Project
+from finery_gateway.files import open_object
 from finery_gateway.native_api.sse import AfterSequence, event_stream
 from finery_gateway.resources import Conversion, Page
 
@@ -40,6 +44,24 @@ async def get_conversion(gateway: GatewayParts, project: Project, conversion_id:
     return await gateway.conversions.get(project, conversion_id=conversion_id)
 
 
+@router.get("/{conversion_id}/files")
+async def list_files(gateway: GatewayParts, project: Project, conversion_id: str) -> tuple[ObjectEntry, ...]:
+    """What a conversion has published: names, sizes in bytes, SHA-256."""
+    return (await _manifest(gateway, project, conversion_id))[1].objects
+
+
+@router.get("/{conversion_id}/files/{name:path}", response_class=StreamingResponse)
+async def read_file(gateway: GatewayParts, project: Project, conversion_id: str, name: str) -> StreamingResponse:
+    """One file of a conversion, its digest checked on the way."""
+    prefix, manifest = await _manifest(gateway, project, conversion_id)
+    entry = manifest.entry(name)
+    if entry is None:
+        known = ", ".join(item.name for item in manifest.objects)
+        raise NotFoundError(f"{conversion_id} has no file {name!r}; it has {known}.")
+    chunks = await open_object(gateway.store, prefix=prefix, name=name)
+    return StreamingResponse(chunks, media_type="application/octet-stream", headers={"content-length": str(entry.size_bytes)})
+
+
 @router.post("/{conversion_id}/cancel")
 async def cancel_conversion(gateway: GatewayParts, project: Project, conversion_id: str) -> Conversion:
     """Stop converting."""
@@ -57,3 +79,12 @@ async def delete_conversion(gateway: GatewayParts, project: Project, conversion_
 async def watch_conversion(gateway: GatewayParts, project: Project, conversion_id: str, after_sequence: AfterSequence) -> StreamingResponse:
     """Events as they come, until the conversion is final."""
     return await event_stream(gateway.conversions.watch(project, conversion_id=conversion_id, after_sequence=after_sequence))
+
+
+async def _manifest(gateway: Gateway, project: str, conversion_id: str) -> tuple[str, Manifest]:
+    """Where a conversion's files are, and which. Raises FailedPreconditionError where it has published none."""
+    conversion = await gateway.conversions.get(project, conversion_id=conversion_id)
+    if conversion.artifact is None:
+        raise FailedPreconditionError(f"{conversion_id} is {conversion.state} and has no files; wait until it has succeeded.")
+    prefix = conversion.artifact.prefix
+    return prefix, await asyncio.to_thread(gateway.store.manifest, prefix)
