@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import sys
 
 import structlog
-from pydantic import ValidationError
 
 from finery_common.artifacts import ArtifactStore
 from finery_common.catalogue import Catalogue
 from finery_common.database import Database
-from finery_common.errors import FailedPreconditionError, FineryError
+from finery_common.errors import FailedPreconditionError
 from finery_common.jobs import JobStore, migrate
 from finery_common.rpc.server import RpcServer, token_authenticator
 from finery_common.rpc.tokens import TokenSigner
-from finery_common.spec import invalid_fields
-from finery_common.telemetry import configure_logging, serve_metrics
+from finery_common.service import run_service, until_stopped
+from finery_common.telemetry import serve_metrics
 from finery_converter.attempt import Workplace
 from finery_converter.runner import ConversionRunner
 from finery_converter.server import ConversionServicer, servicer_of
@@ -31,7 +29,6 @@ log = structlog.get_logger(__name__)
 
 async def serve(settings: ConverterSettings) -> None:
     """Serves until SIGTERM. Raises FineryError where it cannot start."""
-    configure_logging("converter", level=settings.log_level)
     if settings.catalogue is None:
         raise FailedPreconditionError("FINERY_CATALOGUE is not set; set it to the YAML file of base models.")
     catalogue = Catalogue.load(settings.catalogue)
@@ -49,26 +46,19 @@ async def serve(settings: ConverterSettings) -> None:
         log.info("serving metrics", port=serve_metrics(host=settings.metrics_host, port=settings.metrics_port))
         await server.start()
         running = asyncio.create_task(runner.run())
-        await server.wait()
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
+        try:
+            await until_stopped([running])
+            await server.stop()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
     finally:
         await database.close()
 
 
 def main() -> int:
     """Runs the service; answers the exit status."""
-    try:
-        try:
-            settings = ConverterSettings()
-        except ValidationError as error:
-            raise invalid_fields(error) from error
-        asyncio.run(serve(settings))
-    except FineryError as error:
-        sys.stderr.write(f"finery_converter: {error.message}\n")
-        return 1
-    return 0
+    return run_service("converter", ConverterSettings, serve)
 
 
 if __name__ == "__main__":

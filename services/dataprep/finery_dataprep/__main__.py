@@ -8,35 +8,23 @@ import socket
 import sys
 from functools import partial
 
-from pydantic import ValidationError
-
 from finery_common.artifacts import ArtifactStore
 from finery_common.catalogue import Catalogue, materialize
 from finery_common.database import Database
-from finery_common.errors import FailedPreconditionError, FineryError
+from finery_common.errors import FailedPreconditionError
 from finery_common.jobs import JobStore, migrate
 from finery_common.rpc.server import RpcServer, token_authenticator
 from finery_common.rpc.tokens import TokenSigner
-from finery_common.spec import invalid_fields
-from finery_common.telemetry import configure_logging, serve_metrics
+from finery_common.service import run_service, until_stopped
+from finery_common.telemetry import serve_metrics
 from finery_dataprep.runner import DatasetRunner
 from finery_dataprep.server import DatasetServicer, servicer_of
 from finery_dataprep.settings import DataprepSettings
 
 
 def main() -> int:
-    """Runs the service; answers the exit status: 1, with one line on standard error, where it cannot start."""
-    try:
-        settings = DataprepSettings()
-        configure_logging("dataprep", level=settings.log_level)
-        asyncio.run(_serve(settings))
-    except ValidationError as error:
-        sys.stderr.write(f"finery_dataprep: settings (FINERY_…): {invalid_fields(error).message}\n")
-        return 1
-    except FineryError as error:
-        sys.stderr.write(f"finery_dataprep: {error.message}\n")
-        return 1
-    return 0
+    """Runs the service; answers the exit status."""
+    return run_service("dataprep", DataprepSettings, _serve)
 
 
 async def _serve(settings: DataprepSettings) -> None:
@@ -64,7 +52,8 @@ async def _serve(settings: DataprepSettings) -> None:
         await server.start()
         running = asyncio.create_task(runner.run())
         try:
-            await server.wait()
+            await until_stopped([running])
+            await server.stop()
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -12,15 +11,15 @@ from collections.abc import AsyncIterator, Iterator
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from pydantic import ValidationError
 
 from finery_common.artifacts import ArtifactStore
 from finery_common.database import Database
-from finery_common.errors import FailedPreconditionError, FineryError
+from finery_common.errors import FailedPreconditionError
 from finery_common.rpc.channel import ServiceChannel
 from finery_common.rpc.server import DRAIN_S
 from finery_common.rpc.tokens import TokenSigner
-from finery_common.telemetry import configure_logging, serve_metrics
+from finery_common.service import run_service, until_stopped
+from finery_common.telemetry import serve_metrics
 from finery_gateway.app import create_app
 from finery_gateway.client import ConversionClient, DatasetClient, ServingClient, TrainingClient
 from finery_gateway.context import Gateway
@@ -45,18 +44,8 @@ class _HttpServer(uvicorn.Server):
 
 
 def main() -> int:
-    """Runs until SIGTERM or SIGINT; answers the exit status."""
-    try:
-        settings = GatewaySettings()
-        configure_logging("gateway", level=settings.log_level)
-        asyncio.run(_run(settings))
-    except ValidationError as error:
-        sys.stderr.write(f"The settings are wrong: {error}\n")
-        return 1
-    except FineryError as error:
-        sys.stderr.write(f"{error.message}\n")
-        return 1
-    return 0
+    """Runs the service; answers the exit status."""
+    return run_service("gateway", GatewaySettings, _run)
 
 
 async def _run(settings: GatewaySettings) -> None:
@@ -116,16 +105,12 @@ async def _serve(app: FastAPI, rpc: PublicRpc, listener: socket.socket) -> None:
     """Serves both until a signal, then drains both."""
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=int(DRAIN_S) - 2)
     http = _HttpServer(config)
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
-    waiting = asyncio.create_task(stopped.wait())
-    await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    http.should_exit = True
-    await asyncio.gather(serving, rpc.stop(drain_s=DRAIN_S - 2))
+    try:
+        await until_stopped([serving])
+    finally:
+        http.should_exit = True
+        await asyncio.gather(serving, rpc.stop(drain_s=DRAIN_S - 2))
 
 
 def _listen(settings: GatewaySettings) -> socket.socket:

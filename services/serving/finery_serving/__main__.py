@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import structlog
 from prometheus_client import REGISTRY
-from pydantic import ValidationError
 
 from finery_common.artifacts import ArtifactStore
 from finery_common.catalogue import BaseModelEntry, Catalogue, folder_sha256, materialize
 from finery_common.database import Database
-from finery_common.errors import FailedPreconditionError, FineryError
+from finery_common.errors import FailedPreconditionError
 from finery_common.rpc.server import RpcServer, token_authenticator
 from finery_common.rpc.tokens import TokenSigner
-from finery_common.spec import invalid_fields
-from finery_common.telemetry import configure_logging, serve_metrics
+from finery_common.service import run_service, until_stopped
+from finery_common.telemetry import serve_metrics
 from finery_serving.agent import Agent
 from finery_serving.metrics import ReplicaCollector
 from finery_serving.preflight import BaseModel, base_shapes
@@ -32,18 +30,8 @@ log = structlog.get_logger(__name__)
 
 
 def main() -> int:
-    """The process's exit code: 0 after SIGTERM, 1 with one line on standard error where it cannot start."""
-    try:
-        settings = ServingSettings()
-        configure_logging("serving", level=settings.log_level)
-        asyncio.run(_serve(settings))
-    except ValidationError as error:
-        sys.stderr.write(f"finery_serving: settings (FINERY_…): {invalid_fields(error).message}\n")
-        return 1
-    except FineryError as error:
-        sys.stderr.write(f"finery_serving: {error.message}\n")
-        return 1
-    return 0
+    """The process's exit status."""
+    return run_service("serving", ServingSettings, _serve)
 
 
 async def _serve(settings: ServingSettings) -> None:
@@ -72,7 +60,7 @@ async def _serve(settings: ServingSettings) -> None:
         )
         server = RpcServer(address=settings.grpc_address, servicers=[servicer_of(servicer)], authenticate=token_authenticator(signer))
         await server.start()
-        await _signalled()
+        await until_stopped()
         # Watches never end by themselves and would take up the whole time for draining.
         servicer.end_watches()
         await server.stop()
@@ -120,13 +108,6 @@ def vllm_config(settings: ServingSettings, *, entry: BaseModelEntry, base_dir: P
 
 def _describe(name: str, folder: Path, memo_dir: Path) -> BaseModel:
     return BaseModel(name, folder_sha256(folder, memo_dir=memo_dir), base_shapes(folder))
-
-
-async def _signalled() -> None:
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    await stopped.wait()
 
 
 if __name__ == "__main__":

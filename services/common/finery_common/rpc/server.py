@@ -1,4 +1,4 @@
-"""Running a gRPC service: one interceptor for authentication, errors, deadlines and metrics, health, reflection, drain on SIGTERM.
+"""Running a gRPC service: one interceptor for authentication, errors, deadlines and metrics, health, reflection, drain.
 
 Owns the server's life. Servicers only translate, call and translate back: they raise FineryError and never touch the status.
 """
@@ -6,7 +6,6 @@ Owns the server's life. Servicers only translate, call and translate back: they 
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ def token_authenticator(signer: TokenSigner) -> Authenticate:
 
 
 class RpcServer:
-    """A server of several services. `start()`, then `wait()` until SIGTERM or SIGINT, or `stop()`."""
+    """A server of several services. `start()`, and `stop()` to drain."""
 
     def __init__(self, *, address: str, servicers: Sequence[Servicer], authenticate: Authenticate) -> None:
         self._servicers = tuple(servicers)
@@ -78,15 +77,6 @@ class RpcServer:
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         log.info("serving gRPC", port=port, services=[item.full_name for item in self._servicers])
         return port
-
-    async def wait(self) -> None:
-        """Waits for SIGTERM or SIGINT, then drains."""
-        stopped = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopped.set)
-        await stopped.wait()
-        await self.stop()
 
     async def stop(self, *, drain_s: float = DRAIN_S) -> None:
         """Turns unhealthy, takes no new request, gives running ones `drain_s` seconds."""

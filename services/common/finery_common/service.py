@@ -1,0 +1,57 @@
+"""A service's process: settings, logs, one clear line where it cannot start, and when it ends.
+
+Owns what every `__main__` would otherwise repeat. What a service builds and in which order is its own affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from finery_common.errors import FineryError
+from finery_common.settings import ServiceSettings
+from finery_common.spec import invalid_fields
+from finery_common.telemetry import configure_logging
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+def run_service(name: str, settings_type: type[S], serve: Callable[[S], Awaitable[None]]) -> int:
+    """Reads settings and runs `serve` until it returns. Answers the exit status: 1, with one line on standard error, for a FineryError."""
+    try:
+        settings = settings_type()
+        configure_logging(name, level=settings.log_level)
+        asyncio.run(_awaited(serve, settings))
+    except ValidationError as error:
+        sys.stderr.write(f"finery_{name}: settings (FINERY_…): {invalid_fields(error).message}\n")
+        return 1
+    except FineryError as error:
+        sys.stderr.write(f"finery_{name}: {error.message}\n")
+        return 1
+    return 0
+
+
+async def until_stopped(background: Iterable[asyncio.Task[None]] = ()) -> None:
+    """Waits for SIGTERM or SIGINT.
+
+    A background task never ends by itself: where one does, its error is raised; the process then ends and its supervisor starts it again.
+    """
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    waiter = asyncio.create_task(stopped.wait())
+    done, _ = await asyncio.wait([waiter, *background], return_when=asyncio.FIRST_COMPLETED)
+    waiter.cancel()
+    for task in done - {waiter}:
+        task.result()
+        raise AssertionError(f"{task.get_name()} ended by itself")
+
+
+async def _awaited(serve: Callable[[S], Awaitable[None]], settings: S) -> None:
+    await serve(settings)
