@@ -19,11 +19,14 @@ async def broken():
     await asyncio.sleep(0.01)
     raise FailedPreconditionError("the background broke")
 
+async def say_up():
+    print("up", flush=True)
+
 async def serve(settings):
     kind = sys.argv[1]
     if kind == "refuses":
         raise FailedPreconditionError("no disk")
-    print("up", flush=True)
+    saying = asyncio.create_task(say_up())  # runs once until_stopped waits, its handlers set
     await until_stopped([asyncio.create_task(broken())] if kind == "breaks" else [])
     print("drained", flush=True)
 
