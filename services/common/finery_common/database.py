@@ -178,11 +178,11 @@ def _parse_url(url: str) -> URL:
 
 def _async_engine(url: URL, *, schema: str) -> AsyncEngine:
     if url.get_backend_name() == "sqlite":
-        engine = create_async_engine(url, pool_timeout=LOCK_TIMEOUT_S)
+        engine = create_async_engine(url, hide_parameters=True, pool_timeout=LOCK_TIMEOUT_S)
         _listen_sqlite(engine.sync_engine)
     else:
         connect_args = {"connect_timeout": _CONNECT_TIMEOUT_S}
-        engine = create_async_engine(url, pool_timeout=LOCK_TIMEOUT_S, pool_pre_ping=True, connect_args=connect_args)
+        engine = create_async_engine(url, hide_parameters=True, pool_timeout=LOCK_TIMEOUT_S, pool_pre_ping=True, connect_args=connect_args)
         _listen_postgresql(engine.sync_engine, schema)
     return engine
 
@@ -191,10 +191,10 @@ def _async_engine(url: URL, *, schema: str) -> AsyncEngine:
 def _sync_connection(url: URL, schema: str) -> Iterator[sa.Connection]:
     """One connection of its own for work that Alembic or the first start does in a thread."""
     if url.get_backend_name() == "sqlite":
-        engine = sa.create_engine(url.set(drivername="sqlite+pysqlite"), poolclass=sa.NullPool)
+        engine = sa.create_engine(url.set(drivername="sqlite+pysqlite"), hide_parameters=True, poolclass=sa.NullPool)
         _listen_sqlite(engine)
     else:
-        engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args={"connect_timeout": _CONNECT_TIMEOUT_S})
+        engine = sa.create_engine(url, hide_parameters=True, poolclass=sa.NullPool, connect_args={"connect_timeout": _CONNECT_TIMEOUT_S})
         _listen_postgresql(engine, schema)
     try:
         with engine.connect() as connection:

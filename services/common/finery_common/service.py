@@ -6,6 +6,7 @@ Owns what every `__main__` would otherwise repeat. What a service builds and in 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterable
@@ -19,10 +20,14 @@ from finery_common.spec import invalid_fields
 from finery_common.telemetry import configure_logging
 
 S = TypeVar("S", bound=ServiceSettings)
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def run_service(name: str, settings_type: type[S], serve: Callable[[S], Awaitable[None]]) -> int:
-    """Reads settings and runs `serve` until it returns. Answers the exit status: 1, with one line on standard error, for a FineryError."""
+    """Reads settings and runs `serve` until it returns. Answers the exit status: 1, with one line on standard error, for a FineryError.
+
+    Until `serve` reaches `until_stopped`, SIGTERM and SIGINT cancel it; the process ends with status 0 once it has cleaned up.
+    """
     try:
         settings = settings_type()
         configure_logging(name, level=settings.log_level)
@@ -43,7 +48,7 @@ async def until_stopped(background: Iterable[asyncio.Task[None]] = ()) -> None:
     """
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _ENDING:
         loop.add_signal_handler(number, stopped.set)
     waiter = asyncio.create_task(stopped.wait())
     done, _ = await asyncio.wait([waiter, *background], return_when=asyncio.FIRST_COMPLETED)
@@ -54,4 +59,23 @@ async def until_stopped(background: Iterable[asyncio.Task[None]] = ()) -> None:
 
 
 async def _awaited(serve: Callable[[S], Awaitable[None]], settings: S) -> None:
-    await serve(settings)
+    serving = asyncio.ensure_future(serve(settings))
+    signals: list[int] = []
+
+    def stop(number: int) -> None:
+        # Once only: a second signal would cut the cleaning up short.
+        if not signals:
+            serving.cancel()
+        signals.append(number)
+
+    for number in _ENDING:
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    try:
+        await serving
+    except asyncio.CancelledError:
+        if not signals:
+            raise
+        # Threads of the start may still wait for a store or a download, and an ordinary end of the process would wait for them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -87,17 +87,17 @@ class Spec(BaseModel):
 class LoraSpec(Spec):
     """Low-rank adapters (Hu et al., arXiv:2106.09685) as PEFT names them."""
 
-    rank: int = Field(default=16, ge=1, le=SERVABLE_LORA_RANK)
+    rank: int = Field(default=16, ge=1, le=SERVABLE_LORA_RANK, strict=True)
     """Rank of A and B."""
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: float = Field(default=16.0, gt=0, strict=True)
     """The update is scaled by alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1, strict=True)
     """Probability of dropping an input of A."""
     bias: LoraBias = LoraBias.NONE
     """Which biases train too. Anything but none cannot be served as an adapter."""
     target_modules: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$")], ...] = Field(default=LINEAR_MODULES, min_length=1)
     """Names of the linear layers that get an adapter."""
-    use_rslora: bool = False
+    use_rslora: bool = Field(default=False, strict=True)
     """Scale by alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732)."""
 
 
@@ -106,41 +106,41 @@ class OptimizerSpec(Spec):
 
     type: OptimizerType = OptimizerType.AUTO
     """auto: adamw_8bit on a GPU, adamw on a CPU. adamw_8bit needs a GPU."""
-    learning_rate: float = Field(default=2e-4, gt=0, le=1)
+    learning_rate: float = Field(default=2e-4, gt=0, le=1, strict=True)
     """Peak learning rate."""
-    weight_decay: float = Field(default=0.01, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0, le=1, strict=True)
     """Decoupled (Loshchilov & Hutter, arXiv:1711.05101)."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1, strict=True)
     """Decay of the first moment."""
-    beta2: float = Field(default=0.999, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1, strict=True)
     """Decay of the second moment."""
-    epsilon: float = Field(default=1e-8, gt=0)
+    epsilon: float = Field(default=1e-8, gt=0, strict=True)
     """Added to the root of the second moment."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, strict=True)
     """Gradients are scaled down to this global L2 norm."""
     schedule: ScheduleType = ScheduleType.LINEAR
     """How the rate falls after warm-up: linear and cosine towards 0, due after the last step."""
-    warmup_ratio: float = Field(default=0.05, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.05, ge=0, le=1, strict=True)
     """Share of all steps spent rising from 0."""
-    min_warmup_steps: int = Field(default=5, ge=0)
+    min_warmup_steps: int = Field(default=5, ge=0, strict=True)
     """Warm-up is at least this long, and never longer than the run."""
 
 
 class BatchSpec(Spec):
     """How many rows an optimizer step sees: micro_batch_size x gradient_accumulation_steps."""
 
-    micro_batch_size: int = Field(default=2, ge=1, le=1024)
+    micro_batch_size: int = Field(default=2, ge=1, le=1024, strict=True)
     """Rows a forward pass."""
-    gradient_accumulation_steps: int = Field(default=4, ge=1, le=1024)
+    gradient_accumulation_steps: int = Field(default=4, ge=1, le=1024, strict=True)
     """Forward passes a step. The loss is normalised by the step's label count, so the split does not change the gradient."""
 
 
 class CheckpointSpec(Spec):
     """When full states (adapter, optimizer, schedule, RNG, data cursor) are written, beside the end of every epoch."""
 
-    interval_steps: int | None = Field(default=None, ge=1)
+    interval_steps: int | None = Field(default=None, ge=1, strict=True)
     """Steps between full states; none: epochs only."""
-    keep: int = Field(default=2, ge=1, le=100)
+    keep: int = Field(default=2, ge=1, le=100, strict=True)
     """Full states kept. Adapters of epochs are always kept."""
 
 
@@ -151,7 +151,7 @@ class TrainingSpec(Spec):
     """A base model of the catalogue."""
     method: MethodType = MethodType.LORA
     """What is trained."""
-    max_sequence_length: int = Field(default=2048, ge=8, le=1_048_576)
+    max_sequence_length: int = Field(default=2048, ge=8, le=1_048_576, strict=True)
     """In tokens; a longer row is an error that names its line."""
     lora: LoraSpec = LoraSpec()
     """Adapter shape."""
@@ -161,11 +161,11 @@ class TrainingSpec(Spec):
     """Rows a step."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """Full states."""
-    num_epochs: int = Field(default=1, ge=1, le=100)
+    num_epochs: int = Field(default=1, ge=1, le=100, strict=True)
     """Passes over the data."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, strict=True)
     """Stop after this many optimizer steps, even inside an epoch."""
-    seed: int = Field(default=3407, ge=0, le=2**63 - 1)
+    seed: int = Field(default=3407, ge=0, le=2**63 - 1, strict=True)
     """Of initialisation, shuffling and dropout."""
     precision: Precision = Precision.AUTO
     """Of weights and arithmetic. auto: bfloat16 on a GPU, float32 on a CPU."""
@@ -178,7 +178,7 @@ class DatasetSpec(Spec):
     """An uploaded file of this project."""
     base_model: str = Field(min_length=1, max_length=200)
     """Its tokenizer and chat template are used."""
-    max_sequence_length: int = Field(default=2048, ge=8, le=1_048_576)
+    max_sequence_length: int = Field(default=2048, ge=8, le=1_048_576, strict=True)
     """In tokens; a longer row is an error that names its line."""
 
 

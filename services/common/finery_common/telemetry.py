@@ -32,6 +32,8 @@ def configure_logging(service: str, *, level: str = "INFO") -> None:
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # At WARNING it logs the URL of a request that it repeats: for a presigned one that is as good as a key.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

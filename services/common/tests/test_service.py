@@ -10,7 +10,7 @@ import sys
 import pytest
 
 PROGRAM = """
-import asyncio, sys
+import asyncio, sys, time
 from finery_common.errors import FailedPreconditionError
 from finery_common.service import run_service, until_stopped
 from finery_common.settings import ServiceSettings
@@ -24,6 +24,13 @@ async def say_up():
 
 async def serve(settings):
     kind = sys.argv[1]
+    if kind == "starts":
+        try:
+            print("starting", flush=True)
+            await asyncio.to_thread(time.sleep, 60)
+        finally:
+            await asyncio.sleep(0.5)
+            print("cleaned up", flush=True)
     if kind == "refuses":
         raise FailedPreconditionError("no disk")
     saying = asyncio.create_task(say_up())  # runs once until_stopped waits, its handlers set
@@ -47,6 +54,18 @@ def test_a_signal_ends_it_with_status_0_after_draining(number: signal.Signals):
         process.send_signal(number)
         assert process.communicate(timeout=20)[0] == "drained\n"
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_during_the_start_let_it_clean_up_and_wait_for_no_thread(number: signal.Signals):
+    with run("starts") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "starting\n"
+        process.send_signal(number)
+        process.send_signal(number)
+        out, errors = process.communicate(timeout=20)
+    assert out == "cleaned up\n"
+    assert (process.returncode, errors) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from finery_gateway.native_api import conversions, datasets, deployments, instal
 from finery_gateway.openai_api import files, inference, jobs, models
 
 SETTLE_INTERVAL_S = 300.0
+SWEEP_INTERVAL_S = 3600.0
 _DESCRIPTION = "OpenAI-compatible under /v1, Finery's own under /api/v1."
 
 log = structlog.get_logger(__name__)
@@ -59,12 +60,24 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    settling = asyncio.create_task(_settle_files(app.state.gateway))
+    chores = [asyncio.create_task(chore(app.state.gateway)) for chore in (_settle_files, _sweep_store)]
     try:
         yield
     finally:
-        settling.cancel()
-        await asyncio.gather(settling, return_exceptions=True)
+        for task in chores:
+            task.cancel()
+        await asyncio.gather(*chores, return_exceptions=True)
+
+
+async def _sweep_store(gateway: Gateway) -> None:
+    """Removes what killed uploads and attempts of every service left in the store a day ago or longer."""
+    while True:
+        try:
+            if removed := await asyncio.to_thread(gateway.store.sweep):
+                log.info("swept the store", folders=len(removed))
+        except FineryError as error:
+            log.warning("the store could not be swept; trying again later", error=error.message)
+        await asyncio.sleep(SWEEP_INTERVAL_S)
 
 
 async def _settle_files(gateway: Gateway) -> None:

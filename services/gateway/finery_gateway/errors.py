@@ -24,6 +24,7 @@ from finery_common.errors import (
 from finery_common.rpc.status import unknown_error
 
 DEFAULT_RETRY_AFTER_S = 1.0
+_NOT_REPEATED = {409, 504, 507}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -56,18 +57,20 @@ def envelope(error: FineryError) -> dict[str, object]:
 
 
 def http_status(error: FineryError) -> int:
-    """What is known and not offered is the request's fault: 400, as OpenAI answers it."""
+    """What is known and not offered is the request's fault: 400, as OpenAI answers it. A full disk is no rate limit: 507."""
+    if error.code == "disk_full":
+        return 507
     return 400 if isinstance(error, UnimplementedError) else error.http_status
 
 
 def error_response(error: FineryError) -> JSONResponse:
-    """The envelope with its status. 503 always says when to come back; 409 tells the `openai` client not to repeat by itself."""
+    """The envelope with its status. 503 always says when to come back; what repeating cannot help tells the `openai` client so."""
     status = http_status(error)
     headers: dict[str, str] = {}
     if error.retry_after_s is not None or isinstance(error, UnavailableError):
         wait_s = DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
         headers["retry-after"] = str(max(1, math.ceil(wait_s)))
-    if status == 409:
+    if status in _NOT_REPEATED:
         headers["x-should-retry"] = "false"
     if status == 401:
         headers["www-authenticate"] = "Bearer"

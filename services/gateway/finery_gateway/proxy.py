@@ -171,8 +171,10 @@ class GenerationResponse(Response):
                 log.warning("vLLM broke off an answer", error=repr(error), model=generation.model)
                 if not generation.streams:
                     raise
-                await send({"type": "http.response.body", "body": _broken_off(generation.model), "more_body": True})
-            await send({"type": "http.response.body", "body": tap.end(), "more_body": False})
+                # What was held back is half an event; the error takes its place.
+                await send({"type": "http.response.body", "body": _broken_off(generation.model), "more_body": False})
+            else:
+                await send({"type": "http.response.body", "body": tap.end(), "more_body": False})
         finally:
             await response.aclose()
             TOKENS.labels(generation.project, "prompt").inc(tap.usage.prompt_tokens)

@@ -33,9 +33,9 @@ class Closed(BaseModel):
 
 
 class Hyperparameters(Closed):
-    n_epochs: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
-    learning_rate_multiplier: Literal["auto"] | Annotated[float, Field(gt=0)] | None = None
+    n_epochs: Literal["auto"] | Annotated[int, Field(ge=1, strict=True)] | None = None
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1, strict=True)] | None = None
+    learning_rate_multiplier: Literal["auto"] | Annotated[float, Field(gt=0, strict=True)] | None = None
 
 
 class Supervised(Closed):
@@ -65,7 +65,7 @@ class JobFields(Closed):
     """Deprecated: use `method`."""
     suffix: str | None = None
     """At most 64 of a-z, 0-9 and -; part of the model's name."""
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, strict=True)
     metadata: (
         dict[Annotated[str, StringConstraints(min_length=1, max_length=64)], Annotated[str, StringConstraints(max_length=512)]] | None
     ) = Field(None, max_length=MAX_METADATA_PAIRS)
@@ -73,7 +73,7 @@ class JobFields(Closed):
     """Not supported."""
     spec: dict[str, Any] | None = None
     """Fields of TrainingSpec, beyond OpenAI's."""
-    deploy: bool | None = None
+    deploy: bool | None = Field(None, strict=True)
     """Whether the model is deployed when the job has succeeded; true unless said otherwise."""
 
     @field_validator("suffix")

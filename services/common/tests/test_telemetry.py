@@ -1,0 +1,27 @@
+"""What a process's logs never hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PROGRAM = """
+from finery_common.artifacts import ArtifactStore, S3Settings
+from finery_common.artifacts.client import S3Client
+from finery_common.errors import UnavailableError
+from finery_common.telemetry import configure_logging
+
+configure_logging("thing")
+settings = S3Settings(endpoint="127.0.0.1:1", access_key="access", secret_key="secret", region="us-east-1", retry_deadline_s=2)
+try:
+    S3Client(settings).put_new("projects/p/files/f/manifest.json", b"x")
+except UnavailableError as error:
+    print("unavailable", error.message)
+"""
+
+
+def test_a_store_that_is_gone_leaves_no_signature_in_the_log():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.startswith("unavailable")
+    assert "Signature" not in done.stdout + done.stderr
+    assert "X-Amz" not in done.stdout + done.stderr
