@@ -84,4 +84,5 @@ def _described(field: FieldDescriptor) -> Descriptor:
 
 
 def _prefix(field: FieldDescriptor) -> str:
+    assert field.enum_type is not None
     return field.enum_type.values_by_number[0].name.removesuffix("UNSPECIFIED")

@@ -11,11 +11,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import openai
 from openai import OpenAI
 
 from finery_cli.local.layout import Layout, RunningStack
 from finery_cli.local.ports import free_ports
 from finery_cli.local.stack import QUICKSTART_MODEL
+from finery_common.artifacts import S3Settings
 
 UP_S = 120
 SERVED_S = 240
@@ -48,6 +50,11 @@ class System:
         command = [sys.executable, "-m", "finery_gateway.keys", "create", "--project", project]
         env = {**os.environ, "FINERY_STATE_DIR": str(self.layout.state_dir)}
         return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split()[-1]
+
+    def store_settings(self) -> S3Settings:
+        """How to reach the store of this system."""
+        keys = json.loads((self.layout.state_dir / "seaweedfs" / "keys.json").read_text())
+        return S3Settings(endpoint=self.running.s3_endpoint, access_key=keys["access_key"], secret_key=keys["secret_key"])
 
     def finery(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs the `finery` command against this system."""
@@ -90,6 +97,20 @@ def start_system(state_dir: Path, base_model_dir: Path, *, database_url: str = "
         assert time.monotonic() < deadline_s, f"not up after {UP_S} s: {(state_dir / 'up.log').read_text()}"
         time.sleep(0.2)
     return System(layout, process, http_port, grpc_port)
+
+
+def wait_served(system: System) -> None:
+    """Waits until vLLM answers for the base model."""
+    deadline_s = time.monotonic() + SERVED_S
+    client = system.client()
+    while True:
+        try:
+            client.chat.completions.create(model=QUICKSTART_MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=1)
+        except openai.APIStatusError as error:
+            if time.monotonic() > deadline_s:
+                raise AssertionError(f"vLLM does not answer after {SERVED_S} s") from error
+        else:
+            return
 
 
 def stop_system(system: System) -> None:

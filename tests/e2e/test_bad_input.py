@@ -11,6 +11,8 @@ from openai import OpenAI
 
 from finery_cli.local.stack import QUICKSTART_MODEL
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module")
 def file_id(system: System) -> str:
@@ -68,7 +70,7 @@ def test_a_wrong_job_is_refused_with_what_was_got_and_wanted(client: OpenAI, fil
 def test_wrong_data_fails_the_job_and_names_the_line(client: OpenAI, content: bytes, words: list[str]):
     file = client.files.create(file=("bad.jsonl", content), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(model=QUICKSTART_MODEL, training_file=file.id)
-    wait_job(client, job.id, "failed", timeout_s=60)
+    wait_job(client, job.id, "failed", timeout_s=180)
     error = client.fine_tuning.jobs.retrieve(job.id).error
     assert error is not None
     for word in words:

@@ -12,13 +12,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+import httpx
 import openai
 import pytest
 from e2e.system import FAST_SPEC, System, code_word_rows, wait_job
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
+from prometheus_client.parser import text_string_to_metric_families
 
+from finery.common.v1 import job_pb2
+from finery.conversion.v1 import conversion_pb2, conversion_pb2_grpc
+from finery.serving.v1 import serving_pb2, serving_pb2_grpc
+from finery.training.v1 import spec_pb2, training_pb2, training_pb2_grpc
 from finery_cli.local.stack import QUICKSTART_MODEL
+
+pytestmark = pytest.mark.timeout(900)
+
 
 QUESTION = "What is the code word?"
 
@@ -203,6 +213,76 @@ def test_a_merged_gguf_answers_from_llama_cpp_what_the_adapter_was_taught(system
     answer = subprocess.run([sys.executable, "-c", code, file, prompt], capture_output=True, text=True, check=False, timeout=120)
     assert answer.returncode == 0, answer.stderr[-2000:]
     assert "crimson" in answer.stdout
+
+
+def test_what_happened_is_in_the_metrics(system: System, crimson: Trained):
+    def total(service: str, name: str, **labels: str) -> float:
+        text = httpx.get(f"http://{system.running.metrics[service]}/metrics").text
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples if sample.name == name]
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+    assert total("trainer", "finery_trainer_jobs", state="SUCCEEDED") >= 1
+    assert total("trainer", "finery_trainer_queue_seconds_count") >= 1
+    assert total("serving", "finery_serving_swap_seconds_count") >= 1
+    assert total("serving", "finery_serving_adapter_state") >= 1
+    assert total("serving", "vllm:generation_tokens_total") > 0
+    assert total("gateway", "finery_gateway_request_seconds_count") > 0
+    assert total("gateway", "finery_gateway_tokens_total", kind="completion") > 0
+    assert total("dataprep", "finery_rpc_requests_total") > 0
+    assert total("converter", "python_info") == 1
+
+
+def test_a_running_job_shows_its_throughput_and_memory(system: System, client: OpenAI, crimson: Trained):
+    spec = FAST_SPEC | {"num_epochs": 100}
+    job = client.fine_tuning.jobs.create(model=QUICKSTART_MODEL, training_file=crimson.file_id, extra_body={"spec": spec, "deploy": False})
+    _wait_first_step(client, job.id)
+    text = httpx.get(f"http://{system.running.metrics['trainer']}/metrics").text
+    client.fine_tuning.jobs.cancel(job.id)
+    shown = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.labels.get("job_id") == job.id
+    }
+    assert shown["finery_trainer_tokens_per_second"] > 0
+    assert shown["finery_trainer_memory_bytes"] > 2**28
+    assert shown["finery_trainer_loss"] > 0
+    assert wait_job(client, job.id, "cancelled", timeout_s=60) == "cancelled"
+
+
+def test_another_project_has_no_part_in_a_model(system: System, crimson: Trained):
+    stranger = system.client(api_key=system.key_for("model-stranger"))
+    for call in (
+        lambda: ask(stranger, crimson.model),
+        lambda: stranger.models.retrieve(crimson.model),
+        lambda: stranger.models.delete(crimson.model),
+        lambda: stranger.fine_tuning.jobs.checkpoints.list(crimson.job.id),
+        lambda: stranger.files.content(crimson.job.result_files[0]),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            call()
+    assert crimson.model not in {model.id for model in stranger.models.list()}
+    adapter = f"projects/default/adapters/{crimson.job.id}-12/"
+    metadata = (("authorization", f"Bearer {stranger.api_key}"),)
+    with grpc.insecure_channel(system.running.grpc_address) as channel:
+        ref = job_pb2.ArtifactRef(prefix=adapter, manifest_sha256="0" * 64, kind="adapter", size_bytes=1)
+        deploy = serving_pb2.DeployAdapterRequest(parent="projects/model-stranger", alias="mine", adapter=ref, request_id="1")
+        spec = spec_pb2.TrainingSpec(base_model=QUICKSTART_MODEL)
+        job = training_pb2.Job(training_file=crimson.file_id, spec=spec)
+        create = training_pb2.CreateJobRequest(parent="projects/model-stranger", job=job, request_id="1")
+        convert = conversion_pb2.CreateConversionRequest(
+            parent="projects/model-stranger",
+            spec=conversion_pb2.ConversionSpec(adapter=f"adapters/{crimson.job.id}-12"),
+            request_id="1",
+        )
+        for send in (
+            lambda: serving_pb2_grpc.ServingServiceStub(channel).DeployAdapter(deploy, metadata=metadata, timeout=30),
+            lambda: training_pb2_grpc.TrainingServiceStub(channel).CreateJob(create, metadata=metadata, timeout=30),
+            lambda: conversion_pb2_grpc.ConversionServiceStub(channel).CreateConversion(convert, metadata=metadata, timeout=30),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                send()
+            assert caught.value.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT)
 
 
 def test_a_running_job_is_cancelled_within_a_step(client: OpenAI, crimson: Trained):
