@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from finery_common.errors import BY_STATUS, FineryError, InternalError
-from finery_converter.leash import leashed
+from finery_common.leash import leashed
 from finery_converter.worker import Task
 
 log = structlog.get_logger(__name__)

@@ -42,7 +42,7 @@ async def _serve(settings: DataprepSettings) -> None:
             jobs,
             artifacts=artifacts,
             base_folder=lambda name: materialize(catalogue.get(name), cache_dir=settings.artifact_cache_dir, store=artifacts),
-            cache_dir=settings.artifact_cache_dir,
+            scratch_dir=settings.scratch_dir,
             holder=f"{socket.gethostname()}:{os.getpid()}",
             max_workers=settings.dataprep_workers,
         )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +19,8 @@ from typing import Any, TypeVar
 import structlog
 
 from finery_common.artifacts import ArtifactRef, ArtifactStore, ArtifactWriter, Manifest
-from finery_common.errors import AbortedError, AlreadyExistsError, FineryError, NotFoundError
-from finery_common.jobs import Job, JobState, JobStore, Lease, Wanted
+from finery_common.errors import AbortedError, AlreadyExistsError, FineryError, NotFoundError, UnavailableError
+from finery_common.jobs import EventLevel, Job, JobState, JobStore, Lease, Wanted
 from finery_common.rpc.messages import error_fields
 from finery_common.rpc.status import unknown_error
 from finery_common.spec import DatasetSpec
@@ -33,6 +34,9 @@ RENEW_S = 0.5
 POLL_S = 1.0
 PROGRESS_S = 1.0
 MAX_AT_ONCE = 2
+# For what is gone for the moment: the store, or a worker that found no memory.
+MAX_TRIES = 5
+_FIRST_PAUSE_S = 1.0
 
 BaseFolder = Callable[[str], Path]
 """The local folder of a base model's files, by its name in the catalogue; blocks, raises NotFoundError."""
@@ -47,15 +51,15 @@ def dataset_prefix(project: str, dataset_id: str) -> str:
 
 
 class DatasetRunner:
-    """Runs until cancelled. `holder` names this process in leases."""
+    """Runs until cancelled. `holder` names this process in leases; `scratch_dir` is this process's own and emptied at its start."""
 
     def __init__(
-        self, jobs: JobStore, *, artifacts: ArtifactStore, base_folder: BaseFolder, cache_dir: Path, holder: str, max_workers: int
+        self, jobs: JobStore, *, artifacts: ArtifactStore, base_folder: BaseFolder, scratch_dir: Path, holder: str, max_workers: int
     ) -> None:
         self._jobs = jobs
         self._artifacts = artifacts
         self._base_folder = base_folder
-        self._cache_dir = cache_dir
+        self._scratch_dir = scratch_dir
         self._holder = holder
         self._max_workers = max_workers
         self._woken = asyncio.Event()
@@ -67,6 +71,8 @@ class DatasetRunner:
 
     async def run(self) -> None:
         """Takes jobs as they come, `MAX_AT_ONCE` at a time. Cancelled, it hands back what it holds."""
+        # Files of an earlier process that was killed.
+        await asyncio.to_thread(shutil.rmtree, self._scratch_dir, ignore_errors=True)
         try:
             while True:
                 self._woken.clear()
@@ -147,11 +153,13 @@ class DatasetRunner:
         return renewed.wanted == Wanted.CANCEL
 
     async def _outcome(self, job: Job, lease: Lease, started_s: float) -> None:
-        """Prepares and publishes; every failure but a lost lease becomes the job's error."""
+        """Prepares and publishes; every failure but a lost lease becomes the job's error, an UnavailableError after `MAX_TRIES`."""
         try:
             statistics, ref = await self._published(job) or await self._prepare(job, lease)
         except AbortedError:
             raise
+        except UnavailableError as error:
+            await self._unavailable(job, lease, started_s, error)
         except FineryError as error:
             await self._end(lease, JobState.FAILED, started_s, error=error)
         except Exception as error:  # noqa: BLE001  translated: the job must not stay RUNNING for ever
@@ -159,6 +167,25 @@ class DatasetRunner:
         else:
             result: dict[str, object] = {"statistics": asdict(statistics), "artifact": ref.model_dump(mode="json")}
             await self._end(lease, JobState.SUCCEEDED, started_s, result=result)
+
+    async def _unavailable(self, job: Job, lease: Lease, started_s: float, error: UnavailableError) -> None:
+        """Leaves the job to another attempt after a pause by raising `error`; the last try's error is the job's."""
+        tries = int(str(job.progress.get("tries", 0))) + 1
+        if tries >= MAX_TRIES:
+            await self._end(lease, JobState.FAILED, started_s, error=error)
+            return
+        await _whole(
+            self._jobs.append_event(
+                job.id,
+                type="message",
+                level=EventLevel.WARN,
+                message=f"{error.message} The preparation starts again.",
+                progress={"tries": tries},
+                epoch=lease.epoch,
+            )
+        )
+        await asyncio.sleep(_FIRST_PAUSE_S * 2 ** (tries - 1))
+        raise error
 
     async def _end(
         self, lease: Lease, state: JobState, started_s: float, *, error: FineryError | None = None, result: dict[str, object] | None = None
@@ -182,7 +209,10 @@ class DatasetRunner:
 
     async def _prepare(self, job: Job, lease: Lease) -> tuple[Statistics, ArtifactRef]:
         spec = DatasetSpec.parse(job.spec)
-        file, path = await asyncio.to_thread(self._fetch_file, job.project, spec.file)
+        async with self._file(job.project, spec.file, self._scratch_dir / f"{job.id}-{lease.epoch}") as (file, path):
+            return await self._prepare_file(path, file, spec, job, lease)
+
+    async def _prepare_file(self, path: Path, file: Manifest, spec: DatasetSpec, job: Job, lease: Lease) -> tuple[Statistics, ArtifactRef]:
         base = await asyncio.to_thread(self._read_base, spec.base_model)
         writer = self._artifacts.writer(dataset_prefix(job.project, job.id), kind="dataset")
         try:
@@ -208,11 +238,21 @@ class DatasetRunner:
             raise
         return statistics, ref
 
-    def _fetch_file(self, project: str, file_id: str) -> tuple[Manifest, Path]:
+    @contextlib.asynccontextmanager
+    async def _file(self, project: str, file_id: str, folder: Path) -> AsyncIterator[tuple[Manifest, Path]]:
+        """The uploaded file, copied into `folder` for the block: people's data stays nowhere after they delete it."""
+        fetching = asyncio.create_task(asyncio.to_thread(self._fetch_file, project, file_id, folder))
+        try:
+            yield await asyncio.shield(fetching)
+        finally:
+            # A cancellation does not wait for a copying thread; what that writes goes when it ends.
+            fetching.add_done_callback(lambda done: _remove(folder, done))
+
+    def _fetch_file(self, project: str, file_id: str, cache_dir: Path) -> tuple[Manifest, Path]:
         prefix = f"projects/{project}/files/{file_id}/"
         try:
             manifest = self._artifacts.manifest(prefix)
-            folder = self._artifacts.fetch(manifest.ref(prefix), self._cache_dir)
+            folder = self._artifacts.fetch(manifest.ref(prefix), cache_dir)
         except NotFoundError as error:
             raise NotFoundError(
                 f"There is no file {file_id} in project {project}: the id is wrong or the file was deleted. "
@@ -262,6 +302,12 @@ def _publish(
         "base_model": base.model,
     }
     return writer.publish(made_from={"file": file.sha256}, spec=spec.model_dump(mode="json"), attempt=attempt, metadata=metadata)
+
+
+def _remove(folder: Path, copied: asyncio.Task[tuple[Manifest, Path]]) -> None:
+    if not copied.cancelled():
+        copied.exception()  # seen; whoever was cancelled wants no word of it
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _whole(call: Coroutine[Any, Any, T]) -> T:

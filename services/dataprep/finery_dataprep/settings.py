@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from pydantic import Field
 
@@ -14,3 +15,8 @@ class DataprepSettings(ServiceSettings):
 
     dataprep_workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     """Processes that tokenize one large file; the number of cores where unset."""
+
+    @property
+    def scratch_dir(self) -> Path:
+        """Uploaded files while they are prepared; this process's own, emptied at start."""
+        return self.state_dir / "dataprep"

@@ -13,12 +13,13 @@ import pytest
 from finery.common.v1 import job_pb2
 from finery.dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from finery_common.database import Database
-from finery_common.errors import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from finery_common.errors import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
 from finery_common.jobs import JobState, JobStore, migrate
 from finery_common.resource_names import new_id
 from finery_common.rpc.channel import ServiceChannel, stream
 from finery_common.rpc.server import RpcServer, token_authenticator
 from finery_common.rpc.tokens import TokenSigner
+from finery_dataprep.preparation import prepare
 from finery_dataprep.runner import DatasetRunner, dataset_prefix
 from finery_dataprep.server import DatasetServicer, servicer_of
 
@@ -67,7 +68,7 @@ class Client:
 class Service:
     """One process of the service; several may share a database, as after a restart."""
 
-    def __init__(self, jobs, object_store, folder, cache_dir, holder):
+    def __init__(self, jobs, object_store, folder, scratch_dir, holder):
         def base_folder(name):
             return folder
 
@@ -77,7 +78,7 @@ class Service:
             return 4096
 
         self.runner = DatasetRunner(
-            jobs, artifacts=object_store, base_folder=base_folder, cache_dir=cache_dir, holder=holder, max_workers=2
+            jobs, artifacts=object_store, base_folder=base_folder, scratch_dir=scratch_dir, holder=holder, max_workers=2
         )
         servicer = DatasetServicer(jobs, artifacts=object_store, runner=self.runner, context_limit=context_limit)
         self.server = RpcServer(address="127.0.0.1:0", servicers=[servicer_of(servicer)], authenticate=token_authenticator(SIGNER))
@@ -113,7 +114,7 @@ def project():
 def make_service(jobs, object_store, tmp_path, make_base):
     def make(holder="one", template="chatml"):
         make_base(template)
-        return Service(jobs, object_store, tmp_path / "base", tmp_path / "cache", holder)
+        return Service(jobs, object_store, tmp_path / "base", tmp_path / "scratch" / holder, holder)
 
     return make
 
@@ -151,6 +152,30 @@ async def test_a_file_becomes_a_dataset(client, upload, object_store):
     assert manifest.made_from == {"file": object_store.manifest(f"projects/{client.project}/files/{file}/").sha256}
     assert manifest.metadata["num_tokens"] == dataset.statistics.num_tokens
     assert set(manifest.metadata) == {"num_rows", "num_tokens", "num_label_tokens", "tokenizer_sha256", "template_sha256", "base_model"}
+
+
+@pytest.mark.parametrize("rows", [10, 1])
+async def test_no_copy_of_a_file_stays(client, upload, tmp_path, rows):
+    dataset = await client.finished((await client.create(upload(f"{ROW}\n" * rows))).name)
+    assert dataset.state == (job_pb2.JOB_STATE_SUCCEEDED if rows >= 10 else job_pb2.JOB_STATE_FAILED)
+    assert [path for path in tmp_path.rglob("*") if path.name == "content"] == []
+
+
+@pytest.mark.parametrize(("failures", "state"), [(2, job_pb2.JOB_STATE_SUCCEEDED), (3, job_pb2.JOB_STATE_FAILED)])
+async def test_what_is_gone_for_the_moment_is_tried_again_and_fails_in_the_end(client, upload, monkeypatch, failures, state):
+    lost = iter(range(failures))
+
+    async def prepare_without_memory(*args, **kwargs):
+        if next(lost, None) is not None:
+            raise UnavailableError("A worker ended.", code="worker_lost")
+        return await prepare(*args, **kwargs)
+
+    monkeypatch.setattr("finery_dataprep.runner.MAX_TRIES", 3)
+    monkeypatch.setattr("finery_dataprep.runner._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("finery_dataprep.runner.prepare", prepare_without_memory)
+    dataset = await client.finished((await client.create(upload(f"{ROW}\n" * 10))).name)
+    assert dataset.state == state
+    assert dataset.error.code == ("" if state == job_pb2.JOB_STATE_SUCCEEDED else "worker_lost")
 
 
 async def test_bad_rows_arrive_as_violations_with_their_lines(client, upload):

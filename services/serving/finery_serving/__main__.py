@@ -26,6 +26,9 @@ from finery_serving.server import ServingServicer, servicer_of
 from finery_serving.settings import ServingSettings
 from finery_serving.vllm_process import VllmConfig, make_runtime
 
+# With the time that vLLM has for its end, below the 30 s after which supervisors kill.
+_DRAIN_S = 8.0
+
 log = structlog.get_logger(__name__)
 
 
@@ -46,7 +49,7 @@ async def _serve(settings: ServingSettings) -> None:
         agent = Agent(
             vllm_config(settings, entry=entry, base_dir=base_dir), runtime=runtime, state_dir=settings.state_dir, environment=os.environ
         )
-        await stack.enter_async_context(agent.vllm_running())
+        supervising = await stack.enter_async_context(agent.vllm_running())
         database = await Database.open(settings.service_database_url("serving"), schema="serving")
         stack.push_async_callback(database.close)
         await database.migrate("finery_serving.migrations", version_table="serving_version")
@@ -60,10 +63,10 @@ async def _serve(settings: ServingSettings) -> None:
         )
         server = RpcServer(address=settings.grpc_address, servicers=[servicer_of(servicer)], authenticate=token_authenticator(signer))
         await server.start()
-        await until_stopped()
+        await until_stopped([supervising, services.task])
         # Watches never end by themselves and would take up the whole time for draining.
         servicer.end_watches()
-        await server.stop()
+        await server.stop(drain_s=_DRAIN_S)
 
 
 def base_entry(settings: ServingSettings) -> BaseModelEntry:

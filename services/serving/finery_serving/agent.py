@@ -28,11 +28,12 @@ from finery_serving.vllm_process import Runtime, VllmConfig, VllmProcess
 
 @dataclass(frozen=True)
 class Services:
-    """What the gRPC face calls."""
+    """What the gRPC face calls, and the task of reconciling, which never ends by itself."""
 
     aliases: AliasStore
     routes: Routes
     residency: Residency
+    task: asyncio.Task[None]
 
 
 class Agent:
@@ -45,11 +46,11 @@ class Agent:
         self.process.on_change = self.changes.notify
 
     @asynccontextmanager
-    async def vllm_running(self) -> AsyncIterator[None]:
-        """Starts vLLM and keeps it running; it is stopped at the end."""
+    async def vllm_running(self) -> AsyncIterator[asyncio.Task[None]]:
+        """Starts vLLM and keeps it running, by a task that never ends by itself; it is stopped at the end."""
         try:
-            async with _background(self.process.run()):
-                yield
+            async with _background(self.process.run(), name="vllm") as task:
+                yield task
         finally:
             await self.client.close()
 
@@ -79,15 +80,15 @@ class Agent:
             max_resident=config.max_cpu_loras,
         )
         routes = Routes(aliases, process=self.process, residency=residency, staging=staging, client=self.client, changes=changes)
-        async with _background(reconciler.run()):
-            yield Services(aliases, routes, residency)
+        async with _background(reconciler.run(), name="reconciler") as task:
+            yield Services(aliases, routes, residency, task)
 
 
 @asynccontextmanager
-async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
-    task = asyncio.create_task(work)
+async def _background(work: Coroutine[None, None, None], *, name: str) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(work, name=name)
     try:
-        yield
+        yield task
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):

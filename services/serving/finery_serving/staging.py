@@ -6,6 +6,7 @@ Owns a cache folder of its own, so that no other service's copy is ever removed,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import shutil
 import time
@@ -46,6 +47,15 @@ class Staging:
         for path in self.folder.iterdir():
             if _COPY.fullmatch(path.name) and path.name not in keep:
                 # A name that no reader takes for a copy, so that a removal cut short leaves no half.
-                path = path.rename(self.folder / f".{path.name}.removed")
-            if path.name.endswith(".removed"):
-                shutil.rmtree(path)
+                removed = self.folder / f".{path.name}.removed"
+                _remove(removed)  # what a removal cut short has left
+                path.rename(removed)
+                _remove(removed)
+            elif path.name.endswith(".removed"):
+                _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    # Listed before, it may be gone by now.
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)

@@ -23,6 +23,7 @@ import psutil
 import structlog
 
 from finery_common.errors import FailedPreconditionError
+from finery_common.leash import leashed
 from finery_serving.metrics import VLLM_READY, VLLM_START_SECONDS, VLLM_STARTS
 from finery_serving.middleware import finery_vllm_middleware
 from finery_serving.vllm_client import VllmClient
@@ -157,7 +158,13 @@ class VllmProcess:
         backoff_s = _FIRST_BACKOFF_S
         try:
             while True:
-                healthy_s = await self._life()
+                try:
+                    healthy_s = await self._life()
+                except OSError as error:
+                    # A full disk, most likely: neither log nor pid file can be written.
+                    self.last_failure = str(error)
+                    log.error("cannot run vLLM", reason=self.last_failure)
+                    healthy_s = 0.0
                 backoff_s = _FIRST_BACKOFF_S if healthy_s > _HEALTHY_FOR_S else min(backoff_s * 2, _MAX_BACKOFF_S)
                 log.warning("vLLM ended; starting it again", healthy_s=round(healthy_s, 1), backoff_s=backoff_s)
                 await asyncio.sleep(backoff_s)
@@ -193,10 +200,10 @@ class VllmProcess:
         """One process from start to end; answers for how many seconds it was healthy."""
         log_file = self._logs_dir / f"vllm-{datetime.now(UTC):%Y%m%dT%H%M%S}.log"
         started_s = time.monotonic()
-        self._process = process = await self._spawn(log_file)
-        log.info("vLLM starts", pid=process.pid, log=str(log_file), base_model=self.config.base_model)
-        VLLM_STARTS.inc()
         try:
+            process = await self._spawn(log_file)
+            log.info("vLLM starts", pid=process.pid, log=str(log_file), base_model=self.config.base_model)
+            VLLM_STARTS.inc()
             if not await self._became_healthy(process):
                 self.last_failure = await asyncio.to_thread(_tail, log_file)
                 log.error("vLLM did not start", exit_code=process.returncode, log=str(log_file), last_lines=self.last_failure)
@@ -219,8 +226,9 @@ class VllmProcess:
         self.runtime.socket.unlink(missing_ok=True)
         environment = vllm_environment(self._environment, config=self.config, middleware_config=self._middleware_config)
         with log_file.open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
-                *vllm_command(self.config, socket=self.runtime.socket),
+            # SIGTERM, for vLLM to end its engine's processes with it; what outlives even that is ended by the next `kill_leftover`.
+            self._process = process = await asyncio.create_subprocess_exec(
+                *leashed(vllm_command(self.config, socket=self.runtime.socket), number=signal.SIGTERM),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -263,14 +271,16 @@ class VllmProcess:
 
 
 def kill_leftover(pid_file: Path) -> None:
-    """Ends the vLLM that a killed agent left behind and removes its runtime folder, both named by `pid_file`.
+    """Ends the vLLM that a killed agent left behind, or the rest of its group, and removes its runtime folder, both named by `pid_file`.
 
-    The start time tells it from another process of that id.
+    The start time tells it from another process of that id, and the group of a dead leader is known by the folder it runs in.
     """
     noted = {}
     try:
         noted = json.loads(pid_file.read_text())
         alive = abs(psutil.Process(noted["pid"]).create_time() - noted["created"]) < 1
+    except psutil.NoSuchProcess:
+        alive = "runtime" in noted and _is_group_in(noted["pid"], noted["runtime"])
     except (OSError, ValueError, KeyError, psutil.Error):
         alive = False
     if alive:
@@ -279,6 +289,14 @@ def kill_leftover(pid_file: Path) -> None:
     if "runtime" in noted:
         shutil.rmtree(noted["runtime"], ignore_errors=True)
     pid_file.unlink(missing_ok=True)
+
+
+def _is_group_in(group: int, folder: str) -> bool:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getpgid(process.pid) == group and process.cwd() == folder:
+                return True
+    return False
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

@@ -17,10 +17,13 @@ from safetensors.numpy import save
 
 from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError, NotFoundError, UnavailableError
+from finery_common.service import until_stopped
 from finery_serving.agent import Agent
 from finery_serving.aliases import AliasStore, RolloutState
 from finery_serving.changes import Changes
 from finery_serving.preflight import BaseModel
+from finery_serving.reconcile import Reconciler
+from finery_serving.staging import Staging
 from finery_serving.vllm_process import VllmConfig, make_runtime
 
 BASE = BaseModel("base", "b" * 64, {"model.q_proj.weight": (4, 4)})
@@ -68,10 +71,17 @@ def running(tmp_path, database, object_store):
         agent = Agent(config, runtime=runtime, state_dir=tmp_path, environment=os.environ)
         try:
             async with (
-                agent.vllm_running(),
+                agent.vllm_running() as supervising,
                 agent.reconciling(database, store=object_store, base=BASE, cache_dir=tmp_path / "cache") as services,
             ):
-                yield SimpleNamespace(agent=agent, store=services.aliases, routes=services.routes, residency=services.residency)
+                yield SimpleNamespace(
+                    agent=agent,
+                    store=services.aliases,
+                    routes=services.routes,
+                    residency=services.residency,
+                    supervising=supervising,
+                    reconciling=services.task,
+                )
         finally:
             runtime.remove()
 
@@ -177,6 +187,26 @@ async def test_a_drain_waits_for_the_last_request_and_the_copy_goes_after_it(run
             while (tmp_path / "cache" / old.manifest_sha256).exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert (tmp_path / "cache" / new.manifest_sha256).is_dir()
+
+
+async def test_a_removal_that_was_cut_short_does_not_keep_the_next_from_going(tmp_path, object_store, publish):
+    staging = Staging(object_store, folder=tmp_path / "copies")
+    folder = await staging.fetch(publish())
+    for left in (folder.with_name(f".{folder.name}.removed"), folder.with_name(f".{'0' * 64}.removed")):
+        left.mkdir()
+        (left / "half").touch()
+    await staging.sweep(keep=())
+    assert [path for path in staging.folder.iterdir() if path.is_dir()] == []
+
+
+async def test_its_tasks_tell_of_an_error_that_nobody_expected(running, monkeypatch):
+    async def broken(_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Reconciler, "_pass", broken)
+    with pytest.raises(ZeroDivisionError):
+        async with running() as here:
+            await until_stopped([here.supervising, here.reconciling])
 
 
 async def test_a_version_under_two_aliases_stays_while_one_has_it(running, project, publish):

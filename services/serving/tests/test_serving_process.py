@@ -1,6 +1,7 @@
 """vLLM's process: command, environment, failed starts, leftovers. The real vLLM is in test_serving_vllm."""
 
 import asyncio
+import errno
 import json
 import os
 import subprocess
@@ -122,6 +123,84 @@ async def test_a_stop_ends_the_whole_group(config, process, tmp_path):
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert psutil.wait_procs([child], timeout=5)[1] == []
+
+
+async def test_a_full_disk_ends_nothing_and_is_tried_again(config, process, monkeypatch):
+    monkeypatch.setattr("finery_serving.vllm_process._FIRST_BACKOFF_S", 0.05)
+    python_that(config, "exec sleep 600")
+    write, fulls = Path.write_text, iter(range(2))
+
+    def write_text(path, *args, **kwargs):
+        if path.name == "vllm.json" and next(fulls, None) is not None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    running = asyncio.create_task(process.run())
+    noted = process.runtime.folder.parent / "state" / "run" / "vllm.json"
+    async with asyncio.timeout(20):
+        while not noted.exists() or not noted.read_text():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert "No space left" in process.last_failure
+    assert not running.done()
+    # The vLLMs whose start could not be noted are gone.
+    assert [child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE and "600" in child.cmdline()] in (
+        [],
+        [process.pid],
+    )
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+def test_vllm_ends_with_a_killed_agent(config, runtime, tmp_path):
+    python_that(config, "exec sleep 600")
+    program = """
+import asyncio, os, sys
+from pathlib import Path
+from finery_serving.vllm_client import VllmClient
+from finery_serving.vllm_process import Runtime, VllmConfig, VllmProcess
+
+async def main():
+    folder = Path(sys.argv[1])
+    config = VllmConfig(folder / "python", "base", folder, "cpu", 2, 4, 16, 512, 1, 30, ())
+    client = VllmClient(folder / "s", replica_token="", admin_token="")
+    runtime = Runtime(folder / "run", "r", "", "")
+    process = VllmProcess(config, runtime=runtime, state_dir=folder / "state", environment=os.environ, client=client)
+    running = asyncio.create_task(process.run())
+    while process.pid is None or "sleep" not in Path(f"/proc/{process.pid}/comm").read_text():
+        await asyncio.sleep(0.05)
+    print(process.pid, file=sys.stderr, flush=True)
+    await running
+
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.PIPE, text=True) as agent:
+        assert agent.stderr is not None
+        vllm = psutil.Process(int(agent.stderr.readline()))
+        agent.kill()
+    deadline_s = time.monotonic() + 10
+    while vllm.is_running() and vllm.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def test_the_rest_of_a_dead_leaders_group_is_ended(tmp_path):
+    (tmp_path / "runtime").mkdir()
+    leader = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!"], cwd=tmp_path / "runtime", start_new_session=True, stdout=subprocess.PIPE)
+    assert leader.stdout is not None
+    rest = psutil.Process(int(leader.stdout.readline()))
+    leader.stdout.close()
+    leader.wait()
+    file = tmp_path / "vllm.json"
+    file.write_text(json.dumps({"pid": leader.pid, "created": rest.create_time(), "runtime": str(tmp_path / "elsewhere")}))
+    kill_leftover(file)
+    assert rest.status() != psutil.STATUS_ZOMBIE
+    file.write_text(json.dumps({"pid": leader.pid, "created": rest.create_time(), "runtime": str(tmp_path / "runtime")}))
+    kill_leftover(file)
+    deadline_s = time.monotonic() + 10
+    while rest.is_running() and rest.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
 
 
 def test_a_leftover_is_ended_and_another_process_of_that_id_is_not(tmp_path):
