@@ -31,7 +31,6 @@ class Attempts:
         self._lease_s = lease_s
         self._serves = serves
         self._wake = wake
-        self._phases: dict[str, str] = {}
 
     async def assignment(self, lease: Lease) -> Assignment:
         """What the attempt is to do."""
@@ -52,9 +51,10 @@ class Attempts:
     async def heartbeat(self, lease: Lease, *, phase: str) -> Command:
         """Renews the lease; a new phase becomes an event."""
         job = await self._renew(lease)
-        if phase and self._phases.get(job.id) != phase:
-            self._phases[job.id] = phase
-            await self._jobs.append_event(job.id, type="message", message=f"The worker is {phase}.", epoch=lease.epoch)
+        mark = {"phase": phase, "epoch": lease.epoch}
+        if phase and job.progress.get("phase") != mark:
+            text = f"The worker is {phase}."
+            await self._jobs.append_event(job.id, type="message", message=text, progress={"phase": mark}, epoch=lease.epoch)
         return _command(job)
 
     async def step(self, lease: Lease, *, report: StepMetrics) -> Command:
@@ -122,7 +122,7 @@ class Attempts:
         adapter: ArtifactRef | None,
         metrics_file: ArtifactRef | None,
     ) -> None:
-        """Ends the attempt. A success needs its adapter to be published."""
+        """Ends the attempt. A success needs its adapter to be published; what follows a pause's save is what is wanted by then."""
         job = await self._renew(lease)
         if state is JobState.SUCCEEDED:
             await self._succeed(job, lease=lease, adapter=adapter, metrics_file=metrics_file)
@@ -134,12 +134,11 @@ class Attempts:
             }
             await self._jobs.transition(job.id, state, message=str(error["message"]), error=error, epoch=lease.epoch)
         elif state is JobState.PAUSED:
-            await self._jobs.transition(job.id, state, message="The job is paused; its state is saved.", epoch=lease.epoch)
+            await self._stand_by(job)
         elif state is JobState.CANCELLED:
             await self._jobs.transition(job.id, state, message="The job was cancelled.", epoch=lease.epoch)
         else:
             raise InvalidArgumentError(f"state: got {state}, wanted SUCCEEDED, PAUSED, CANCELLED or FAILED", param="state")
-        self._phases.pop(job.id, None)
         metrics.forget_job(job.id)
         self._wake()
 
@@ -162,6 +161,19 @@ class Attempts:
             },
             epoch=lease.epoch,
         )
+
+    async def _stand_by(self, job: Job) -> None:
+        """The worker has saved the state for a pause; meanwhile the pause may have been taken back, or become a cancellation."""
+        if job.wanted is Wanted.NONE:
+            text = "The pause was taken back; the job goes on from its saved state."
+            await self._jobs.transition(job.id, JobState.QUEUED, message=text, epoch=job.epoch)
+        elif job.wanted is Wanted.CANCEL:
+            await self._jobs.transition(job.id, JobState.CANCELLED, message="The job was cancelled.", epoch=job.epoch)
+        else:
+            job = await self._jobs.transition(job.id, JobState.PAUSED, message="The job is paused; its state is saved.", epoch=job.epoch)
+            # The cancellation came just before the transition.
+            if job.wanted is Wanted.CANCEL:
+                await self._jobs.transition(job.id, JobState.CANCELLED, message="The job was cancelled.")
 
     async def _renew(self, lease: Lease) -> Job:
         job = await self._jobs.renew(lease, ttl_s=self._lease_s)

@@ -19,8 +19,11 @@ import structlog
 from finery_common.errors import (
     AbortedError,
     DeadlineExceededError,
+    FineryError,
+    InternalError,
     NotFoundError,
     PermissionDeniedError,
+    ResourceExhaustedError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -107,7 +110,7 @@ class Link:
                 raise self._failed
             try:
                 answer = await call(self._client)
-            except (UnavailableError, DeadlineExceededError) as error:
+            except (UnavailableError, DeadlineExceededError, ResourceExhaustedError, InternalError) as error:
                 self._note_away(error)
             except (AbortedError, NotFoundError, PermissionDeniedError, UnauthenticatedError) as error:
                 self._failed = AttemptOver(error.message)
@@ -136,7 +139,10 @@ class Link:
         with contextlib.suppress(AttemptOver, ServerGone):
             while True:
                 await asyncio.sleep(self._heartbeat_s)
-                self.command = await self._persistently(lambda client: client.heartbeat(self.phase))
+                try:
+                    self.command = await self._persistently(lambda client: client.heartbeat(self.phase))
+                except FineryError as error:
+                    log.warning("the server refused a heartbeat", error=error.message)
 
     async def _close(self) -> None:
         self._beating.cancel()

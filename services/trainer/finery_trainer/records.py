@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any, cast
 
 from finery_common.artifacts import ArtifactRef
-from finery_common.jobs import Job
+from finery_common.jobs import Job, JobState
 from finery_common.resource_names import model_alias
 from finery_common.spec import TrainingSpec
 
@@ -123,7 +123,9 @@ def alias_of(job: Job, *, checkpoint_step: int | None = None) -> str:
 
 
 def deployment_of(job: Job) -> Deployment:
-    """How far the deployment step is; before the job has succeeded, what it will begin as."""
+    """How far the deployment step is; before the job has succeeded, what it will begin as. Nothing is deployed of a failed job."""
+    if job.state in (JobState.FAILED, JobState.CANCELLED):
+        return Deployment(DeploymentState.NONE)
     state = job.result.get("deployment_state")
     if state is None:
         wanted = request_of(job).deploy is not False

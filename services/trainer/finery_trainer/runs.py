@@ -82,12 +82,13 @@ class Runs:
     async def resume(self, project: str, job_id: str) -> Job:
         """Queues a paused job again, or takes back a pause that is still under way. Raises FailedPreconditionError for any other job."""
         job = await self._jobs.get(project, job_id)
+        if job.state is not JobState.PAUSED:
+            if job.wanted is not Wanted.PAUSE:
+                raise FailedPreconditionError(f"Job {job_id} is {job.state}; only a paused job can be resumed.")
+            # It may have become PAUSED since it was read.
+            job = await self._jobs.request(job_id, None)
         if job.state is JobState.PAUSED:
             await self._jobs.transition(job_id, JobState.QUEUED, message="The job goes on and waits for its turn.")
-        elif job.wanted is Wanted.PAUSE:
-            await self._jobs.request(job_id, None)
-        else:
-            raise FailedPreconditionError(f"Job {job_id} is {job.state}; only a paused job can be resumed.")
         self._wake()
         return await self._jobs.get(project, job_id)
 
@@ -140,7 +141,7 @@ class Runs:
         return found[:size], str(found[size - 1].step) if len(found) > size else ""
 
     async def _request(self, job: Job, wanted: Wanted, *, then: JobState, message: str) -> None:
-        await self._jobs.request(job.id, wanted)
+        job = await self._jobs.request(job.id, wanted)
         if job.state in (JobState.QUEUED, JobState.PAUSED):
             # The scheduler may have taken the job meanwhile; then its worker hears of the wish.
             with contextlib.suppress(FineryError):

@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from finery_common.artifacts import ArtifactStore
 from finery_common.catalogue import Catalogue
 from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError
-from finery_common.jobs import JobStore, migrate
+from finery_common.jobs import JobState, JobStore, migrate
 from finery_common.rpc.channel import ServiceChannel
 from finery_common.rpc.server import RpcServer, token_authenticator
 from finery_common.rpc.tokens import TokenSigner
 from finery_trainer.attempts import Attempts
 from finery_trainer.client import DataprepClient, ServingClient
 from finery_trainer.deployment import Deployments
-from finery_trainer.launchers import Launcher
+from finery_trainer.launchers import Launcher, work_dir
 from finery_trainer.launchers.local import LocalLauncher
 from finery_trainer.requests import RequestChecks
 from finery_trainer.runs import Runs
@@ -54,6 +56,7 @@ async def running(settings: TrainerSettings, *, make_launcher: Callable[[str], L
     artifacts = await asyncio.to_thread(ArtifactStore.connect, settings.s3())
     async with contextlib.AsyncExitStack() as stack:
         jobs = await _open_jobs(settings, stack)
+        await _remove_leftovers(settings.state_dir, jobs)
 
         def channel(address: str) -> ServiceChannel:
             opened = ServiceChannel(address, signer=signer, caller="trainer")
@@ -81,7 +84,7 @@ async def running(settings: TrainerSettings, *, make_launcher: Callable[[str], L
         port = await server.start()
         stack.push_async_callback(server.stop, drain_s=DRAIN_S)
         address = f"{settings.grpc_address.rpartition(':')[0]}:{port}"
-        launcher = make_launcher(address) if make_launcher else LocalLauncher(trainer_address=address, log_dir=settings.state_dir / "logs")
+        launcher = make_launcher(address) if make_launcher else LocalLauncher(trainer_address=address, state_dir=settings.state_dir)
         work = [scheduler.run(launcher)]
         if serving is not None:
             work.append(Deployments(jobs, serving=serving).run())
@@ -95,6 +98,14 @@ async def _open_jobs(settings: TrainerSettings, stack: contextlib.AsyncExitStack
     stack.push_async_callback(db.close)
     await migrate(db)
     return JobStore(db, kind="training", id_prefix="ftjob-")
+
+
+async def _remove_leftovers(state_dir: Path, jobs: JobStore) -> None:
+    """Removes the folders of attempts that are over; a worker that outlived the service before this one keeps its own."""
+    running = {work_dir(state_dir, job_id=job.id, epoch=job.epoch) for job in await jobs.find(JobState.RUNNING)}
+    for folder in (state_dir / "work").glob("*"):
+        if folder not in running:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
 async def _stop_work(background: tuple[asyncio.Task[None], ...], scheduler: Scheduler, launcher: Launcher) -> None:

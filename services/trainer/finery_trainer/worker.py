@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from finery_common.rpc.messages import error_fields
 from finery_common.rpc.status import unknown_error
 from finery_common.telemetry import configure_logging
 from finery_trainer.client import Assignment, Command
+from finery_trainer.launchers import work_dir
 from finery_trainer.launchers.local import STOPPED_EXIT_CODE
 from finery_trainer.link import AttemptOver, Link, ServerGone
 from finery_trainer.publishing import MetricsTable, Publisher
@@ -71,8 +73,10 @@ class Worker:
         """Does the work and tells the server how it ended. Raises AttemptOver, ServerGone, Stopped, UnavailableError."""
         assignment = self._link.ask(lambda client: client.assignment())
         structlog.contextvars.bind_contextvars(job_id=assignment.job_id, epoch=assignment.epoch)
+        folder = work_dir(self._settings.state_dir, job_id=assignment.job_id, epoch=assignment.epoch)
         try:
-            self._work(assignment)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._work(assignment, folder)
         except Cancelled:
             self._link.ask(lambda client: client.finish(JobState.CANCELLED))
         except (UnavailableError, AttemptOver, ServerGone, Stopped):
@@ -81,8 +85,10 @@ class Worker:
             fields = error_fields(explain(error, assignment))
             log.error("the attempt failed", code=fields["code"], error=fields["message"])
             self._link.ask(lambda client: client.finish(JobState.FAILED, error=fields))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def _work(self, assignment: Assignment) -> None:
+    def _work(self, assignment: Assignment, folder: Path) -> None:
         from transformers.utils import logging as transformers_logging
 
         from finery_trainer import engine
@@ -95,7 +101,7 @@ class Worker:
         validation = None if inputs.validation_dir is None else engine.data.TokenDataset(inputs.validation_dir)
         model = engine.load(assignment.spec, inputs.base_dir)
         publisher = Publisher(store, assignment=assignment, base_sha256=inputs.base_sha256, confirm=self._link.confirm)
-        run = _Run(model, assignment, inputs, publisher=publisher, link=self._link, was_stopped=self._was_stopped)
+        run = _Run(model, assignment, inputs, work_dir=folder, publisher=publisher, link=self._link, was_stopped=self._was_stopped)
         self._enter("training")
         outcome = engine.loop.train(
             model,
@@ -134,7 +140,7 @@ class Worker:
 
 
 class _Run:
-    """The loop's callbacks, and what follows it."""
+    """The loop's callbacks, and what follows it. What is about to be published is written into `work_dir`."""
 
     def __init__(
         self,
@@ -142,18 +148,21 @@ class _Run:
         assignment: Assignment,
         inputs: Inputs,
         *,
+        work_dir: Path,
         publisher: Publisher,
         link: Link,
         was_stopped: Callable[[], bool],
     ) -> None:
         self._model = model
         self._assignment = assignment
+        self._work_dir = work_dir
         self._publisher = publisher
         self._link = link
         self._was_stopped = was_stopped
         self._table = MetricsTable() if inputs.checkpoint_dir is None else MetricsTable.restored(inputs.checkpoint_dir)
         self._resumed_from = inputs.checkpoint_dir
         self._is_stopping = False
+        self._published: tuple[int, ArtifactRef] | None = None
 
     def on_step(self, report: loop.StepReport) -> loop.Action:
         from finery_trainer.engine.loop import Action
@@ -168,7 +177,7 @@ class _Run:
 
     def on_checkpoint(self, report: loop.StepReport, save: Callable[[Path], None]) -> None:
         adapter = None
-        with tempfile.TemporaryDirectory(prefix="finery-state-") as folder:
+        with tempfile.TemporaryDirectory(prefix="state-", dir=self._work_dir) as folder:
             save(Path(folder))
             self._table.write(Path(folder))
             state = self._publisher.state(Path(folder), step=report.step)
@@ -190,9 +199,9 @@ class _Run:
             return
         self._link.phase = "publishing"
         step = self._last_step(outcome)
-        # An attempt that died between its last step and its end has published this adapter.
+        # The last step was an epoch's end, so this attempt, or one that died after that step, has published this adapter.
         adapter = self._publish_adapter(step)
-        with tempfile.TemporaryDirectory(prefix="finery-metrics-") as folder:
+        with tempfile.TemporaryDirectory(prefix="metrics-", dir=self._work_dir) as folder:
             self._table.write(Path(folder))
             metrics_file = self._publisher.metrics(Path(folder), step=step)
         self._link.ask(lambda client: client.finish(JobState.SUCCEEDED, adapter=adapter, metrics_file=metrics_file))
@@ -208,9 +217,13 @@ class _Run:
     def _publish_adapter(self, step: int) -> ArtifactRef:
         from finery_trainer.engine import adapter
 
-        with tempfile.TemporaryDirectory(prefix="finery-adapter-") as folder:
+        if self._published is not None and self._published[0] == step:
+            return self._published[1]
+        with tempfile.TemporaryDirectory(prefix="adapter-", dir=self._work_dir) as folder:
             adapter.save(self._model, Path(folder), base_model=self._assignment.spec.base_model)
-            return self._publisher.adapter(Path(folder), step=step)
+            ref = self._publisher.adapter(Path(folder), step=step)
+        self._published = step, ref
+        return ref
 
 
 def _metrics_of(report: loop.StepReport) -> StepMetrics:

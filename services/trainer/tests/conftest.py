@@ -25,7 +25,7 @@ from finery.dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from finery.serving.v1 import serving_pb2, serving_pb2_grpc
 from finery.training.v1 import spec_pb2, training_pb2, training_pb2_grpc
 from finery_common.artifacts import ArtifactRef, ArtifactStore
-from finery_common.errors import NotFoundError, UnavailableError
+from finery_common.errors import FineryError, NotFoundError
 from finery_common.rpc.channel import ServiceChannel, stream
 from finery_common.rpc.messages import artifact_to_proto
 from finery_common.rpc.server import RpcServer, Servicer, token_authenticator
@@ -100,7 +100,7 @@ def tiny_rows() -> list[list[int]]:
 
 
 class Dataprep(dataset_pb2_grpc.DatasetServiceServicer):
-    """Every file becomes the same dataset, unless `errors` has a word about it. `ready` holds the answer back."""
+    """Every file becomes the same dataset, unless `errors` has a word about it. `ready` holds it back, `refusal` answers instead."""
 
     def __init__(self, store: ArtifactStore, folder: Path) -> None:
         self._store = store
@@ -111,11 +111,11 @@ class Dataprep(dataset_pb2_grpc.DatasetServiceServicer):
         self.errors: dict[str, job_pb2.JobError] = {}
         self.cancelled: set[str] = set()
         self.ready = True
-        self.is_away = False
+        self.refusal: FineryError | None = None
 
     async def CreateDataset(self, request, context):
-        if self.is_away:
-            raise UnavailableError("dataprep is away")
+        if self.refusal is not None:
+            raise self.refusal
         dataset = self._by_request.setdefault(request.request_id, f"ds-{secrets.token_hex(12)}")
         self.specs[dataset] = request.spec
         return self._dataset(request.parent.split("/")[1], dataset)

@@ -13,11 +13,15 @@ from finery.training.v1 import training_pb2
 from finery_common.errors import (
     AbortedError,
     AlreadyExistsError,
+    DeadlineExceededError,
     FailedPreconditionError,
+    InternalError,
     InvalidArgumentError,
     NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
 )
-from finery_common.jobs import JobState
+from finery_common.jobs import JobState, JobStore
 from finery_common.rpc.tokens import Principal
 from finery_common.spec import TrainingSpec
 from finery_trainer.client import Assignment, Command, WorkerClient
@@ -176,13 +180,44 @@ async def test_another_projects_job_is_unknown(system, launcher):
 async def test_bad_rows_fail_the_job_with_their_lines(system, launcher):
     file = system.upload()
     system.dataprep.errors[file] = job_pb2.JobError(
-        code="bad_rows", message="2 rows are wrong", violations=[job_pb2.Violation(field=file, description="not JSON", line=7)]
+        code="invalid_training_file",
+        param="file",
+        message="2 rows are wrong",
+        violations=[job_pb2.Violation(field=file, description="not JSON", line=7)],
     )
     job = await system.create(validation_file=file)
     job = await system.wait(job.name, "FAILED")
     assert (job.error.code, job.error.param, job.error.message) == ("invalid_validation_file", "validation_file", "2 rows are wrong")
     assert [(item.line, item.description) for item in job.error.violations] == [(7, "not JSON")]
+    assert job.deployment.state == training_pb2.DEPLOYMENT_STATE_NONE
     assert not launcher.attempts
+
+
+@pytest.mark.parametrize(
+    ("code", "param", "wanted_param"), [("file_not_found", "file", "training_file"), ("no_chat_template", "", ""), ("disk_full", "", "")]
+)
+async def test_what_is_not_the_files_fault_is_not_said_of_it(system, launcher, code, param, wanted_param):
+    file = system.upload()
+    system.dataprep.errors[file] = job_pb2.JobError(code=code, param=param, message="as dataprep says")
+    job = await system.wait((await system.create(training_file=file)).name, "FAILED")
+    assert (job.error.code, job.error.param, job.error.message) == (code, wanted_param, "as dataprep says")
+
+
+@pytest.mark.parametrize("refusal", [FailedPreconditionError("no template", code="no_chat_template"), AlreadyExistsError("taken")])
+async def test_what_dataprep_refuses_for_good_fails_the_job_with_its_reason(system, launcher, refusal):
+    system.dataprep.refusal = refusal
+    job = await system.wait((await system.create()).name, "FAILED", timeout_s=10)
+    assert (job.error.code, job.error.message) == (refusal.code, refusal.message)
+
+
+async def test_a_dataprep_that_stays_away_fails_the_job_in_the_end(system, launcher, monkeypatch):
+    monkeypatch.setattr("finery_trainer.validation.PATIENCE_S", 0.5)
+    system.dataprep.refusal = UnavailableError("dataprep is away")
+    job = await system.create()
+    failed = await system.wait(job.name, "FAILED", timeout_s=20)
+    assert failed.error.code == "unavailable"
+    assert "Data preparation has not worked for" in failed.error.message
+    assert sum("Waiting for data preparation" in event["message"] for event in await system.events(job.name)) == 1
 
 
 async def test_dataprep_gets_the_specs_length_and_deterministic_request_ids(system, launcher, wait_until):
@@ -196,15 +231,16 @@ async def test_dataprep_gets_the_specs_length_and_deterministic_request_ids(syst
     ]
 
 
-async def test_a_job_waits_while_dataprep_is_away(system, launcher, wait_until):
-    system.dataprep.is_away = True
+@pytest.mark.parametrize("kind", [UnavailableError, DeadlineExceededError, ResourceExhaustedError, InternalError, AbortedError])
+async def test_a_job_waits_while_dataprep_cannot_work(system, launcher, wait_until, kind):
+    system.dataprep.refusal = kind("not now")
     job = await system.create()
 
     async def is_told() -> bool:
         return any("Waiting for data preparation" in event["message"] for event in await system.events(job.name))
 
     await wait_until(is_told)
-    system.dataprep.is_away = False
+    system.dataprep.refusal = None
     await attempt_of(launcher, wait_until)
 
 
@@ -238,6 +274,70 @@ async def test_a_paused_job_is_resumed_and_a_running_one_cannot_be(system, launc
     await attempt_of(launcher, wait_until)
     with pytest.raises(FailedPreconditionError, match="only a paused job"):
         await system.stub.ResumeJob(training_pb2.ResumeJobRequest(name=job.name), metadata=system.metadata())
+
+
+@pytest.mark.parametrize(
+    ("wishes", "state"), [("pc", "CANCELLED"), ("prc", "CANCELLED"), ("pr", "QUEUED"), ("prp", "PAUSED"), ("p", "PAUSED")]
+)
+async def test_what_was_wished_during_a_pauses_save_is_obeyed(system, launcher, wait_until, wishes, state):
+    job = await system.create()
+    client = await worker_client(launcher, await attempt_of(launcher, wait_until))
+    await client.report_step(metrics_of(1))
+    for wish in wishes:
+        await ask(system, job, wish)
+    await client.finish(JobState.PAUSED)
+    states = [event["state"] for event in await system.events(job.name) if event["type"] == "state"]
+    assert f"JOB_STATE_{state}" in states[states.index("JOB_STATE_RUNNING") + 1 :]
+    if state == "QUEUED":
+        await attempt_of(launcher, wait_until, number=2)
+    else:
+        job = await system.wait(job.name, state, timeout_s=5)
+        assert job.deployment.state == training_pb2.DEPLOYMENT_STATE_NONE or state == "PAUSED"
+    await client.close()
+
+
+async def ask(system, job, wish):
+    call, request = {
+        "p": (system.stub.PauseJob, training_pb2.PauseJobRequest),
+        "r": (system.stub.ResumeJob, training_pb2.ResumeJobRequest),
+        "c": (system.stub.CancelJob, training_pb2.CancelJobRequest),
+    }[wish]
+    await call(request(name=job.name), metadata=system.metadata())
+
+
+@pytest.mark.parametrize(("wish", "state"), [("c", JobState.CANCELLED), ("r", JobState.QUEUED)])
+async def test_a_wish_that_meets_the_end_of_a_pauses_save_is_obeyed(system, launcher, wait_until, monkeypatch, wish, state):
+    job = await system.create()
+    client = await worker_client(launcher, await attempt_of(launcher, wait_until))
+    await ask(system, job, "p")
+    get, has_finished = JobStore.get, False
+
+    async def get_then_finish(jobs, project, job_id):
+        nonlocal has_finished
+        found = await get(jobs, project, job_id)
+        if not has_finished:
+            has_finished = True
+            await client.finish(JobState.PAUSED)
+        return found
+
+    monkeypatch.setattr(JobStore, "get", get_then_finish)
+    await ask(system, job, wish)
+    events = await system.events(job.name)
+    states = [event["state"] for event in events if event["type"] == "state"]
+    assert f"JOB_STATE_{state}" in states[states.index("JOB_STATE_PAUSED") :]
+    await client.close()
+
+
+async def test_each_attempts_phases_are_events(system, launcher, wait_until):
+    job = await system.create()
+    for number in (1, 2):
+        attempt = await attempt_of(launcher, wait_until, number=number)
+        client = await worker_client(launcher, attempt)
+        for _ in range(2):
+            await client.heartbeat("training")
+        await client.close()
+        launcher.end(attempt)
+    assert sum(event["message"] == "The worker is training." for event in await system.events(job.name)) == 2
 
 
 async def test_jobs_run_one_at_a_time_in_the_order_of_their_creation(system, launcher, wait_until):

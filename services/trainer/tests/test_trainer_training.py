@@ -33,6 +33,10 @@ def worker_of(pid: int) -> psutil.Process:
     return found[0]
 
 
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 def table_of(system, job) -> list[dict[str, str]]:
     with system.store.open(artifact_from_proto(job.metrics_file), "step_metrics.csv") as file:
         return list(csv.DictReader(io.StringIO(file.read().decode())))
@@ -193,6 +197,8 @@ async def test_a_service_that_dies_or_restarts_leaves_its_workers_work_whole(sys
             assert worker.is_running(), "the same worker goes on"
             process.send_signal(signal.SIGTERM)
             assert await asyncio.to_thread(process.wait, 20) == 0
+            assert not is_alive(worker), "an orderly end is also that of workers of a process before"
+            assert not list(system.settings.state_dir.glob("work/*"))
             process = start()
             await wait_until(answers)
             job = await system.wait(job.name, "SUCCEEDED")

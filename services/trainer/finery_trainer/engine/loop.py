@@ -44,7 +44,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. `loss` is the mean over the step's labels; `step_seconds` leaves out validation."""
+    """One optimizer step. `loss` is the mean over the step's labels."""
 
     step: int
     num_steps: int
@@ -55,7 +55,6 @@ class StepReport:
     tokens_per_second: float
     num_trained_tokens: int
     memory_bytes: int
-    step_seconds: float
     validation_loss: float | None
     is_epoch_end: bool
 
@@ -212,7 +211,6 @@ class _Run:
             tokens_per_second=num_tokens / seconds,
             num_trained_tokens=self._num_trained_tokens,
             memory_bytes=memory_bytes(self._model.device),
-            step_seconds=seconds,
             validation_loss=validation_loss,
             is_epoch_end=is_epoch_end,
         )

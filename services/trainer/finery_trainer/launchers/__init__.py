@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 
@@ -23,6 +24,11 @@ class Exit:
     epoch: int
     was_stopped: bool
     reason: str
+
+
+def work_dir(state_dir: Path, *, job_id: str, epoch: int) -> Path:
+    """Where the attempt's worker keeps what it is about to publish. The worker removes it; of a killed one the service does."""
+    return state_dir / "work" / f"{job_id}-{epoch}"
 
 
 class Launcher(Protocol):

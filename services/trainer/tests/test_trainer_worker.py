@@ -1,0 +1,170 @@
+"""A worker without a model: its line to a server that has bad moments, what it publishes, the folders and processes it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import psutil
+import pytest
+
+from finery.training.v1 import worker_pb2, worker_pb2_grpc
+from finery_common.artifacts import ArtifactRef
+from finery_common.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
+from finery_common.rpc.server import RpcServer, Servicer, token_authenticator
+from finery_common.rpc.tokens import Principal, TokenSigner
+from finery_common.spec import TrainingSpec
+from finery_trainer.client import Assignment, Command
+from finery_trainer.engine import adapter as adapters
+from finery_trainer.engine.loop import Action, Outcome, StepReport
+from finery_trainer.launchers import work_dir
+from finery_trainer.launchers.local import LocalLauncher
+from finery_trainer.link import Link, ServerGone
+from finery_trainer.records import StepMetrics
+from finery_trainer.worker import Inputs, _Run
+
+JOB = "ftjob-" + "1" * 24
+STEP = StepMetrics(1, 6, 0.2, 2.5, 1e-4, 0.3, 100.0, 50, 2**20)
+
+
+class Server(worker_pb2_grpc.WorkerServiceServicer):
+    """Answers with each of `errors` once."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+        self.num_beats = 0
+
+    async def Heartbeat(self, request, context):
+        self.num_beats += 1
+        self._fail()
+        return worker_pb2.WorkerCommand(action=worker_pb2.WORKER_ACTION_CONTINUE)
+
+    async def ReportStep(self, request, context):
+        self._fail()
+        return worker_pb2.WorkerCommand(action=worker_pb2.WORKER_ACTION_PAUSE)
+
+    def _fail(self):
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+@pytest.fixture
+async def serve():
+    signer, servers = TokenSigner("s" * 40), []
+
+    async def start(server: Server) -> dict[str, str]:
+        add = partial(worker_pb2_grpc.add_WorkerServiceServicer_to_server, server)
+        servicers = [Servicer("finery.training.v1.WorkerService", add)]
+        servers.append(RpcServer(address="127.0.0.1:0", servicers=servicers, authenticate=token_authenticator(signer)))
+        return {"address": f"127.0.0.1:{await servers[-1].start()}", "token": signer.sign(Principal("worker", "p", JOB, 1))}
+
+    yield start
+    for server in servers:
+        await server.stop(drain_s=0)
+
+
+async def test_a_server_in_trouble_gets_the_report_again(serve):
+    where = await serve(Server(ResourceExhaustedError("the database is full"), InternalError("a bug")))
+    with Link(**where, heartbeat_s=60, tolerance_s=30) as link:
+        assert await asyncio.to_thread(link.report, lambda client: client.report_step(STEP)) is Command.PAUSE
+
+
+async def test_trouble_that_outlasts_the_tolerance_ends_the_attempt(serve):
+    where = await serve(Server(*[InternalError("a bug")] * 1000))
+    with Link(**where, heartbeat_s=60, tolerance_s=0.5) as link, pytest.raises(ServerGone, match="a bug"):
+        await asyncio.to_thread(link.ask, lambda client: client.report_step(STEP))
+
+
+async def test_a_refused_heartbeat_is_not_the_last(serve, wait_until):
+    server = Server(InvalidArgumentError("no"))
+    with Link(**await serve(server), heartbeat_s=0.05, tolerance_s=30) as link:
+
+        async def has_beaten_again() -> bool:
+            return server.num_beats >= 3
+
+        await wait_until(has_beaten_again)
+        assert link.check() is Command.CONTINUE
+
+
+def ref(kind) -> ArtifactRef:
+    return ArtifactRef(prefix=f"projects/p/{kind}/", kind=kind, manifest_sha256="0" * 64, size_bytes=1)
+
+
+class Publications:
+    """Stands for Publisher and Link: notes what is published."""
+
+    def __init__(self):
+        self.published: list[str] = []
+
+    def _publish(self, kind, step):
+        self.published.append(f"{kind} {step}")
+        return ref(kind)
+
+    def state(self, folder, *, step):
+        return self._publish("checkpoint", step)
+
+    def adapter(self, folder, *, step):
+        return self._publish("adapter", step)
+
+    def metrics(self, folder, *, step):
+        return self._publish("metrics", step)
+
+    def ask(self, call):
+        return None
+
+
+def test_the_last_steps_adapter_is_published_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters, "save", lambda *_args, **_fields: None)
+    spy = Publications()
+    assignment = Assignment("p", JOB, 1, TrainingSpec(base_model="tiny"), ref("dataset"), None, None)
+    inputs = Inputs(tmp_path, "0" * 64, tmp_path, None, None)
+    run = _Run(cast("object", None), assignment, inputs, work_dir=tmp_path, publisher=spy, link=spy, was_stopped=lambda: False)
+    for step in (3, 6):
+        report = StepReport(step, 6, step / 3, 2.5, 1e-4, 0.3, 100.0, 50, 2**20, None, is_epoch_end=True)
+        run.on_checkpoint(report, lambda _folder: None)
+    run.finish(Outcome(Action.CONTINUE, report))
+    assert spy.published == ["checkpoint 3", "adapter 3", "checkpoint 6", "adapter 6", "metrics 6"]
+    assert not list(tmp_path.glob("*-*"))
+
+
+async def test_the_service_removes_what_killed_workers_left(system):
+    left = work_dir(system.settings.state_dir, job_id=JOB, epoch=2)
+    (left / "state-x").mkdir(parents=True)
+    async with system.started():
+        assert not left.exists()
+
+
+def sleeper() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+
+
+async def test_an_orderly_end_is_also_that_of_workers_of_a_killed_service(tmp_path):
+    def note(process: subprocess.Popen[bytes], *, epoch: int, created: float) -> Path:
+        file = tmp_path / "run" / f"worker-{JOB}-{epoch}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"job_id": JOB, "epoch": epoch, "pid": process.pid, "created": created}))
+        return file
+
+    processes = [sleeper(), sleeper()]
+    try:
+        worker, stranger = processes
+        notes = [
+            note(worker, epoch=1, created=psutil.Process(worker.pid).create_time()),
+            note(stranger, epoch=2, created=psutil.Process(stranger.pid).create_time() - 1000),
+        ]
+        launcher = LocalLauncher(trainer_address="127.0.0.1:1", state_dir=tmp_path)
+        assert worker.poll() is None
+        await launcher.stop_all(grace_s=10)
+        assert await asyncio.to_thread(worker.wait, 10) < 0
+        assert stranger.poll() is None, "another process has that id by now"
+        assert not any(file.exists() for file in notes)
+        assert [(ended.epoch, ended.was_stopped) for ended in launcher.take_exits()] == [(1, True)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
