@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import httpx
 from openai import OpenAI
 
-from finery_cli.local.layout import Layout
+from finery_cli.local.layout import Layout, RunningStack
+from finery_cli.output import clear_errors
 from finery_common.errors import UnauthenticatedError
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -30,12 +33,12 @@ class Gateway:
         layout = Layout.of(state_dir)
         running = layout.running()
         url = os.environ.get("FINERY_URL") or (running.http_url if running else DEFAULT_URL)
-        key = os.environ.get("FINERY_API_KEY") or _read_key(layout)
-        if key is None:
-            raise UnauthenticatedError(
-                f"No API key: set FINERY_API_KEY, or start the system here by `finery up`, which writes {layout.api_key_file}."
-            )
-        return cls(url.rstrip("/"), key)
+        return cls(url.rstrip("/"), os.environ.get("FINERY_API_KEY") or _read_key(layout))
+
+    @classmethod
+    def of_system(cls, layout: Layout, running: RunningStack) -> Gateway:
+        """The system that runs from `layout`, whatever the environment names. Raises UnauthenticatedError where its key is gone."""
+        return cls(running.http_url, _read_key(layout))
 
     @cached_property
     def openai(self) -> OpenAI:
@@ -50,14 +53,28 @@ class Gateway:
         )
 
 
+@contextmanager
+def connected(state_dir: Path | None = None) -> Iterator[Gateway]:
+    """`Gateway.connect` for a command: what goes wrong with it, or in calls to it, ends the command with one clear line."""
+    with clear_errors():
+        gateway = Gateway.connect(state_dir)
+    with clear_errors(gateway.url):
+        yield gateway
+
+
 def _raise_for_status(response: httpx.Response) -> None:
     if response.is_error:
         response.read()
         response.raise_for_status()
 
 
-def _read_key(layout: Layout) -> str | None:
+def _read_key(layout: Layout) -> str:
     try:
-        return layout.api_key_file.read_text().strip() or None
+        key = layout.api_key_file.read_text().strip()
     except OSError:
-        return None
+        key = ""
+    if not key:
+        raise UnauthenticatedError(
+            f"No API key: set FINERY_API_KEY, or start the system here by `finery up`, which writes {layout.api_key_file}."
+        )
+    return key

@@ -1,12 +1,14 @@
 """What the command prints: tables for people, JSON for machines, errors on standard error.
 
-Owns the look. Every command answers through `show`, so that `--json` means the same everywhere.
+Owns the look. Every command answers through `show`, so that `--json` means the same everywhere. What users, services and logs say is
+shown as it is: it never counts as Rich's markup.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,12 +18,14 @@ import httpx
 import openai
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from finery_common.errors import FineryError
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def show(value: Mapping[str, object] | Sequence[Mapping[str, object]], *, columns: Sequence[str], as_json: bool) -> None:
@@ -31,14 +35,20 @@ def show(value: Mapping[str, object] | Sequence[Mapping[str, object]], *, column
     elif isinstance(value, Mapping):
         for column in columns:
             if value.get(column) not in (None, "", [], {}):
-                out.print(f"[bold]{column}[/]  {_cell(column, value.get(column))}")
+                out.print(f"[bold]{column}[/]  {escape(_cell(column, value.get(column)))}")
     else:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in value:
-            table.add_row(*(_cell(column, row.get(column)) for column in columns))
+            table.add_row(*(Text(_cell(column, row.get(column))) for column in columns))
         out.print(table if value else "[dim]nothing here yet[/]")
+
+
+def say(text: str, *, at_s: float | None = None) -> None:
+    """One line of what goes on, on standard error, under its time: now, or `at_s` in seconds since 1970."""
+    clock = time.strftime("%H:%M:%S", time.localtime(at_s))
+    err.print(Text.assemble((clock, "dim"), " ", text), soft_wrap=True)
 
 
 def _cell(column: str, value: object) -> str:
@@ -54,8 +64,8 @@ def _cell(column: str, value: object) -> str:
 
 
 @contextmanager
-def clear_errors(url: str) -> Iterator[None]:
-    """Turns what can go wrong in a call into one clear line and exit code 1."""
+def clear_errors(url: str | None = None) -> Iterator[None]:
+    """Turns what can go wrong, in calls to `url` where there are any, into one clear line and exit code 1."""
     try:
         yield
     except openai.APIStatusError as error:
@@ -64,14 +74,15 @@ def clear_errors(url: str) -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         fail(_envelope_message(error.response))
     except (openai.APIConnectionError, httpx.TransportError):
-        fail(f"No Finery answers at {url}; start one with `finery up`, or set FINERY_URL (and FINERY_API_KEY) to one that runs.")
+        where = f"No Finery answers at {url}" if url else "Finery does not answer"
+        fail(f"{where}; start one with `finery up`, or set FINERY_URL (and FINERY_API_KEY) to one that runs.")
     except FineryError as error:
         fail(error.message)
 
 
 def fail(message: str) -> NoReturn:
     """Prints `message` and exits with 1."""
-    err.print(f"[red]error[/] {message}", markup=True, soft_wrap=True)
+    err.print(Text.assemble(("error", "red"), " ", message), soft_wrap=True)
     raise typer.Exit(1)
 
 

@@ -5,6 +5,7 @@ Owns the order of the steps and what is shown. The data and the judging are `qui
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from finery_cli import quickstart_data
 from finery_cli.client import Gateway
 from finery_cli.local.layout import Layout, RunningStack, find_one
 from finery_cli.local.stack import QUICKSTART_MODEL, Stack
-from finery_cli.output import err, out
+from finery_cli.output import clear_errors, err, out, say
 from finery_cli.quickstart_data import QuestionRow, Score
 from finery_cli.watch import watch_job
 from finery_common.errors import FailedPreconditionError, UnavailableError
@@ -34,8 +35,8 @@ SERVED_S = 300.0
 def run_quickstart(layout: Layout, *, http_port: int, grpc_port: int) -> bool:
     """Runs the main job; True where the tuned model beats the base by more than the 95% interval of the difference."""
     started_s = time.monotonic()
-    with _system(layout, http_port=http_port, grpc_port=grpc_port):
-        client = Gateway.connect(layout.state_dir).openai
+    with _system(layout, http_port=http_port, grpc_port=grpc_port) as running, clear_errors(running.http_url):
+        client = Gateway.of_system(layout, running).openai
         rows = quickstart_data.split(quickstart_data.load_rows(_corpus_folder()))
         model, job_id = _train(client, rows.train)
         for name in (QUICKSTART_MODEL, model):
@@ -43,8 +44,8 @@ def run_quickstart(layout: Layout, *, http_port: int, grpc_port: int) -> bool:
         base_replies, tuned_replies = _ask_both(client, rows.held_out, tuned_model=model)
     score = quickstart_data.score(rows.held_out, base_replies=base_replies, tuned_replies=tuned_replies)
     _report(rows.held_out, base_replies=base_replies, tuned_replies=tuned_replies, score=score, model=model)
-    _say_how_to_go_on(layout, model=model, job_id=job_id, http_port=http_port)
-    _say(f"done in {time.monotonic() - started_s:.0f} s")
+    _say_how_to_go_on(layout, model=model, job_id=job_id, url=running.http_url)
+    say(f"done in {time.monotonic() - started_s:.0f} s")
     return score.is_clear_win
 
 
@@ -52,21 +53,29 @@ def run_quickstart(layout: Layout, *, http_port: int, grpc_port: int) -> bool:
 def _system(layout: Layout, *, http_port: int, grpc_port: int) -> Iterator[RunningStack]:
     running = layout.running()
     if running is not None:
-        err.print(f"[dim]using the system that runs already at {running.http_url}[/]")
+        say(f"using the system that runs already at {running.http_url}")
         yield running
         return
-    with Stack(layout, http_port=http_port, grpc_port=grpc_port, say=_say).running() as started:
-        yield started
+    stack = Stack(layout, http_port=http_port, grpc_port=grpc_port, say=say)
+    with stack.running() as started:
+        # What this thread restarts gets TERM when the thread ends, so it ends last: just before everything is stopped.
+        supervisor = threading.Thread(target=stack.supervise, name="supervisor", daemon=True)
+        supervisor.start()
+        try:
+            yield started
+        finally:
+            stack.interrupt()
+            supervisor.join()
 
 
 def _train(client: OpenAI, rows: Sequence[QuestionRow]) -> tuple[str, str]:
-    _say(f"uploading {len(rows)} training rows: questions, each with the topic it belongs to")
+    say(f"uploading {len(rows)} training rows: questions, each with the topic it belongs to")
     file = client.files.create(file=("topics.jsonl", quickstart_data.to_jsonl(rows)), purpose="fine-tune")
-    _say(f"fine-tuning {QUICKSTART_MODEL} with LoRA (vLLM starts meanwhile)")
+    say(f"fine-tuning {QUICKSTART_MODEL} with LoRA (vLLM starts meanwhile)")
     job = client.fine_tuning.jobs.create(
         model=QUICKSTART_MODEL, training_file=file.id, suffix="topics", extra_body={"spec": quickstart_data.TRAINING_SPEC}
     )
-    job = watch_job(client, job.id, console=err)
+    job = watch_job(client, job.id)
     if job.status != "succeeded" or job.fine_tuned_model is None:
         reason = job.error.message if job.error else "no reason was given"
         raise FailedPreconditionError(f"The fine-tuning job {job.id} ended as {job.status}: {reason}")
@@ -74,7 +83,7 @@ def _train(client: OpenAI, rows: Sequence[QuestionRow]) -> tuple[str, str]:
 
 
 def _wait_served(client: OpenAI, model: str) -> None:
-    with err.status(f"waiting until {model} is served"):
+    with err.status(Text(f"waiting until {model} is served")):
         deadline_s = time.monotonic() + SERVED_S
         while time.monotonic() < deadline_s:
             try:
@@ -101,11 +110,12 @@ def _ask_both(client: OpenAI, rows: Sequence[QuestionRow], *, tuned_model: str) 
 
 
 def _report(rows: Sequence[QuestionRow], *, base_replies: Sequence[str], tuned_replies: Sequence[str], score: Score, model: str) -> None:
-    table = Table("held-out question", "topic", f"base: {QUICKSTART_MODEL}", f"tuned: {model}", box=None, header_style="bold")
+    out.print(Text(f"base: {QUICKSTART_MODEL}\ntuned: {model}"), soft_wrap=True)
+    table = Table("held-out question", "topic", "base", "tuned", box=None, header_style="bold")
     for index, row in enumerate(rows[:SHOWN_ROWS]):
-        base = _colored(base_replies[index], hit=score.base_hits[index])
-        tuned = _colored(tuned_replies[index], hit=score.tuned_hits[index])
-        table.add_row(row.question, row.topic, base, tuned)
+        base = _judged(base_replies[index], hit=score.base_hits[index])
+        tuned = _judged(tuned_replies[index], hit=score.tuned_hits[index])
+        table.add_row(Text(row.question), row.topic, base, tuned)
     out.print(table)
     low, high = score.interval
     verdict = "[green]the tuned model is better[/]" if score.is_clear_win else "[red]not shown to be better[/]"
@@ -113,29 +123,24 @@ def _report(rows: Sequence[QuestionRow], *, base_replies: Sequence[str], tuned_r
     out.print(f"difference {score.tuned_accuracy - score.base_accuracy:+.0%}, 95% interval {low:+.0%} to {high:+.0%}: {verdict}")
 
 
-def _say_how_to_go_on(layout: Layout, *, model: str, job_id: str, http_port: int) -> None:
-    url = f"http://127.0.0.1:{http_port}"
+def _say_how_to_go_on(layout: Layout, *, model: str, job_id: str, url: str) -> None:
+    out.print(Text("\nHow to go on", style="bold"))
     out.print(
-        f"""
-[bold]How to go on[/]
+        Text(f"""\
   finery up --state-dir {layout.state_dir}      # the system again, with everything still there
   export FINERY_STATE_DIR={layout.state_dir}
   finery jobs get {job_id}
   finery chat --model {model}
   curl {url}/v1/models -H "authorization: Bearer $(cat {layout.api_key_file})"
-  OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=$(cat {layout.api_key_file}) python -c 'import openai; print(openai.OpenAI().models.list())'""",
+  OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=$(cat {layout.api_key_file}) python -c 'import openai; print(openai.OpenAI().models.list())'"""),
         soft_wrap=True,
-        markup=True,
     )
 
 
-def _colored(reply: str, *, hit: int) -> Text:
-    return Text(" ".join(reply.split())[:60], style="green" if hit else "red")
+def _judged(reply: str, *, hit: int) -> Text:
+    mark = "✓" if hit else "✗"
+    return Text(f"{mark} {' '.join(reply.split())[:60]}", style="green" if hit else "red")
 
 
 def _corpus_folder() -> Path:
     return find_one(f"chatterbot-corpus/**/english/{quickstart_data.TOPICS[0]}.yml").parent
-
-
-def _say(text: str) -> None:
-    err.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {text}")

@@ -6,15 +6,16 @@ import time
 
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from finery_cli.output import err, say
 
 FINAL = ("succeeded", "failed", "cancelled")
 _POLL_S = 0.5
 _PAGE = 100
 
 
-def watch_job(client: OpenAI, job_id: str, *, console: Console, stop_when_paused: bool = True) -> FineTuningJob:
+def watch_job(client: OpenAI, job_id: str, *, stop_when_paused: bool = True) -> FineTuningJob:
     """Shows a job's events until it is final (or paused); answers its last state. Ctrl-C stops watching, never the job."""
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -25,14 +26,14 @@ def watch_job(client: OpenAI, job_id: str, *, console: Console, stop_when_paused
     )
     ends = (*FINAL, "paused") if stop_when_paused else FINAL
     seen: set[str] = set()
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=err) as progress:
         task = progress.add_task("waiting", total=None, detail="")
         while True:
             job = client.fine_tuning.jobs.retrieve(job_id)
             for event in _new_events(client, job_id, seen):
                 step = _metrics(event)
                 if step is None:
-                    console.print(f"[dim]{time.strftime('%H:%M:%S', time.localtime(event.created_at))}[/] {event.message}", soft_wrap=True)
+                    say(event.message, at_s=event.created_at)
                 else:
                     detail = f"loss {step['train_loss']:.3f}  {step['tokens_per_second']:.0f} tokens/s"
                     progress.update(task, description="training", completed=step["step"], total=step["total_steps"], detail=detail)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from finery_cli.__main__ import build_app
 from finery_cli.local.layout import Layout, RunningStack
 from finery_cli.local.process import ChildProcess
 from finery_common.errors import FailedPreconditionError, UnavailableError
@@ -59,10 +61,40 @@ def test_what_runs_is_told_only_while_it_runs(tmp_path: Path):
     layout = Layout.of(tmp_path)
     layout.prepare()
     stack = RunningStack(os.getpid(), "http://127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", {"gateway": "127.0.0.1:4"}, {"gateway": 5})
-    layout.write_running(stack)
-    assert layout.running() == stack
-    layout.write_running(RunningStack(2**22 + 1, "", "", "", {}, {}))
+    with layout.locked():
+        layout.write_running(stack)
+        assert layout.running() == stack
     assert layout.running() is None
+
+
+def test_a_new_owner_of_the_lock_does_not_stand_for_what_a_dead_one_wrote(tmp_path: Path):
+    layout = Layout.of(tmp_path)
+    layout.prepare()
+    layout.write_running(RunningStack(os.getpid(), "", "", "", {}, {}))
+    with layout.locked():
+        assert layout.running() is None
+
+
+def test_a_second_system_of_one_folder_is_refused_and_the_first_one_named(tmp_path: Path):
+    layout = Layout.of(tmp_path)
+    layout.prepare()
+    with layout.locked():
+        layout.write_running(RunningStack(os.getpid(), "http://127.0.0.1:1", "", "", {}, {}))
+        with pytest.raises(FailedPreconditionError, match="already running.*127.0.0.1:1"), layout.locked():
+            pass
+
+
+def test_down_leaves_alone_who_has_the_pid_of_a_system_that_died(tmp_path: Path):
+    layout = Layout.of(tmp_path)
+    layout.prepare()
+    other = child(tmp_path, "import time; time.sleep(60)")
+    other.start()
+    layout.write_running(RunningStack(other.pid or 0, "http://127.0.0.1:1", "", "", {}, {}))
+    done = CliRunner().invoke(build_app(), ["down", "--state-dir", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "Nothing runs" in done.output
+    assert other.exit_code() is None
+    other.stop()
 
 
 def test_the_token_secret_is_made_once_and_private(tmp_path: Path):

@@ -7,12 +7,15 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 
 import psutil
 import pytest
 
 from finery_cli.local.ports import free_ports, is_free
+from finery_cli.local.process import StartInterruptedError
 from finery_cli.local.seaweedfs import SeaweedFS
 from finery_common.artifacts import ArtifactStore
 from finery_common.errors import FailedPreconditionError, NotFoundError, UnavailableError
@@ -174,6 +177,45 @@ def test_a_start_stops_what_a_killed_owner_left(own, tmp_path):
     with pytest.raises(NotFoundError):
         ArtifactStore.connect(successor.settings).manifest("projects/p/files/none/")
     successor.stop(grace_s=0)
+
+
+def test_a_restart_keeps_the_s3_port_or_fails(own):
+    port = own.ports["s3"]
+    own.stop(grace_s=0)
+    with socket.socket() as squatter:
+        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        squatter.bind(("127.0.0.1", port))
+        squatter.listen()
+        with pytest.raises(UnavailableError, match=f"port {port} again"):
+            own.start(s3_port=port)
+    own.start(s3_port=port)
+    assert own.ports["s3"] == port
+
+
+def test_a_start_that_is_interrupted_leaves_nothing(tmp_path):
+    server = SeaweedFS(tmp_path)
+    with pytest.raises(StartInterruptedError):
+        server.start(interrupted=lambda: True)
+    assert server.process.poll() is not None
+
+
+def test_a_killed_owner_leaves_no_process(tmp_path):
+    code = f"""
+from pathlib import Path
+from finery_cli.local.process import StartInterruptedError
+from finery_cli.local.seaweedfs import SeaweedFS
+store = SeaweedFS(Path({str(tmp_path)!r}))
+store.start()
+print("up", flush=True)
+input()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "up\n"
+        left = [psutil.Process(pid) for pid in json.loads((tmp_path / "seaweedfs" / "pids.json").read_text()).values()]
+        owner.kill()
+        _, alive = psutil.wait_procs(left, timeout=30)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_missing_program_is_named_with_what_to_install(tmp_path, monkeypatch):

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 from openai.types.chat import ChatCompletionMessageParam
+from rich.text import Text
 
-from finery_cli.client import Gateway
+from finery_cli.client import Gateway, connected
 from finery_cli.commands.options import Json
-from finery_cli.output import clear_errors, fail, out
+from finery_cli.output import fail, out
 
 
 def register(app: typer.Typer) -> None:
@@ -29,9 +30,7 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Chat with a model."""
-    with clear_errors(""):
-        gateway = Gateway.connect()
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         name = model or _newest_model(gateway)
         messages: list[ChatCompletionMessageParam] = [{"role": "system", "content": system}] if system else []
         if question is not None:
@@ -46,7 +45,7 @@ def chat(
             return
         if as_json:
             fail('--json needs a question: finery chat --json "…"')
-        out.print(f"[dim]{name}; an empty line or Ctrl-D ends[/]")
+        out.print(Text(f"{name}; an empty line or Ctrl-D ends", style="dim"))
         for line in iter(_read_line, ""):
             messages.append({"role": "user", "content": line})
             answer = _ask(gateway, name, messages, max_tokens=max_tokens, temperature=temperature, as_json=False)

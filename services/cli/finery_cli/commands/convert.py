@@ -11,9 +11,9 @@ import httpx
 import typer
 from rich.progress import Progress
 
-from finery_cli.client import Gateway
+from finery_cli.client import Gateway, connected
 from finery_cli.commands.options import Json
-from finery_cli.output import clear_errors, err, fail, show
+from finery_cli.output import err, fail, show
 from finery_common.spec import OutputFormat, OutputType
 
 _POLL_S = 0.5
@@ -44,9 +44,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Merge a job's adapter into its base model, and fetch the result."""
-    with clear_errors(""):
-        gateway = Gateway.connect()
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         adapter = f"adapters/{job_id}-{_last_step(gateway, job_id) if step is None else step}"
         body = {"adapter": adapter, "format": output_format.value, "type": output_type.value}
         conversion = _finished(gateway, _parsed(gateway.native.post("/conversions", json=body)))

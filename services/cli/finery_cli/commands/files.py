@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import wrap_file
 
-from finery_cli.client import Gateway
+from finery_cli.client import connected
 from finery_cli.commands.options import Json, Limit
-from finery_cli.output import clear_errors, err, fail, show
+from finery_cli.output import err, fail, show
 
 COLUMNS = ("id", "filename", "bytes", "purpose", "created_at")
 
@@ -28,8 +29,11 @@ def upload(
     """Upload a file for fine-tuning."""
     if not path.is_file():
         fail(f"{path} is not a file; give the path of a JSONL file.")
-    gateway = _gateway()
-    with clear_errors(gateway.url), path.open("rb") as raw, wrap_file(raw, path.stat().st_size, description=path.name, console=err) as file:
+    with (
+        connected() as gateway,
+        path.open("rb") as raw,
+        wrap_file(raw, path.stat().st_size, description=escape(path.name), console=err) as file,
+    ):
         uploaded = gateway.openai.files.create(file=(path.name, file), purpose="fine-tune")
     show(uploaded.to_dict(), columns=COLUMNS, as_json=as_json)
 
@@ -37,8 +41,7 @@ def upload(
 @app.command("list")
 def list_files(*, limit: Limit = 20, as_json: Json = False) -> None:
     """List files, newest first."""
-    gateway = _gateway()
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         rows = [item.to_dict() for item in islice(gateway.openai.files.list(limit=min(limit, 100)), limit)]
     show(rows, columns=COLUMNS, as_json=as_json)
 
@@ -46,8 +49,7 @@ def list_files(*, limit: Limit = 20, as_json: Json = False) -> None:
 @app.command()
 def content(file_id: str) -> None:
     """Write a file's bytes to standard output."""
-    gateway = _gateway()
-    with clear_errors(gateway.url), gateway.openai.files.with_streaming_response.content(file_id) as response:
+    with connected() as gateway, gateway.openai.files.with_streaming_response.content(file_id) as response:
         for chunk in response.iter_bytes():
             sys.stdout.buffer.write(chunk)
 
@@ -55,12 +57,6 @@ def content(file_id: str) -> None:
 @app.command()
 def delete(file_id: str, *, as_json: Json = False) -> None:
     """Delete a file."""
-    gateway = _gateway()
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         gone = gateway.openai.files.delete(file_id)
     show(gone.to_dict(), columns=("id", "deleted"), as_json=as_json)
-
-
-def _gateway() -> Gateway:
-    with clear_errors(""):
-        return Gateway.connect()

@@ -10,9 +10,9 @@ from typing import Annotated
 import openai
 import typer
 
-from finery_cli.client import Gateway
+from finery_cli.client import Gateway, connected
 from finery_cli.commands.options import Json, Limit
-from finery_cli.output import clear_errors, err, fail, show
+from finery_cli.output import fail, show
 from finery_cli.watch import watch_job
 
 COLUMNS = ("id", "status", "model", "fine_tuned_model", "trained_tokens", "created_at", "finished_at", "error")
@@ -32,24 +32,26 @@ def create(
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     spec: Annotated[str | None, typer.Option(help="Any training setting, as JSON or the path of a JSON file.")] = None,
-    deploy: Annotated[bool, typer.Option(help="Serve the model when it is trained.")] = True,
+    deploy: Annotated[
+        bool | None,
+        typer.Option("--deploy/--no-deploy", help="Serve the model when it is trained; default: where its base model is served."),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it is done.")] = False,
     as_json: Json = False,
 ) -> None:
     """Create a job."""
-    gateway = _gateway()
     settings = _spec(spec, epochs=epochs, learning_rate=learning_rate)
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         job = gateway.openai.fine_tuning.jobs.create(
             model=model,
             training_file=_file_id(gateway, training_file),
             validation_file=_file_id(gateway, validation_file) if validation_file else openai.omit,
             suffix=suffix if suffix is not None else openai.omit,
             seed=seed if seed is not None else openai.omit,
-            extra_body={"spec": settings, "deploy": deploy},
+            extra_body={"spec": settings} | ({} if deploy is None else {"deploy": deploy}),
         )
         if watch:
-            job = watch_job(gateway.openai, job.id, console=err)
+            job = watch_job(gateway.openai, job.id)
     show(job.to_dict(), columns=COLUMNS, as_json=as_json)
     if job.status in ("failed", "cancelled"):
         raise typer.Exit(1)
@@ -58,8 +60,7 @@ def create(
 @app.command("list")
 def list_jobs(*, limit: Limit = 20, as_json: Json = False) -> None:
     """List jobs, newest first."""
-    gateway = _gateway()
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         rows = [job.to_dict() for job in islice(gateway.openai.fine_tuning.jobs.list(limit=min(limit, 100)), limit)]
     show(rows, columns=LIST_COLUMNS, as_json=as_json)
 
@@ -67,8 +68,7 @@ def list_jobs(*, limit: Limit = 20, as_json: Json = False) -> None:
 @app.command()
 def get(job_id: str, *, as_json: Json = False) -> None:
     """Show one job."""
-    gateway = _gateway()
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         job = gateway.openai.fine_tuning.jobs.retrieve(job_id)
     show(job.to_dict(), columns=COLUMNS, as_json=as_json)
 
@@ -76,9 +76,8 @@ def get(job_id: str, *, as_json: Json = False) -> None:
 @app.command()
 def watch(job_id: str, *, as_json: Json = False) -> None:
     """Follow a job: progress, loss, tokens a second, time left. Ctrl-C stops watching, not the job."""
-    gateway = _gateway()
-    with clear_errors(gateway.url):
-        job = watch_job(gateway.openai, job_id, console=err)
+    with connected() as gateway:
+        job = watch_job(gateway.openai, job_id)
     show(job.to_dict(), columns=COLUMNS, as_json=as_json)
     if job.status in ("failed", "cancelled"):
         raise typer.Exit(1)
@@ -87,8 +86,7 @@ def watch(job_id: str, *, as_json: Json = False) -> None:
 @app.command()
 def events(job_id: str, *, limit: Limit = 50, as_json: Json = False) -> None:
     """Show a job's newest events."""
-    gateway = _gateway()
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         rows = [event.to_dict() for event in islice(gateway.openai.fine_tuning.jobs.list_events(job_id, limit=min(limit, 100)), limit)]
     show(rows[::-1], columns=("created_at", "level", "message"), as_json=as_json)
 
@@ -96,8 +94,7 @@ def events(job_id: str, *, limit: Limit = 50, as_json: Json = False) -> None:
 @app.command()
 def checkpoints(job_id: str, *, limit: Limit = 50, as_json: Json = False) -> None:
     """Show the checkpoints that can be deployed."""
-    gateway = _gateway()
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         pages = gateway.openai.fine_tuning.jobs.checkpoints.list(job_id, limit=min(limit, 100))
         rows = [item.to_dict() for item in islice(pages, limit)]
     show(rows, columns=("id", "step_number", "fine_tuned_model_checkpoint", "created_at"), as_json=as_json)
@@ -122,8 +119,7 @@ def resume(job_id: str, *, as_json: Json = False) -> None:
 
 
 def _steer(action: str, job_id: str, *, as_json: bool) -> None:
-    gateway = _gateway()
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         jobs = gateway.openai.fine_tuning.jobs
         job = {"cancel": jobs.cancel, "pause": jobs.pause, "resume": jobs.resume}[action](job_id)
     show(job.to_dict(), columns=COLUMNS, as_json=as_json)
@@ -157,8 +153,3 @@ def _file_id(gateway: Gateway, file: str) -> str:
         fail(f"{file} is neither a file's id nor a path; `finery files list` shows the ids.")
     with path.open("rb") as content:
         return gateway.openai.files.create(file=(path.name, content), purpose="fine-tune").id
-
-
-def _gateway() -> Gateway:
-    with clear_errors(""):
-        return Gateway.connect()

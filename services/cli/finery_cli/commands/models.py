@@ -6,10 +6,11 @@ import time
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
-from finery_cli.client import Gateway
+from finery_cli.client import Gateway, connected
 from finery_cli.commands.options import Json
-from finery_cli.output import clear_errors, err, fail, show
+from finery_cli.output import err, fail, show
 
 MODEL_COLUMNS = ("id", "base_model", "version", "job_id", "created")
 ALIAS_COLUMNS = ("alias", "base_model", "version", "epoch", "job_id", "swap_seconds")
@@ -21,8 +22,7 @@ app = typer.Typer(no_args_is_help=True, help="Models that can be asked.")
 @app.command("list")
 def list_models(*, as_json: Json = False) -> None:
     """List base models and aliases."""
-    gateway = _gateway()
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         rows = [model.to_dict() for model in gateway.openai.models.list()]
     show(rows, columns=MODEL_COLUMNS, as_json=as_json)
 
@@ -30,8 +30,7 @@ def list_models(*, as_json: Json = False) -> None:
 @app.command()
 def delete(model: str, *, as_json: Json = False) -> None:
     """Take an alias out of serving; its adapter stays."""
-    gateway = _gateway()
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         gone = gateway.openai.models.delete(model)
     show(gone.to_dict(), columns=("id", "deleted"), as_json=as_json)
 
@@ -50,8 +49,7 @@ def deploy(
     as_json: Json = False,
 ) -> None:
     """Serve a job's adapter under a name, swapping what serves there now."""
-    gateway = _gateway()
-    with clear_errors(gateway.url):
+    with connected() as gateway:
         body = {"job_id": job_id, **({"alias": alias} if alias else {}), **({"step": step} if step is not None else {})}
         deployed = gateway.native.post("/deployments", json=body).json()
         if wait:
@@ -67,7 +65,7 @@ def deploy(
 def _wait_rolled_out(gateway: Gateway, deployed: dict[str, object]) -> dict[str, object]:
     """Follows the rollout that was asked for; one that a later deployment replaced counts as over."""
     version = _rollout(deployed).get("version")
-    with err.status(f"rolling out {version}") as status:
+    with err.status(Text(f"rolling out {version}")) as status:
         while True:
             rollout = _rollout(deployed)
             state = str(rollout["state"])
@@ -75,7 +73,7 @@ def _wait_rolled_out(gateway: Gateway, deployed: dict[str, object]) -> dict[str,
                 fail(f"The rollout of {version} failed, what served before goes on: {_message(rollout)}")
             if state in ("ready", "draining") or rollout.get("version") != version:
                 return deployed
-            status.update(f"rolling out {version}: {state}")
+            status.update(Text(f"rolling out {version}: {state}"))
             time.sleep(_POLL_S)
             deployed = gateway.native.get(f"/deployments/{deployed['alias']}").json()
 
@@ -89,8 +87,3 @@ def _rollout(alias: dict[str, object]) -> dict[str, object]:
 def _message(rollout: dict[str, object]) -> object:
     error = rollout.get("error")
     return error.get("message") if isinstance(error, dict) else "no reason was given"
-
-
-def _gateway() -> Gateway:
-    with clear_errors(""):
-        return Gateway.connect()

@@ -11,17 +11,20 @@ from typing import Annotated
 
 import psutil
 import typer
+from rich.text import Text
 
-from finery_cli.client import Gateway
+from finery_cli.client import connected
 from finery_cli.commands.options import Json, StateDir
 from finery_cli.local.layout import Layout, RunningStack
+from finery_cli.local.process import StartInterruptedError
 from finery_cli.local.stack import START_S, Stack
-from finery_cli.output import clear_errors, err, fail, out, show
+from finery_cli.output import clear_errors, err, fail, out, say, show
 from finery_cli.quickstart import run_quickstart
 
 HTTP_PORT = 8080
 GRPC_PORT = 8081
 DOWN_S = 120.0
+_INTERRUPTED = 130
 
 HttpPort = Annotated[int, typer.Option("--port", min=1, max=65535, help="REST and OpenAI API, on loopback.")]
 GrpcPort = Annotated[int, typer.Option("--grpc-port", min=1, max=65535, help="Public gRPC, on loopback.")]
@@ -48,12 +51,17 @@ def up(
     if detach:
         _up_detached(layout, port=port, grpc_port=grpc_port)
         return
-    stack = Stack(layout, http_port=port, grpc_port=grpc_port, say=lambda text: err.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {text}"))
+    stack = Stack(layout, http_port=port, grpc_port=grpc_port, say=say)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stack.interrupt())
-    with clear_errors(""), stack.running() as running:
-        _say_how_to_go_on(layout, running)
-        stack.supervise()
+    with clear_errors():
+        try:
+            with stack.running() as running:
+                _say_how_to_go_on(layout, running)
+                stack.supervise()
+        except StartInterruptedError as error:
+            say(error.message)
+            raise typer.Exit(_INTERRUPTED) from error
 
 
 def down(*, state_dir: StateDir = None) -> None:
@@ -62,10 +70,12 @@ def down(*, state_dir: StateDir = None) -> None:
     running = layout.running()
     if running is None:
         fail(f"Nothing runs from {layout.state_dir}.")
-    process = psutil.Process(running.pid)
-    process.terminate()
     try:
+        process = psutil.Process(running.pid)
+        process.terminate()
         process.wait(DOWN_S)
+    except psutil.NoSuchProcess:
+        pass  # It ended by itself meanwhile.
     except psutil.TimeoutExpired:
         fail(f"It was still stopping after {DOWN_S:.0f} s; see {layout.log_dir}.")
     out.print("stopped")
@@ -77,9 +87,7 @@ def status(*, state_dir: StateDir = None, as_json: Json = False) -> None:
     running = layout.running()
     if running is None and not os.environ.get("FINERY_URL"):
         fail(f"Nothing runs from {layout.state_dir}; start it by `finery up`.")
-    with clear_errors(""):
-        gateway = Gateway.connect(state_dir)
-    with clear_errors(gateway.url):
+    with connected(state_dir) as gateway:
         served = [model.id for model in gateway.openai.models.list()]
         active = [job.to_dict() for job in gateway.openai.fine_tuning.jobs.list(limit=20) if job.finished_at is None]
     facts: dict[str, object] = {"url": gateway.url, "state_dir": str(layout.state_dir), "models": served, "active_jobs": active}
@@ -118,7 +126,7 @@ def quickstart(
 ) -> None:
     """Run the main job once: upload, prepare, fine-tune, swap in, and compare base and tuned model on held-out questions."""
     layout = Layout.of(state_dir)
-    with clear_errors(""):
+    with clear_errors():
         better = run_quickstart(layout, http_port=port, grpc_port=grpc_port)
     raise typer.Exit(0 if better else 1)
 
@@ -151,9 +159,8 @@ def _up_detached(layout: Layout, *, port: int, grpc_port: int) -> None:
 
 def _say_how_to_go_on(layout: Layout, running: RunningStack) -> None:
     out.print(f"[bold green]Finery is up.[/]  REST {running.http_url}  gRPC {running.grpc_address}  API page {running.http_url}/docs")
-    out.print(
-        f"Key: {layout.api_key_file}   Logs: {layout.log_dir}   vLLM takes about a minute more; `finery status` shows it.", soft_wrap=True
-    )
+    out.print(Text(f"Key: {layout.api_key_file}   Logs: {layout.log_dir}"), soft_wrap=True)
+    out.print("vLLM takes about a minute more; `finery status` shows it.")
 
 
 def _processes(running: RunningStack) -> list[dict[str, object]]:

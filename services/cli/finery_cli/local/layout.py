@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from finery_common.errors import FailedPreconditionError
 from finery_common.settings import default_state_dir
 
 CHECKOUT = Path(__file__).resolve().parents[4]
+_LOCK_TRIES = 5
+_LOCK_PAUSE_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,36 @@ class Layout:
         return self.state_dir / "prometheus" / "targets.json"
 
     def running(self) -> RunningStack | None:
-        """The running system, or None. A file left by a dead process counts as none."""
+        """The running system, or None. A file left by a dead process counts as none: its pid may be another's by now, its lock is not."""
         try:
-            stack = RunningStack(**json.loads(self.stack_file.read_text()))
-            os.kill(stack.pid, 0)
+            with self.lock_file.open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return self._read_running()
+        except OSError:
+            return None
+        return None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the caller the one who runs a system from here. Raises FailedPreconditionError where another does."""
+        with self.lock_file.open("a+") as file:
+            if not _take(file):
+                running = self.running()
+                where = f" (pid {running.pid}, {running.http_url})" if running else ""
+                raise FailedPreconditionError(
+                    f"Finery is already running from {self.state_dir}{where}; see `finery status`, stop it by `finery down`, "
+                    "or give another folder by --state-dir."
+                )
+            # Left by a predecessor that was killed; with the lock held it would count as ours.
+            self.stack_file.unlink(missing_ok=True)
+            yield
+
+    def _read_running(self) -> RunningStack | None:
+        try:
+            return RunningStack(**json.loads(self.stack_file.read_text()))
         except (OSError, ValueError, TypeError):
             return None
-        return stack
 
     def write_running(self, stack: RunningStack) -> None:
         """Publishes what runs, for the `finery` command and for Prometheus."""
@@ -97,6 +127,18 @@ class Layout:
             raise FailedPreconditionError(
                 f"Cannot write the state directory {self.state_dir}: {error.strerror}; give another by --state-dir or FINERY_STATE_DIR."
             ) from error
+
+
+def _take(file: IO[str]) -> bool:
+    """Whether the lock was to be had. Those who only look hold it for an instant, so one look is not enough."""
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOCK_PAUSE_S)
+        else:
+            return True
+    return False
 
 
 def tools_dir() -> Path:

@@ -19,11 +19,16 @@ def free_ports(count: int) -> list[int]:
 
 def is_free(port: int) -> bool:
     """Whether a server could listen on `port` now."""
+    return why_taken(port) is None
+
+
+def why_taken(port: int) -> str | None:
+    """The system's reason why no server could listen on `port` now, or None where one could."""
     with socket.socket() as probe:
         # As servers do: connections of a previous run that linger do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
-        except OSError:
-            return False
-        return True
+        except OSError as error:
+            return error.strerror
+        return None

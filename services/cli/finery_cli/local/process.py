@@ -10,12 +10,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from finery_common.errors import UnavailableError
+from finery_common.errors import FineryError, UnavailableError
 
 STOP_S = 30.0
 _BACKOFF_S = (0.5, 1, 2, 5, 10, 30)
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
+
+
+class StartInterruptedError(FineryError):
+    """Somebody asked for an end while something was starting."""
+
+    def __init__(self) -> None:
+        super().__init__("stopped before it was up")
 
 
 class ChildProcess:
@@ -46,7 +53,7 @@ class ChildProcess:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509  one call into libc, which takes no lock of ours
+                preexec_fn=term_with_parent,  # noqa: PLW1509  one call into libc, which takes no lock of ours
             )
 
     def exit_code(self) -> int | None:
@@ -57,7 +64,7 @@ class ChildProcess:
         return self._process is not None and self.exit_code() is None and self._healthy()
 
     def wait_healthy(self, *, timeout_s: float, interrupted: Callable[[], bool]) -> None:
-        """Raises UnavailableError, with the log's last lines, where it dies or is not healthy in time."""
+        """Raises UnavailableError, with the log's last lines, where it dies or is not healthy in time; StartInterruptedError where told."""
         deadline_s = time.monotonic() + timeout_s
         while not self.is_healthy():
             if self.exit_code() is not None:
@@ -65,7 +72,7 @@ class ChildProcess:
             if time.monotonic() > deadline_s:
                 raise UnavailableError(f"{self.name} was not healthy after {timeout_s:.0f} s. {self.last_words()}")
             if interrupted():
-                return
+                raise StartInterruptedError
             time.sleep(0.1)
 
     def keep_running(self) -> bool:
@@ -101,6 +108,16 @@ class ChildProcess:
         return "\n".join([f"The end of {self._log_file}:", *(f"  {line[:400]}" for line in lines)])
 
 
-def _die_with_parent() -> None:
+def term_with_parent() -> None:
+    """For a new child: TERM when the thread that starts it ends, as it does when its process is killed."""
+    _signal_with_parent(signal.SIGTERM)
+
+
+def kill_with_parent() -> None:
+    """As `term_with_parent`, for a program that does not end on TERM."""
+    _signal_with_parent(signal.SIGKILL)
+
+
+def _signal_with_parent(number: signal.Signals) -> None:
     if _LIBC is not None and hasattr(_LIBC, "prctl"):
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, number)

@@ -18,13 +18,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from finery_cli.local.ports import LOOPBACK, free_ports, is_free
+from finery_cli.local.ports import LOOPBACK, free_ports, is_free, why_taken
+from finery_cli.local.process import StartInterruptedError, kill_with_parent
 from finery_common.artifacts import ArtifactStore, S3Settings
 from finery_common.errors import FailedPreconditionError, UnavailableError
 
@@ -75,10 +77,11 @@ class SeaweedFS:
         """What listens where on loopback, as of the last start."""
         return cast("dict[str, int]", _read_json(self._dir / "ports.json"))
 
-    def start(self, *, bucket: str = "finery") -> S3Settings:
-        """Starts it, having stopped what a killed predecessor left, and returns how to reach it once S3 listens.
+    def start(self, *, bucket: str = "finery", s3_port: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> S3Settings:
+        """Starts it, having stopped what a killed predecessor left, and returns how to reach it once S3 listens: at `s3_port` where given.
 
-        Raises FailedPreconditionError where the program is missing and UnavailableError, with the log's end, where it dies.
+        Raises FailedPreconditionError where the program is missing, UnavailableError where `s3_port` is taken or, with the log's end, where
+        it dies, and StartInterruptedError where `interrupted` says so.
         """
         program = _weed()
         self._make_folders()
@@ -86,20 +89,25 @@ class SeaweedFS:
         keys = self._keys()
         self._write_config(keys)
         for attempt in range(3):
-            ports = self._choose_ports()
+            ports = self._choose_ports(s3_port)
             self._process = self._spawn(program, ports)
-            if self._listens(ports["s3"]):
+            if self._listens(ports["s3"], interrupted=interrupted):
                 endpoint = f"{LOOPBACK}:{ports['s3']}"
                 self._settings = S3Settings(endpoint=endpoint, access_key=keys["access_key"], secret_key=keys["secret_key"], bucket=bucket)
                 return self._settings
             self.stop(grace_s=0)
+            if interrupted():
+                raise StartInterruptedError
             # Another process took a port between our look and the bind: choose again.
             if "address already in use" not in self._log_end() or attempt == 2:
                 break
         raise UnavailableError(f"SeaweedFS died at start or did not listen within {_LISTEN_S:.0f} s. {self._log_end()}")
 
-    def wait_ready(self, *, timeout_s: float = 60.0) -> None:
-        """Returns when an object can be stored. Raises UnavailableError, with the log's end, where that takes longer or it dies."""
+    def wait_ready(self, *, timeout_s: float = 60.0, interrupted: Callable[[], bool] = lambda: False) -> None:
+        """Returns when an object can be stored. Raises UnavailableError, with the log's end, where that takes longer or it dies.
+
+        Raises StartInterruptedError where `interrupted` says so.
+        """
         deadline_s = time.monotonic() + timeout_s
         while True:
             if self.process.poll() is not None:
@@ -109,6 +117,8 @@ class SeaweedFS:
             except UnavailableError as error:
                 if time.monotonic() > deadline_s:
                     raise UnavailableError(f"SeaweedFS is not ready after {timeout_s:.0f} s: {error.message} {self._log_end()}") from error
+                if interrupted():
+                    raise StartInterruptedError from error
                 time.sleep(0.2)
             else:
                 return
@@ -132,17 +142,26 @@ class SeaweedFS:
         return StoreProcess(master, server)
 
     def _popen(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        """A child in a session of its own, so that Ctrl-C reaches only who orders the shutdown."""
+        """A child in a session of its own, so that Ctrl-C reaches only who orders the shutdown; it does not outlive a killed owner."""
         # WEED_* variables would win over our files.
         env = {key: value for key, value in os.environ.items() if not key.startswith("WEED_")}
+        # The kernel's signal comes when the starting thread ends; only the main thread's end is the process's.
+        is_main = threading.current_thread() is threading.main_thread()
         with self._log(name).open("wb") as log:
             return subprocess.Popen(
-                command, cwd=self._dir, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=self._dir,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=kill_with_parent if is_main else None,  # noqa: PLW1509  one call into libc, which takes no lock of ours
             )
 
-    def _listens(self, port: int) -> bool:
+    def _listens(self, port: int, *, interrupted: Callable[[], bool]) -> bool:
         deadline_s = time.monotonic() + _LISTEN_S
-        while self.process.poll() is None and time.monotonic() < deadline_s:
+        while self.process.poll() is None and time.monotonic() < deadline_s and not interrupted():
             if not is_free(port):
                 return True
             time.sleep(0.05)
@@ -163,13 +182,17 @@ class SeaweedFS:
                 _signal(pid, signal.SIGKILL)
             time.sleep(0.02)
 
-    def _choose_ports(self) -> dict[str, int]:
+    def _choose_ports(self, s3_port: int | None) -> dict[str, int]:
+        """The last start's, where they are free. Raises UnavailableError where `s3_port` is wanted and taken."""
         path = self._dir / "ports.json"
-        if path.exists():
-            ports = dict(self.ports)
-            if set(ports) == set(_PORTS) and all(is_free(port) for port in ports.values()):
-                return ports
+        ports = dict(self.ports) if path.exists() else {}
+        if set(ports) == set(_PORTS) and s3_port in (None, ports["s3"]) and all(is_free(port) for port in ports.values()):
+            return ports
         ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+        if s3_port is not None:
+            if reason := why_taken(s3_port):
+                raise UnavailableError(f"The object store cannot listen on its port {s3_port} again: {reason}; stop what listens there.")
+            ports["s3"] = s3_port
         _write_private(path, json.dumps(ports))
         return ports
 

@@ -5,30 +5,30 @@ Owns the processes and their environment. What a process does with its settings 
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from finery_cli.local.layout import CHECKOUT, Layout, RunningStack, find_one, tools_dir, vllm_python
-from finery_cli.local.ports import free_ports
-from finery_cli.local.process import ChildProcess
+from finery_cli.local.ports import free_ports, why_taken
+from finery_cli.local.process import ChildProcess, StartInterruptedError
 from finery_cli.local.seaweedfs import SeaweedFS
-from finery_common.errors import FailedPreconditionError
+from finery_common.errors import FailedPreconditionError, FineryError, UnavailableError
 
 QUICKSTART_MODEL = "SmolLM2-135M-Instruct"
 START_S = 90.0
+_STORE_BACKOFF_S = (1, 2, 5, 10, 30)
+_TAKEN = ("cannot listen on", "already in use", "failed to bind")
 # Serving first: vLLM takes the longest to come up, and services wait for each other only where they call.
 SERVICES: tuple[str, ...] = ("serving", "dataprep", "trainer", "converter", "gateway")
 
@@ -56,12 +56,18 @@ class Stack:
         self._stopping = False
         self._store = None if os.environ.get("FINERY_S3_ENDPOINT") else SeaweedFS(layout.state_dir)
         self._children: list[ChildProcess] = []
+        self._running: RunningStack | None = None
+        self._store_failures = 0
+        self._next_store_start_s = 0.0
 
     @contextmanager
     def running(self) -> Iterator[RunningStack]:
-        """Starts everything, yields what runs, and stops everything in reverse, whatever happens in between."""
+        """Starts everything, yields what runs, and stops everything in reverse, whatever happens in between.
+
+        Raises StartInterruptedError where `interrupt` comes before all is up.
+        """
         self._layout.prepare()
-        with _locked(self._layout):
+        with self._layout.locked():
             try:
                 yield self._start()
             finally:
@@ -74,39 +80,93 @@ class Stack:
     def supervise(self, *, poll_s: float = 0.5) -> None:
         """Restarts what dies until `interrupt`."""
         while not self._stopping:
-            for child in self._children:
-                code = child.exit_code()
-                if child.keep_running():
-                    self._say(f"{child.name} exited with {code} and was started again. {child.last_words(num_lines=3)}")
-            if self._store is not None and self._store.process.poll() is not None:
-                self._say("the object store exited and is started again")
-                self._start_store()
+            restarted = [self._keep_running(child) for child in self._children]
+            if any([*restarted, self._keep_store_running()]):
+                self._publish()
             time.sleep(poll_s)
 
+    def _keep_running(self, child: ChildProcess) -> bool:
+        code = child.exit_code()
+        if not child.keep_running():
+            return False
+        self._say(f"{child.name} exited with {code} and was started again. {child.last_words(num_lines=3)}")
+        return True
+
+    def _keep_store_running(self) -> bool:
+        """Starts the store again where it died and its backoff is over: at its old port, the only one that the services know."""
+        if self._store is None or self._store.process.poll() is None or time.monotonic() < self._next_store_start_s:
+            return False
+        self._say("the object store exited and is started again")
+        try:
+            self._store.start(s3_port=int(self._store.settings.endpoint.rpartition(":")[2]), interrupted=self._is_stopping)
+        except StartInterruptedError:
+            return False
+        except FineryError as error:
+            wait_s = _STORE_BACKOFF_S[min(self._store_failures, len(_STORE_BACKOFF_S) - 1)]
+            self._store_failures += 1
+            self._next_store_start_s = time.monotonic() + wait_s
+            self._say(f"the object store is still down, the next try comes in {wait_s} s. {error.message}")
+            return False
+        self._store_failures = 0
+        return True
+
+    def _is_stopping(self) -> bool:
+        return self._stopping
+
     def _start(self) -> RunningStack:
-        ports = self._choose_ports()
+        try:
+            self._start_all()
+        except FineryError as error:
+            # Ctrl-C reaches what is run in the foreground too, so that its failure may only be the interrupt's.
+            if self._stopping:
+                raise StartInterruptedError from error
+            raise
+        if self._stopping:
+            raise StartInterruptedError
+        return self._publish()
+
+    def _start_all(self) -> None:
+        self._require_public_ports()
         python = vllm_python()
         self._say("preparing the base model")
         register_quickstart_model(self._layout)
-        env = self._environment(ports) | self._start_store() | {"FINERY_VLLM_PYTHON": str(python)}
+        shared = self._start_store() | {"FINERY_VLLM_PYTHON": str(python)}
         self._say("starting " + ", ".join(SERVICES))
+        try:
+            self._start_services(shared)
+        except UnavailableError:
+            if not any(_lost_port(child) for child in self._children):
+                raise
+            self._say("another process took a port meanwhile; starting the services again at other ports")
+            self._stop_services()
+            self._require_public_ports()
+            self._start_services(shared)
+
+    def _start_services(self, shared: Mapping[str, str]) -> None:
+        ports = self._choose_ports()
+        env = {**self._environment(ports), **shared}
         for service in SERVICES:
             child = self._child(service, env=env, ports=ports)
             self._children.append(child)
             child.start()
         for child in self._children:
-            child.wait_healthy(timeout_s=START_S, interrupted=lambda: self._stopping)
-        stack = self._describe(ports, s3_endpoint=env["FINERY_S3_ENDPOINT"])
-        self._layout.write_running(stack)
-        return stack
+            child.wait_healthy(timeout_s=START_S, interrupted=self._is_stopping)
+        self._running = self._describe(ports, s3_endpoint=env["FINERY_S3_ENDPOINT"])
+
+    def _publish(self) -> RunningStack:
+        """Tells what runs, with the pids of now."""
+        assert self._running is not None, "not started"
+        self._running = replace(self._running, processes=self._pids())
+        self._layout.write_running(self._running)
+        return self._running
 
     def _start_store(self) -> dict[str, str]:
-        """Starts SeaweedFS where the environment names no store; answers what services need to reach it, at the same ports every time."""
+        """Starts SeaweedFS where the environment names no store; answers what services need to reach it."""
         if self._store is None:
             return {}
         self._say("starting the object store")
-        store = self._store.start()
-        self._store.wait_ready(timeout_s=START_S)
+        store = self._store.start(interrupted=self._is_stopping)
+        self._store.wait_ready(timeout_s=START_S, interrupted=self._is_stopping)
         return {
             "FINERY_S3_ENDPOINT": store.endpoint,
             "FINERY_S3_BUCKET": store.bucket,
@@ -114,9 +174,11 @@ class Stack:
             "FINERY_S3_SECRET_KEY": store.secret_key,
         }
 
-    def _choose_ports(self) -> Ports:
+    def _require_public_ports(self) -> None:
         for port, option in ((self._http_port, "--port"), (self._grpc_port, "--grpc-port")):
             _require_free(port, option=option)
+
+    def _choose_ports(self) -> Ports:
         chosen = free_ports(2 * len(SERVICES))
         rpc = dict(zip(SERVICES, chosen[: len(SERVICES)], strict=True))
         metrics = dict(zip(SERVICES, chosen[len(SERVICES) :], strict=True))
@@ -149,24 +211,31 @@ class Stack:
         )
 
     def _describe(self, ports: Ports, *, s3_endpoint: str) -> RunningStack:
-        store = {} if self._store is None else {"object store": self._store.process.pid}
         return RunningStack(
             pid=os.getpid(),
             http_url=f"http://127.0.0.1:{ports.http}",
             grpc_address=f"127.0.0.1:{ports.grpc}",
             s3_endpoint=s3_endpoint,
             metrics={service: f"127.0.0.1:{port}" for service, port in ports.metrics.items()},
-            processes=store | {child.name: child.pid or 0 for child in self._children},
+            processes=self._pids(),
         )
+
+    def _pids(self) -> dict[str, int]:
+        store = {} if self._store is None else {"object store": self._store.process.pid}
+        return store | {child.name: child.pid or 0 for child in self._children}
 
     def _stop(self) -> None:
         self._layout.stack_file.unlink(missing_ok=True)
-        for child in reversed(self._children):
-            self._say(f"stopping {child.name}")
-            child.stop()
+        self._stop_services()
         if self._store is not None:
             self._say("stopping the object store")
             self._store.stop()
+
+    def _stop_services(self) -> None:
+        for child in reversed(self._children):
+            self._say(f"stopping {child.name}")
+            child.stop()
+        self._children.clear()
 
 
 def register_quickstart_model(layout: Layout) -> None:
@@ -202,29 +271,14 @@ def http_healthy(url: str) -> bool:
 
 
 def _require_free(port: int, *, option: str) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise FailedPreconditionError(
-                f"Port {port} is taken ({error.strerror}); stop what listens there, or choose another by {option}."
-            ) from error
+    if reason := why_taken(port):
+        raise FailedPreconditionError(f"Port {port} is taken ({reason}); stop what listens there, or choose another by {option}.")
 
 
-@contextmanager
-def _locked(layout: Layout) -> Iterator[None]:
-    with layout.lock_file.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            running = layout.running()
-            where = f" (pid {running.pid}, {running.http_url})" if running else ""
-            raise FailedPreconditionError(
-                f"Finery is already running from {layout.state_dir}{where}; see `finery status`, stop it by `finery down`, "
-                "or give another folder by --state-dir."
-            ) from error
-        yield
+def _lost_port(child: ChildProcess) -> bool:
+    """Whether `child` ended because another process took its port between our look and its bind."""
+    words = child.last_words().lower()
+    return child.exit_code() is not None and any(sign in words for sign in _TAKEN)
 
 
 def log_files(layout: Layout) -> list[Path]:
