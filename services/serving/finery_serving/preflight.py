@@ -1,6 +1,6 @@
 """Whether vLLM can serve an adapter as it was trained, judged from its files before vLLM sees them.
 
-Owns the reading of `adapter_config.json` and of safetensors headers. Bytes and digests were checked when they were staged. vLLM ignores
+Owns the reading of `adapter_config.json` and of safetensors. Bytes and digests were checked when they were staged. vLLM ignores
 what it does not know, so anything that would change the result is refused here.
 """
 
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
 
 from finery_common.artifacts import Manifest
 from finery_common.errors import FailedPreconditionError
@@ -36,7 +39,9 @@ _DTYPE_BYTES = {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
-_SERVABLE_DTYPES = frozenset({"F32", "F16", "BF16"})
+# Each with the bits of its exponent: all of them are set in NaN and the infinities only.
+_SERVABLE_DTYPES: Mapping[str, int] = {"F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
+_SCAN_BYTES = 8 << 20
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 # What vLLM cannot do, by the field of PEFT's configuration that asks for it.
@@ -93,7 +98,9 @@ def check_manifest(manifest: Manifest, *, base: BaseModel) -> None:
 def check_adapter(folder: Path, *, base: BaseModel, max_lora_rank: int) -> None:
     """Raises FailedPreconditionError where the adapter in `folder` cannot be served on `base`."""
     rank = _check_config(_read_config(folder / CONFIG_NAME), max_lora_rank=max_lora_rank)
-    _check_tensors(read_header(folder / WEIGHTS_NAME), rank=rank, base=base)
+    tensors = read_header(folder / WEIGHTS_NAME)
+    _check_tensors(tensors, rank=rank, base=base)
+    _check_finite(folder / WEIGHTS_NAME, tensors)
 
 
 def base_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -190,6 +197,21 @@ def _check_tensors(tensors: Mapping[str, TensorHeader], *, rank: int, base: Base
     for module, found in sides.items():
         if found != {"A", "B"}:
             raise _refused(f"{module} has lora_{found.pop()} only, wanted A and B")
+
+
+def _check_finite(file: Path, tensors: Mapping[str, TensorHeader]) -> None:
+    """Looks at every number of `tensors`, which fill the end of `file` in their order."""
+    sizes = {name: math.prod(tensor.shape) * _DTYPE_BYTES[tensor.dtype] for name, tensor in tensors.items()}
+    with file.open("rb") as source:
+        source.seek(-sum(sizes.values()), os.SEEK_END)
+        for name, size_bytes in sizes.items():
+            dtype = tensors[name].dtype
+            for position in range(0, size_bytes, _SCAN_BYTES):
+                chunk = source.read(min(size_bytes - position, _SCAN_BYTES))
+                exponents = np.frombuffer(chunk, f"<u{_DTYPE_BYTES[dtype]}") & _SERVABLE_DTYPES[dtype]
+                if (exponents == _SERVABLE_DTYPES[dtype]).any():
+                    message = f"{name} has weights that are no finite numbers; train again, with a lower learning rate"
+                    raise _refused(message, code="adapter_not_finite")
 
 
 def _refused(message: str, *, code: str = "adapter_not_servable") -> FailedPreconditionError:

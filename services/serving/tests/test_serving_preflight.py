@@ -45,6 +45,32 @@ def test_a_plain_adapter_passes(write, dtype):
     check_adapter(write(weights=tensors(dtype=dtype)), base=BASE, max_lora_rank=8)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_finite_numbers_are_refused(write, dtype, value):
+    weights = tensors(dtype=dtype)
+    weights[f"base_model.model.{Q}.lora_B.weight"][-1, -1] = value
+    with pytest.raises(FailedPreconditionError, match="lora_B.weight has weights that are no finite") as caught:
+        check_adapter(write(weights=weights), base=BASE, max_lora_rank=8)
+    assert caught.value.code == "adapter_not_finite"
+
+
+@pytest.mark.parametrize(("bits", "is_finite"), [(0x7F7F, True), (0x8001, True), (0x7F80, False), (0xFF80, False), (0x7FC1, False)])
+def test_bfloat16_is_looked_at_too(write, bits, is_finite):
+    folder = write(weights=tensors(dtype=np.float16))
+    file = folder / "adapter_model.safetensors"
+    # Both have two bytes a number: only the names of the types differ.
+    content = file.read_bytes().replace(b'"F16",', b'"BF16",').replace(b" ", b"")
+    length = content.index(b"}}", 8) + 2 - 8
+    body = file.read_bytes()[-2 * 4 * (8 + 12) :]
+    file.write_bytes(struct.pack("<Q", length) + content[8 : 8 + length] + body[:-2] + struct.pack("<H", bits))
+    if is_finite:
+        check_adapter(folder, base=BASE, max_lora_rank=8)
+        return
+    with pytest.raises(FailedPreconditionError, match="no finite"):
+        check_adapter(folder, base=BASE, max_lora_rank=8)
+
+
 def test_every_init_that_leaves_the_base_alone_passes(write):
     for init in (True, False, "gaussian", "orthogonal", "eva"):
         check_adapter(write(config={**CONFIG, "init_lora_weights": init, "use_rslora": True}), base=BASE, max_lora_rank=8)
