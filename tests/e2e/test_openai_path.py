@@ -237,6 +237,8 @@ def test_a_running_job_shows_its_throughput_and_memory(system: System, client: O
     job = client.fine_tuning.jobs.create(model=QUICKSTART_MODEL, training_file=crimson.file_id, extra_body={"spec": spec, "deploy": False})
     _wait_first_step(client, job.id)
     text = httpx.get(f"http://{system.running.metrics['trainer']}/metrics").text
+    [target] = json.loads(next((system.layout.state_dir / "prometheus").glob(f"worker-{job.id}-*.json")).read_text())
+    assert "finery_artifact_bytes_total" in httpx.get(f"http://{target['targets'][0]}/metrics").text
     client.fine_tuning.jobs.cancel(job.id)
     shown = {
         sample.name: sample.value

@@ -5,8 +5,10 @@ Owns their set-up, which each `__main__` calls once. What is measured is declare
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from pathlib import Path
 
 import structlog
 from prometheus_client import start_http_server
@@ -51,3 +53,11 @@ def serve_metrics(*, host: str, port: int) -> int:
         text = f"FINERY_METRICS_PORT: cannot listen on {host}:{port}: {error.strerror}; choose a free port"
         raise FailedPreconditionError(text) from error
     return int(server.server_port)
+
+
+def announce_metrics(file: Path, *, address: str, service: str) -> None:
+    """Tells Prometheus, by a file that its file_sd reads, of a process whose port nobody could know before. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps([{"targets": [address], "labels": {"service": service}}]))
+    temporary.replace(file)

@@ -29,3 +29,5 @@ class WorkerSettings(ServiceSettings):
     """Time between heartbeats."""
     worker_tolerance_s: float = Field(default=300.0, gt=0)
     """How long training goes on while the server cannot be reached."""
+    metrics_target_file: Path | None = None
+    """Where the worker tells Prometheus of its `/metrics`; whoever set it removes it."""

@@ -25,7 +25,7 @@ from finery_common.errors import FailedPreconditionError, FineryError, ResourceE
 from finery_common.jobs import JobState
 from finery_common.rpc.messages import error_fields
 from finery_common.rpc.status import unknown_error
-from finery_common.telemetry import configure_logging
+from finery_common.telemetry import announce_metrics, configure_logging, serve_metrics
 from finery_trainer.client import Assignment, Command
 from finery_trainer.launchers import work_dir
 from finery_trainer.launchers.local import STOPPED_EXIT_CODE
@@ -261,12 +261,23 @@ def explain(error: Exception, assignment: Assignment) -> FineryError:
     return unknown_error(error)
 
 
+def _offer_metrics(settings: WorkerSettings) -> None:
+    port = serve_metrics(host=settings.metrics_host, port=settings.metrics_port)
+    log.info("serving metrics", port=port)
+    if settings.metrics_target_file is not None:
+        try:
+            announce_metrics(settings.metrics_target_file, address=f"{settings.metrics_host}:{port}", service="trainer-worker")
+        except OSError as error:
+            log.warning("Prometheus cannot be told of this worker", error=str(error))
+
+
 def main() -> int:
     """The process; answers its exit status."""
     stop_signals: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stop_signals.append(number))
     settings = WorkerSettings()  # pyright: ignore[reportCallIssue]  # the environment has what is required
     configure_logging("trainer-worker", level=settings.log_level)
+    _offer_metrics(settings)
     token = settings.worker_token_file.read_text().strip()
     os.environ.pop("FINERY_WORKER_TOKEN_FILE", None)
     link = Link(settings.trainer_address, token=token, heartbeat_s=settings.worker_heartbeat_s, tolerance_s=settings.worker_tolerance_s)

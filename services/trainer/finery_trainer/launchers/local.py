@@ -59,7 +59,11 @@ class LocalLauncher:
                     sys.executable,
                     "-m",
                     "finery_trainer.worker",
-                    env=self._env | {"FINERY_WORKER_TOKEN_FILE": f"/dev/fd/{reader}"},
+                    env=self._env
+                    | {
+                        "FINERY_WORKER_TOKEN_FILE": f"/dev/fd/{reader}",
+                        "FINERY_METRICS_TARGET_FILE": str(self._target_file(attempt.job_id, attempt.epoch)),
+                    },
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
@@ -79,6 +83,9 @@ class LocalLauncher:
     def log_file(self, job_id: str, epoch: int) -> Path:
         """Where the attempt's worker writes its log."""
         return self._log_dir / f"worker-{job_id}-{epoch}.log"
+
+    def _target_file(self, job_id: str, epoch: int) -> Path:
+        return self._state_dir / "prometheus" / f"worker-{job_id}-{epoch}.json"
 
     def take_exits(self) -> list[Exit]:
         """The workers that ended since the last call."""
@@ -113,6 +120,7 @@ class LocalLauncher:
         code = await process.wait()
         del self._processes[attempt.job_id, attempt.epoch]
         self._note_file(attempt.job_id, attempt.epoch).unlink(missing_ok=True)
+        self._target_file(attempt.job_id, attempt.epoch).unlink(missing_ok=True)
         # A worker that was killed could not.
         folder = work_dir(self._state_dir, job_id=attempt.job_id, epoch=attempt.epoch)
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -134,6 +142,7 @@ class LocalLauncher:
             leftover.signal(signal.SIGKILL)
             self._exits.append(Exit(leftover.job_id, leftover.epoch, True, "was stopped"))
             self._note_file(leftover.job_id, leftover.epoch).unlink(missing_ok=True)
+            self._target_file(leftover.job_id, leftover.epoch).unlink(missing_ok=True)
 
     def _note(self, attempt: Attempt, pid: int) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
