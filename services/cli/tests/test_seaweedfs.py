@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from finery_cli.local.ports import free_ports, is_free
 from finery_cli.local.process import StartInterruptedError
 from finery_cli.local.seaweedfs import SeaweedFS
 from finery_common.artifacts import ArtifactStore
+from finery_common.artifacts.client import S3Client
 from finery_common.errors import FailedPreconditionError, NotFoundError, UnavailableError
 
 
@@ -147,6 +149,23 @@ def test_a_store_gone_for_good_is_an_error_that_says_so_without_a_signature(own)
     with pytest.raises(UnavailableError) as caught:
         publish(store, "a", b"1")
     assert "Signature" not in str(caught.value)
+
+
+def test_a_full_store_says_so_and_what_was_published_stays_readable(own, tmp_path):
+    ref = publish(ArtifactStore.connect(own.settings), "before", b"precious")
+    own.stop(grace_s=0)
+    more_than_there_is_mib = shutil.disk_usage(tmp_path).total // 2**20 + 1024
+    full = SeaweedFS(tmp_path, min_free_mib=more_than_there_is_mib)
+    try:
+        store = ArtifactStore(S3Client(full.start().model_copy(update={"retry_deadline_s": 5.0})))
+        with pytest.raises(UnavailableError, match="If its disk is full make room"):
+            publish(store, "after", b"x" * 1_000_000)
+        with pytest.raises(NotFoundError):
+            store.ref("projects/p/files/after/")
+        with store.open(ref, "content") as reader:
+            assert reader.read() == b"precious"
+    finally:
+        full.stop(grace_s=0)
 
 
 def test_a_port_taken_meanwhile_is_replaced_and_nothing_is_lost(own):

@@ -33,6 +33,8 @@ from finery_common.errors import FailedPreconditionError, UnavailableError
 _PORTS: tuple[str, ...] = ("master", "master_grpc", "volume", "volume_grpc", "filer", "filer_grpc", "s3", "s3_grpc")
 _KEYS = ("access_key", "secret_key", "volume_write", "volume_read", "filer_write", "filer_read")
 _NOBODY = "192.0.2.1"
+MIN_FREE_MIB = 256
+"""With less room on its disk the store refuses writes, so that databases and logs beside it still have some."""
 _LISTEN_S = 30.0
 
 
@@ -56,7 +58,8 @@ class StoreProcess:
 class SeaweedFS:
     """One store with its data under `state_dir`. `start` and `stop` may alternate; keys stay, and ports while they are free."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, *, min_free_mib: int = MIN_FREE_MIB) -> None:
+        self._min_free_mib = min_free_mib
         self._dir = state_dir.resolve() / "seaweedfs"
         self._log_dir = state_dir.resolve() / "logs"
         self._process: StoreProcess | None = None
@@ -137,7 +140,7 @@ class SeaweedFS:
 
     def _spawn(self, program: str, ports: Mapping[str, int]) -> StoreProcess:
         master = self._popen("master", [program, *_master_arguments(self._dir, ports)])
-        server = self._popen("server", [program, *_server_arguments(self._dir, ports)])
+        server = self._popen("server", [program, *_server_arguments(self._dir, ports, min_free_mib=self._min_free_mib)])
         _write_private(self._dir / "pids.json", json.dumps({"master": master.pid, "server": server.pid}))
         return StoreProcess(master, server)
 
@@ -256,7 +259,7 @@ def _master_arguments(folder: Path, ports: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _server_arguments(folder: Path, ports: Mapping[str, int]) -> list[str]:
+def _server_arguments(folder: Path, ports: Mapping[str, int], *, min_free_mib: int) -> list[str]:
     return [
         "-logtostderr=true",
         "server",
@@ -270,7 +273,7 @@ def _server_arguments(folder: Path, ports: Mapping[str, int]) -> list[str]:
         # The volume server keeps its identity when its port changes.
         "-volume.id=local",
         "-volume.max=1000",
-        "-volume.minFreeSpace=256MiB",
+        f"-volume.minFreeSpace={min_free_mib}MiB",
         "-volume.preStopSeconds=0",
         "-filer",
         f"-filer.port={ports['filer']}",
