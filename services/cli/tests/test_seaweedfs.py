@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 
+import grpc
 import psutil
 import pytest
 
@@ -49,7 +50,7 @@ def request(port: int, method: str, path: str, body: bytes | None = None) -> tup
         connection.close()
 
 
-def test_unsigned_requests_fail_at_every_port(seaweedfs, object_store):
+def test_unsigned_requests_fail_at_every_http_port(seaweedfs, object_store):
     ref = publish(object_store, "unsigned", b"precious")
     bucket, ports = object_store.settings.bucket, seaweedfs.ports
     key = f"{ref.prefix}manifest.json"
@@ -76,6 +77,25 @@ def test_the_master_hands_out_no_write_token_and_deletes_no_bucket(seaweedfs, ob
         for method in ("GET", "POST"):
             assert request(seaweedfs.ports["master"], method, path, b"x" if method == "POST" else None)[0] == 401, path
     assert object_store.open(ref, "content").read() == b"precious"
+
+
+@pytest.mark.parametrize("port", ["master_grpc", "volume_grpc", "filer_grpc", "s3_grpc"])
+def test_grpc_answers_nobody_without_the_stores_certificate(seaweedfs, tmp_path, port):
+    target = f"127.0.0.1:{seaweedfs.ports[port]}"
+    authority = (seaweedfs.folder / "grpc-ca.crt").read_bytes()
+    options = [("grpc.ssl_target_name_override", "localhost")]
+    for channel in (
+        grpc.insecure_channel(target),
+        grpc.secure_channel(target, grpc.ssl_channel_credentials(authority), options=options),
+    ):
+        with channel, pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/filer_pb.SeaweedFiler/LookupDirectoryEntry")(b"", timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    certificate, key = ((seaweedfs.folder / name).read_bytes() for name in ("grpc.crt", "grpc.key"))
+    credentials = grpc.ssl_channel_credentials(authority, private_key=key, certificate_chain=certificate)
+    with grpc.secure_channel(target, credentials, options=options) as channel, pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary("/filer_pb.SeaweedFiler/LookupDirectoryEntry")(b"", timeout=10)
+    assert caught.value.code() is not grpc.StatusCode.UNAVAILABLE, "with it, it answers"
 
 
 def test_everything_listens_on_loopback_at_the_ports_chosen(seaweedfs):

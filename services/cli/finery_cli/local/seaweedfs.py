@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from finery_cli.local.certificates import ensure_certificates
 from finery_cli.local.ports import LOOPBACK, free_ports, is_free, why_taken
 from finery_cli.local.process import StartInterruptedError, kill_with_parent
 from finery_common.artifacts import ArtifactStore, S3Settings
@@ -64,6 +65,11 @@ class SeaweedFS:
         self._log_dir = state_dir.resolve() / "logs"
         self._process: StoreProcess | None = None
         self._settings: S3Settings | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where it keeps data, keys and certificates."""
+        return self._dir
 
     @property
     def process(self) -> StoreProcess:
@@ -219,6 +225,11 @@ class SeaweedFS:
             "jwt.filer_signing.read": "filer_read",
         }
         text = "".join(f'[{section}]\nkey = "{keys[name]}"\n\n' for section, name in sections.items())
+        authority, certificate, key = ensure_certificates(self._dir)
+        # Without these any program of the machine could rewrite a published manifest through the filer's gRPC port.
+        text += f"[grpc]\nca = {json.dumps(str(authority))}\n\n"
+        for role in ("master", "volume", "filer", "s3", "client"):
+            text += f"[grpc.{role}]\ncert = {json.dumps(str(certificate))}\nkey = {json.dumps(str(key))}\n\n"
         _write_private(self._dir / "security.toml", text + "[access]\nui = false\n\n[filer.expose_directory_metadata]\nenabled = false\n")
 
     def _make_folders(self) -> None:
