@@ -17,15 +17,16 @@ from typing import NoReturn
 import httpx
 import openai
 import typer
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from finery_common.errors import FineryError
 
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
+PULSE_S = 10.0
 
 
 def show(value: Mapping[str, object] | Sequence[Mapping[str, object]], *, columns: Sequence[str], as_json: bool) -> None:
@@ -37,12 +38,31 @@ def show(value: Mapping[str, object] | Sequence[Mapping[str, object]], *, column
             if value.get(column) not in (None, "", [], {}):
                 out.print(f"[bold]{column}[/]  {escape(_cell(column, value.get(column)))}")
     else:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in value:
-            table.add_row(*(Text(_cell(column, row.get(column))) for column in columns))
-        out.print(table if value else "[dim]nothing here yet[/]")
+        _show_rows([[_cell(column, row.get(column)) for column in columns] for row in value], columns)
+
+
+def _show_rows(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None:
+    """A table as wide as it is: an id that is broken or cut cannot be copied."""
+    if not rows:
+        out.print("[dim]nothing here yet[/]")
+        return
+    widths = [max(cell_len(row[index]) for row in [columns, *rows]) for index in range(len(columns))]
+    for number, row in enumerate([columns, *rows]):
+        cells = (set_cell_size(cell, width) for cell, width in zip(row, widths, strict=True))
+        out.print(Text("  ".join(cells).rstrip(), style="" if number else "bold"), soft_wrap=True)
+
+
+class Pulse:
+    """A line now and then where no bar is drawn, because standard error is no terminal."""
+
+    def __init__(self) -> None:
+        self._next_s = time.monotonic() + PULSE_S
+
+    def beat(self, text: str) -> None:
+        """Says `text` if the last line is `PULSE_S` seconds old."""
+        if not err.is_terminal and time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + PULSE_S
+            say(text)
 
 
 def say(text: str, *, at_s: float | None = None) -> None:
@@ -54,7 +74,12 @@ def say(text: str, *, at_s: float | None = None) -> None:
 def _cell(column: str, value: object) -> str:
     if value is None:
         return ""
-    if (column == "created" or column.endswith("_at")) and isinstance(value, int | float):
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if (column == "created" or column.endswith("_at")) and isinstance(value, int):
+        # 0 stands for a time that is not known yet.
+        if not value:
+            return ""
         return datetime.fromtimestamp(value, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     if isinstance(value, Mapping):
         return str(value.get("message") or json.dumps(value))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import openai
 from openai import OpenAI
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -22,10 +22,11 @@ from finery_cli import quickstart_data
 from finery_cli.client import Gateway
 from finery_cli.local.layout import Layout, RunningStack, find_one
 from finery_cli.local.stack import QUICKSTART_MODEL, Stack
-from finery_cli.output import clear_errors, err, out, say
+from finery_cli.output import Pulse, clear_errors, err, out, say
 from finery_cli.quickstart_data import QuestionRow, Score
 from finery_cli.watch import watch_job
 from finery_common.errors import FailedPreconditionError, UnavailableError
+from finery_common.settings import default_state_dir
 
 SHOWN_ROWS = 12
 CONCURRENCY = 8
@@ -42,8 +43,8 @@ def run_quickstart(layout: Layout, *, http_port: int, grpc_port: int) -> bool:
         for name in (QUICKSTART_MODEL, model):
             _wait_served(client, name)
         base_replies, tuned_replies = _ask_both(client, rows.held_out, tuned_model=model)
-    score = quickstart_data.score(rows.held_out, base_replies=base_replies, tuned_replies=tuned_replies)
-    _report(rows.held_out, base_replies=base_replies, tuned_replies=tuned_replies, score=score, model=model)
+        score = quickstart_data.score(rows.held_out, base_replies=base_replies, tuned_replies=tuned_replies)
+        _report(rows.held_out, base_replies=base_replies, tuned_replies=tuned_replies, score=score, model=model)
     _say_how_to_go_on(layout, model=model, job_id=job_id, url=running.http_url)
     say(f"done in {time.monotonic() - started_s:.0f} s")
     return score.is_clear_win
@@ -104,8 +105,15 @@ def _ask_both(client: OpenAI, rows: Sequence[QuestionRow], *, tuned_model: str) 
         return (reply.choices[0].message.content or "").strip()
 
     calls = [(model, row) for model in (QUICKSTART_MODEL, tuned_model) for row in rows]
-    with ThreadPoolExecutor(CONCURRENCY) as pool:
-        replies = list(track(pool.map(ask, calls), total=len(calls), description="asking base and tuned model", console=err))
+    say(f"asking base and tuned model the same {len(rows)} held-out questions")
+    replies: list[str] = []
+    pulse = Pulse()
+    with ThreadPoolExecutor(CONCURRENCY) as pool, Progress(console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task("asking", total=len(calls))
+        for reply in pool.map(ask, calls):
+            replies.append(reply)
+            progress.advance(task)
+            pulse.beat(f"{len(replies)} of {len(calls)} answers")
     return replies[: len(rows)], replies[len(rows) :]
 
 
@@ -117,6 +125,12 @@ def _report(rows: Sequence[QuestionRow], *, base_replies: Sequence[str], tuned_r
         tuned = _judged(tuned_replies[index], hit=score.tuned_hits[index])
         table.add_row(Text(row.question), row.topic, base, tuned)
     out.print(table)
+    out.print(
+        Text(
+            f"({min(SHOWN_ROWS, len(rows))} of {len(rows)} shown; ✓ where the first topic that the answer names is the right one)",
+            style="dim",
+        )
+    )
     low, high = score.interval
     verdict = "[green]the tuned model is better[/]" if score.is_clear_win else "[red]not shown to be better[/]"
     out.print(f"score on all {len(rows)} held-out questions: base {score.base_accuracy:.0%}, tuned {score.tuned_accuracy:.0%}")
@@ -125,10 +139,11 @@ def _report(rows: Sequence[QuestionRow], *, base_replies: Sequence[str], tuned_r
 
 def _say_how_to_go_on(layout: Layout, *, model: str, job_id: str, url: str) -> None:
     out.print(Text("\nHow to go on", style="bold"))
+    elsewhere = "" if layout.state_dir == default_state_dir().resolve() else f"  export FINERY_STATE_DIR={layout.state_dir}\n"
     out.print(
         Text(f"""\
-  finery up --state-dir {layout.state_dir}      # the system again, with everything still there
-  export FINERY_STATE_DIR={layout.state_dir}
+  . .venv/bin/activate
+{elsewhere}  finery up -d      # the system again, with everything still there; finery down stops it
   finery jobs get {job_id}
   finery chat --model {model}
   curl {url}/v1/models -H "authorization: Bearer $(cat {layout.api_key_file})"
@@ -139,7 +154,7 @@ def _say_how_to_go_on(layout: Layout, *, model: str, job_id: str, url: str) -> N
 
 def _judged(reply: str, *, hit: int) -> Text:
     mark = "✓" if hit else "✗"
-    return Text(f"{mark} {' '.join(reply.split())[:60]}", style="green" if hit else "red")
+    return Text(f"{mark} {' '.join(reply.split())}", style="green" if hit else "red")
 
 
 def _corpus_folder() -> Path:

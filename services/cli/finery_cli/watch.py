@@ -8,7 +8,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from finery_cli.output import err, say
+from finery_cli.output import Pulse, err, say
 
 FINAL = ("succeeded", "failed", "cancelled")
 _POLL_S = 0.5
@@ -26,7 +26,8 @@ def watch_job(client: OpenAI, job_id: str, *, stop_when_paused: bool = True) -> 
     )
     ends = (*FINAL, "paused") if stop_when_paused else FINAL
     seen: set[str] = set()
-    with Progress(*columns, console=err) as progress:
+    pulse = Pulse()
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
         task = progress.add_task("waiting", total=None, detail="")
         while True:
             job = client.fine_tuning.jobs.retrieve(job_id)
@@ -36,10 +37,17 @@ def watch_job(client: OpenAI, job_id: str, *, stop_when_paused: bool = True) -> 
                     say(event.message, at_s=event.created_at)
                 else:
                     detail = f"loss {step['train_loss']:.3f}  {step['tokens_per_second']:.0f} tokens/s"
+                    pulse.beat(f"step {step['step']:.0f} of {step['total_steps']:.0f}: {detail}")
                     progress.update(task, description="training", completed=step["step"], total=step["total_steps"], detail=detail)
-            if job.status in ends:
+            if job.status in ends and not _is_being_deployed(job):
                 return job
             time.sleep(_POLL_S)
+
+
+def _is_being_deployed(job: FineTuningJob) -> bool:
+    """A job that has succeeded is of use a moment later, when its model answers; OpenAI's type has no field for it."""
+    deployment = (job.model_extra or {}).get("deployment")
+    return job.status == "succeeded" and isinstance(deployment, dict) and deployment.get("state") == "pending"
 
 
 def _new_events(client: OpenAI, job_id: str, seen: set[str]) -> list[FineTuningJobEvent]:

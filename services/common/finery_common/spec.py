@@ -214,7 +214,20 @@ def _violation(item: dict[str, Any], known: Iterable[str]) -> Violation:
     if item["type"] == "missing":
         return Violation(field, "missing; it is required")
     got = "" if item["type"] == "value_error" else f"got {_short(item['input'])}, "
-    return Violation(field, got + str(item["msg"]).removeprefix("Value error, ").replace("Input should be", "wanted"))
+    return Violation(
+        field,
+        got
+        + str(item["msg"])
+        .removeprefix("Value error, ")
+        .replace("Input should be", "wanted")
+        .replace("String should match pattern", "wanted text that matches"),
+    )
+
+
+def plain_words(message: str) -> str:
+    """Pydantic's words for one input as ours: what was wanted."""
+    message = message.removeprefix("Value error, ").replace("Input should be", "wanted")
+    return message.replace("String should match pattern", "wanted text that matches")
 
 
 def _short(value: object) -> str:

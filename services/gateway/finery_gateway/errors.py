@@ -132,7 +132,14 @@ def _violation(item: dict[str, Any]) -> Violation:
     if item["type"] == "missing":
         return Violation(field, "missing; it is required")
     got = "" if item["type"] == "value_error" else f"got {_short(item.get('input'))}, "
-    return Violation(field, got + str(item["msg"]).removeprefix("Value error, ").replace("Input should be", "wanted"))
+    return Violation(
+        field,
+        got
+        + str(item["msg"])
+        .removeprefix("Value error, ")
+        .replace("Input should be", "wanted")
+        .replace("String should match pattern", "wanted text that matches"),
+    )
 
 
 def _short(value: object) -> str:

@@ -29,6 +29,7 @@ from finery_serving.vllm_process import VllmConfig, make_runtime
 # With the time that vLLM has for its end, below the 30 s after which supervisors kill.
 _DRAIN_S = 8.0
 
+_DEFAULT_LORA_RANK = {"cuda": 64, "cpu": 16}
 log = structlog.get_logger(__name__)
 
 
@@ -101,7 +102,7 @@ def vllm_config(settings: ServingSettings, *, entry: BaseModelEntry, base_dir: P
         device=device,
         max_loras=settings.max_loras,
         max_cpu_loras=max(settings.max_loras, settings.max_cpu_loras),
-        max_lora_rank=settings.max_lora_rank,
+        max_lora_rank=settings.max_lora_rank or _DEFAULT_LORA_RANK[device],
         max_model_len=settings.max_model_len or entry.max_sequence_length,
         kv_cache_gib=settings.vllm_kv_cache_gib,
         start_timeout_s=settings.vllm_start_timeout_s,

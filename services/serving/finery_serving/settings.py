@@ -13,7 +13,7 @@ _MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def _is_known_rank(value: int) -> int:
-    if value not in _MAX_LORA_RANKS:
+    if value and value not in _MAX_LORA_RANKS:
         raise ValueError(f"wanted one of {', '.join(map(str, _MAX_LORA_RANKS))}: vLLM knows no others")
     return value
 
@@ -31,8 +31,8 @@ class ServingSettings(ServiceSettings):
     """Distinct adapters in one batch."""
     max_cpu_loras: int = Field(default=8, ge=1)
     """Adapters that vLLM holds at once; what is deployed beyond that is loaded when a request asks for it."""
-    max_lora_rank: Annotated[int, AfterValidator(_is_known_rank)] = 64
-    """Largest rank that can be served."""
+    max_lora_rank: Annotated[int, AfterValidator(_is_known_rank)] = 0
+    """Largest rank that can be served; 0: 64 on a GPU, 16 on a CPU, where the time of a prompt grows with this limit, used or not."""
     max_model_len: int = Field(default=0, ge=0)
     """Context length in tokens; 0 takes the model's own."""
     vllm_kv_cache_gib: int = Field(default=2, ge=1)

@@ -12,7 +12,7 @@ import typer
 
 from finery_cli.client import Gateway, connected
 from finery_cli.commands.options import Json, Limit
-from finery_cli.output import fail, show
+from finery_cli.output import fail, say, show
 from finery_cli.watch import watch_job
 
 COLUMNS = ("id", "status", "model", "fine_tuned_model", "trained_tokens", "created_at", "finished_at", "error")
@@ -122,6 +122,8 @@ def _steer(action: str, job_id: str, *, as_json: bool) -> None:
     with connected() as gateway:
         jobs = gateway.openai.fine_tuning.jobs
         job = {"cancel": jobs.cancel, "pause": jobs.pause, "resume": jobs.resume}[action](job_id)
+    if action == "cancel" and job.status in ("succeeded", "failed"):
+        say(f"{job_id} had {job.status} before; nothing was cancelled")
     show(job.to_dict(), columns=COLUMNS, as_json=as_json)
 
 

@@ -12,7 +12,7 @@ from finery_cli.client import Gateway, connected
 from finery_cli.commands.options import Json
 from finery_cli.output import err, fail, show
 
-MODEL_COLUMNS = ("id", "base_model", "version", "job_id", "created")
+MODEL_COLUMNS = ("id", "ready", "base_model", "job_id", "created")
 ALIAS_COLUMNS = ("alias", "base_model", "version", "epoch", "job_id", "swap_seconds")
 _POLL_S = 0.2
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Annotated
 
 import psutil
@@ -88,9 +89,14 @@ def status(*, state_dir: StateDir = None, as_json: Json = False) -> None:
     if running is None and not os.environ.get("FINERY_URL"):
         fail(f"Nothing runs from {layout.state_dir}; start it by `finery up`.")
     with connected(state_dir) as gateway:
-        served = [model.id for model in gateway.openai.models.list()]
+        models = [model.to_dict() for model in gateway.openai.models.list()]
         active = [job.to_dict() for job in gateway.openai.fine_tuning.jobs.list(limit=20) if job.finished_at is None]
-    facts: dict[str, object] = {"url": gateway.url, "state_dir": str(layout.state_dir), "models": served, "active_jobs": active}
+    facts: dict[str, object] = {
+        "url": gateway.url,
+        "state_dir": str(layout.state_dir),
+        "models": [model["id"] for model in models],
+        "active_jobs": active,
+    }
     if running is not None:
         facts |= {"grpc": running.grpc_address, "pid": running.pid, "processes": _processes(running), "metrics": running.metrics}
     if as_json:
@@ -99,7 +105,7 @@ def status(*, state_dir: StateDir = None, as_json: Json = False) -> None:
     show(facts, columns=("url", "grpc", "state_dir"), as_json=False)
     if running is not None:
         show(_processes(running), columns=("process", "pid", "state", "memory"), as_json=False)
-    show([{"served model": name} for name in served], columns=("served model",), as_json=False)
+    show([{"served model": model["id"], "state": _readiness(model)} for model in models], columns=("served model", "state"), as_json=False)
     if active:
         show(active, columns=("id", "status", "model", "created_at"), as_json=False)
 
@@ -131,6 +137,10 @@ def quickstart(
     raise typer.Exit(0 if better else 1)
 
 
+def _readiness(model: Mapping[str, object]) -> str:
+    return "ready" if model.get("ready") else "vLLM is loading it"
+
+
 def _up_detached(layout: Layout, *, port: int, grpc_port: int) -> None:
     layout.state_dir.mkdir(parents=True, exist_ok=True)
     log_file = layout.state_dir / "up.log"
@@ -152,7 +162,7 @@ def _up_detached(layout: Layout, *, port: int, grpc_port: int) -> None:
     with err.status("starting"):
         while (running := layout.running()) is None or running.pid != process.pid:
             if process.poll() is not None or time.monotonic() > deadline_s:
-                fail(log_file.read_text().strip() or f"It did not start; see {layout.log_dir}.")
+                fail(log_file.read_text().strip().removeprefix("error ") or f"It did not start; see {layout.log_dir}.")
             time.sleep(0.2)
     _say_how_to_go_on(layout, running)
 
