@@ -230,6 +230,9 @@ def test_what_happened_is_in_the_metrics(system: System, crimson: Trained):
     assert total("gateway", "finery_gateway_tokens_total", kind="completion") > 0
     assert total("dataprep", "finery_rpc_requests_total") > 0
     assert total("converter", "python_info") == 1
+    assert total("supervisor", "python_info") == 1
+    assert total("store", "SeaweedFS_s3_request_total") > 0
+    assert total("store-master", "go_goroutines") > 0
 
 
 def test_a_running_job_shows_its_throughput_and_memory(system: System, client: OpenAI, crimson: Trained):

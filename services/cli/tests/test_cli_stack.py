@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,7 @@ class FakeStore:
         self.process = SimpleNamespace(pid=os.getpid(), poll=lambda: None)
         self.settings = SimpleNamespace(endpoint="127.0.0.1:1234", bucket="b", access_key="a", secret_key="s")
         self.asked: list[int | None] = []
+        self.metrics: dict[str, str] = {}
 
     def start(self, *, s3_port: int | None = None, interrupted: Callable[[], bool]) -> SimpleNamespace:
         assert not interrupted()
@@ -125,6 +127,8 @@ def test_what_runs_is_told_anew_after_a_restart(make_stack, tmp_path: Path):
         assert after.processes["alpha"] != before.processes["alpha"]
         assert psutil.pid_exists(after.processes["alpha"])
         assert after.processes["gateway"] == before.processes["gateway"]
+        with urllib.request.urlopen(f"http://{after.metrics['supervisor']}/metrics", timeout=10) as answer:
+            assert 'finery_supervisor_restarts_total{process="alpha"}' in answer.read().decode()
 
 
 def test_a_service_that_lost_its_port_is_started_once_more_at_another(make_stack, tmp_path: Path):

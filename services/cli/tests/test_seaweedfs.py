@@ -104,7 +104,14 @@ def test_everything_listens_on_loopback_at_the_ports_chosen(seaweedfs):
         found |= {item.laddr for item in psutil.Process(process.pid).net_connections("tcp") if item.status == psutil.CONN_LISTEN}
     assert {address.ip for address in found} == {"127.0.0.1"}
     assert {address.port for address in found} == set(seaweedfs.ports.values())
-    assert len(found) == 8
+    assert len(found) == 10
+
+
+def test_both_processes_serve_their_metrics(seaweedfs):
+    for address in seaweedfs.metrics.values():
+        status, text = request(int(address.rpartition(":")[2]), "GET", "/metrics")
+        assert status == 200
+        assert b"SeaweedFS" in text
 
 
 def test_keys_are_random_and_only_their_owner_reads_them(seaweedfs, tmp_path):

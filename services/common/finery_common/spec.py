@@ -214,14 +214,7 @@ def _violation(item: dict[str, Any], known: Iterable[str]) -> Violation:
     if item["type"] == "missing":
         return Violation(field, "missing; it is required")
     got = "" if item["type"] == "value_error" else f"got {_short(item['input'])}, "
-    return Violation(
-        field,
-        got
-        + str(item["msg"])
-        .removeprefix("Value error, ")
-        .replace("Input should be", "wanted")
-        .replace("String should match pattern", "wanted text that matches"),
-    )
+    return Violation(field, got + plain_words(str(item["msg"])))
 
 
 def plain_words(message: str) -> str:

@@ -22,6 +22,7 @@ from finery_common.errors import (
     Violation,
 )
 from finery_common.rpc.status import unknown_error
+from finery_common.spec import plain_words
 
 DEFAULT_RETRY_AFTER_S = 1.0
 _NOT_REPEATED = {409, 504, 507}
@@ -132,14 +133,7 @@ def _violation(item: dict[str, Any]) -> Violation:
     if item["type"] == "missing":
         return Violation(field, "missing; it is required")
     got = "" if item["type"] == "value_error" else f"got {_short(item.get('input'))}, "
-    return Violation(
-        field,
-        got
-        + str(item["msg"])
-        .removeprefix("Value error, ")
-        .replace("Input should be", "wanted")
-        .replace("String should match pattern", "wanted text that matches"),
-    )
+    return Violation(field, got + plain_words(str(item["msg"])))
 
 
 def _short(value: object) -> str:

@@ -30,7 +30,7 @@ class RunningStack:
     grpc_address: str
     s3_endpoint: str
     metrics: dict[str, str]
-    """Service -> host:port of its `/metrics`."""
+    """Process -> host:port of its `/metrics`."""
     processes: dict[str, int]
     """Process name -> pid."""
 

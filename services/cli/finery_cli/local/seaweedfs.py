@@ -31,7 +31,18 @@ from finery_cli.local.process import StartInterruptedError, kill_with_parent
 from finery_common.artifacts import ArtifactStore, S3Settings
 from finery_common.errors import FailedPreconditionError, UnavailableError
 
-_PORTS: tuple[str, ...] = ("master", "master_grpc", "volume", "volume_grpc", "filer", "filer_grpc", "s3", "s3_grpc")
+_PORTS: tuple[str, ...] = (
+    "master",
+    "master_grpc",
+    "volume",
+    "volume_grpc",
+    "filer",
+    "filer_grpc",
+    "s3",
+    "s3_grpc",
+    "master_metrics",
+    "server_metrics",
+)
 _KEYS = ("access_key", "secret_key", "volume_write", "volume_read", "filer_write", "filer_read")
 _NOBODY = "192.0.2.1"
 MIN_FREE_MIB = 256
@@ -85,6 +96,11 @@ class SeaweedFS:
     def ports(self) -> Mapping[str, int]:
         """What listens where on loopback, as of the last start."""
         return cast("dict[str, int]", _read_json(self._dir / "ports.json"))
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Process -> host:port of its `/metrics`."""
+        return {"store": f"{LOOPBACK}:{self.ports['server_metrics']}", "store-master": f"{LOOPBACK}:{self.ports['master_metrics']}"}
 
     def start(self, *, bucket: str = "finery", s3_port: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> S3Settings:
         """Starts it, having stopped what a killed predecessor left, and returns how to reach it once S3 listens: at `s3_port` where given.
@@ -263,6 +279,7 @@ def _master_arguments(folder: Path, ports: Mapping[str, int]) -> list[str]:
         f"-ip.bind={LOOPBACK}",
         f"-port={ports['master']}",
         f"-port.grpc={ports['master_grpc']}",
+        f"-metricsPort={ports['master_metrics']}",
         "-peers=none",
         "-telemetry=false",
         "-volumeSizeLimitMB=1024",
@@ -279,6 +296,7 @@ def _server_arguments(folder: Path, ports: Mapping[str, int], *, min_free_mib: i
         f"-dir={folder / 'data'}",
         f"-ip={LOOPBACK}",
         f"-ip.bind={LOOPBACK}",
+        f"-metricsPort={ports['server_metrics']}",
         f"-volume.port={ports['volume']}",
         f"-volume.port.grpc={ports['volume_grpc']}",
         # The volume server keeps its identity when its port changes.

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import start_http_server
 
 from finery_cli.local.layout import CHECKOUT, Layout, RunningStack, find_one, tools_dir, vllm_python
+from finery_cli.local.metrics import RESTARTS
 from finery_cli.local.ports import free_ports, why_taken
 from finery_cli.local.process import ChildProcess, StartInterruptedError
 from finery_cli.local.seaweedfs import SeaweedFS
@@ -59,6 +61,8 @@ class Stack:
         self._running: RunningStack | None = None
         self._store_failures = 0
         self._next_store_start_s = 0.0
+        self._metrics_port = 0
+        self._metrics_ports: dict[str, int] = {}
 
     @contextmanager
     def running(self) -> Iterator[RunningStack]:
@@ -67,7 +71,7 @@ class Stack:
         Raises StartInterruptedError where `interrupt` comes before all is up.
         """
         self._layout.prepare()
-        with self._layout.locked():
+        with self._layout.locked(), _metrics_served() as self._metrics_port:
             try:
                 yield self._start()
             finally:
@@ -89,6 +93,7 @@ class Stack:
         code = child.exit_code()
         if not child.keep_running():
             return False
+        RESTARTS.labels(child.name).inc()
         self._say(f"{child.name} exited with {code} and was started again. {child.last_words(num_lines=3)}")
         return True
 
@@ -108,6 +113,7 @@ class Stack:
             self._say(f"the object store is still down, the next try comes in {wait_s} s. {error.message}")
             return False
         self._store_failures = 0
+        RESTARTS.labels("object store").inc()
         return True
 
     def _is_stopping(self) -> bool:
@@ -144,6 +150,7 @@ class Stack:
 
     def _start_services(self, shared: Mapping[str, str]) -> None:
         ports = self._choose_ports()
+        self._metrics_ports = ports.metrics
         env = {**self._environment(ports), **shared}
         for service in SERVICES:
             child = self._child(service, env=env, ports=ports)
@@ -156,7 +163,7 @@ class Stack:
     def _publish(self) -> RunningStack:
         """Tells what runs, with the pids of now."""
         assert self._running is not None, "not started"
-        self._running = replace(self._running, processes=self._pids())
+        self._running = replace(self._running, processes=self._pids(), metrics=self._metrics())
         self._layout.write_running(self._running)
         return self._running
 
@@ -216,9 +223,13 @@ class Stack:
             http_url=f"http://127.0.0.1:{ports.http}",
             grpc_address=f"127.0.0.1:{ports.grpc}",
             s3_endpoint=s3_endpoint,
-            metrics={service: f"127.0.0.1:{port}" for service, port in ports.metrics.items()},
+            metrics=self._metrics(),
             processes=self._pids(),
         )
+
+    def _metrics(self) -> dict[str, str]:
+        own = {service: f"127.0.0.1:{port}" for service, port in {**self._metrics_ports, "supervisor": self._metrics_port}.items()}
+        return own if self._store is None else own | self._store.metrics
 
     def _pids(self) -> dict[str, int]:
         store = {} if self._store is None else {"object store": self._store.process.pid}
@@ -236,6 +247,18 @@ class Stack:
             self._say(f"stopping {child.name}")
             child.stop()
         self._children.clear()
+
+
+@contextmanager
+def _metrics_served() -> Iterator[int]:
+    """Serves the supervisor's `/metrics` on a free loopback port."""
+    server, thread = start_http_server(0, addr="127.0.0.1")
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def register_quickstart_model(layout: Layout) -> None:
