@@ -106,7 +106,8 @@ class Compilation:
     """One kernel to be compiled: `signature` types every argument as Triton writes it ("*bf16", "i32", "fp32", "constexpr").
 
     `constexprs` holds plain values, and data types as "tl.bfloat16". Pointers count as aligned to 16 bytes, as torch allocates;
-    `divisible` names the integer arguments (strides) that are multiples of 16. `module` and `name` say where the kernel lies; `compile_for` fills them in.
+    `divisible` names the integer arguments (strides) that are multiples of 16. `module` and `name` say where the kernel
+    lies; `compile_for` fills them in.
     """
 
     module: str
