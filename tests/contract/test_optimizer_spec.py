@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from finery_common.errors import FailedPreconditionError
-from finery_common.spec import OptimizerSpec, OptimizerType, ScheduleType
-from finery_trainer.engine.optim import build_optimizer
+from finery_common.spec import MethodType, OptimizerSpec, OptimizerType, ScheduleType, TrainingSpec
+from finery_trainer.engine.optim import build_optimizer, rate_factors
 
 NUM_STEPS = 100
 OTHER_VALUES: dict[str, object] = {
@@ -21,13 +21,17 @@ OTHER_VALUES: dict[str, object] = {
     "schedule": ScheduleType.COSINE,
     "warmup_ratio": 0.5,
     "min_warmup_steps": 20,
+    "embedding_learning_rate": 1e-5,
 }
 
 
 def behaviour(spec: OptimizerSpec) -> list[float]:
     """Where three steps on fixed gradients lead, and every learning rate of a run."""
     parameter = torch.nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4))
-    stepper = build_optimizer(spec, [parameter], NUM_STEPS)
+    model = torch.nn.Module()
+    model.register_module("embed_tokens", torch.nn.ParameterList([parameter]))
+    factors = rate_factors(model, TrainingSpec(base_model="m", method=MethodType.FULL, optimizer=spec))
+    stepper = build_optimizer(spec, [parameter], NUM_STEPS, factors=factors)
     for scale in (1.0, -0.3, 2.0):
         parameter.grad = scale * torch.linspace(0.01, 1, 8, dtype=torch.float64).reshape(2, 4)
         stepper.apply()

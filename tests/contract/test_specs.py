@@ -12,7 +12,18 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from finery.conversion.v1 import conversion_pb2
 from finery.dataset.v1 import dataset_pb2
 from finery.training.v1 import spec_pb2
-from finery_common.spec import BatchSpec, CheckpointSpec, ConversionSpec, DatasetSpec, LoraSpec, OptimizerSpec, Spec, TrainingSpec
+from finery_common.spec import (
+    BatchSpec,
+    CheckpointSpec,
+    ConversionSpec,
+    DatasetSpec,
+    DpoSpec,
+    LoraSpec,
+    MemorySpec,
+    OptimizerSpec,
+    Spec,
+    TrainingSpec,
+)
 
 PAIRS: list[tuple[type[Spec], Any]] = [
     (TrainingSpec, spec_pb2.TrainingSpec),
@@ -20,6 +31,8 @@ PAIRS: list[tuple[type[Spec], Any]] = [
     (OptimizerSpec, spec_pb2.OptimizerSpec),
     (BatchSpec, spec_pb2.BatchSpec),
     (CheckpointSpec, spec_pb2.CheckpointSpec),
+    (MemorySpec, spec_pb2.MemorySpec),
+    (DpoSpec, spec_pb2.DpoSpec),
     (DatasetSpec, dataset_pb2.DatasetSpec),
     (ConversionSpec, conversion_pb2.ConversionSpec),
 ]

@@ -7,29 +7,50 @@ value `OPTIMIZER_TYPE_ADAMW` is `"adamw"` here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from typing import Annotated, Any, Self, TypeVar
 
 from google.protobuf.message import Message
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from finery_common.errors import InvalidArgumentError, Violation
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SERVABLE_LORA_RANK = 512
+_EMBEDDING_MODULES = frozenset({"embed_tokens", "lm_head"})
+_BYTES_OF_UNIT = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+_BUDGET = r"^(auto|[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?(MB|GB|MiB|GiB)?)$"
 
 M = TypeVar("M", bound=Message)
 
 
 class MethodType(StrEnum):
     LORA = "lora"
+    FULL = "full"
+    DPO = "dpo"
+
+
+class Quantization(StrEnum):
+    NONE = "none"
+    NF4 = "nf4"
+    INT8 = "int8"
+
+
+class DpoLossType(StrEnum):
+    SIGMOID = "sigmoid"
+    HINGE = "hinge"
+    IPO = "ipo"
+    ROBUST = "robust"
 
 
 class OptimizerType(StrEnum):
     AUTO = "auto"
     ADAMW = "adamw"
     ADAMW_8BIT = "adamw_8bit"
+    ADAMW_BF16 = "adamw_bf16"
 
 
 class ScheduleType(StrEnum):
@@ -48,6 +69,11 @@ class LoraBias(StrEnum):
     NONE = "none"
     ALL = "all"
     LORA_ONLY = "lora_only"
+
+
+class DatasetType(StrEnum):
+    SUPERVISED = "supervised"
+    PREFERENCE = "preference"
 
 
 class OutputFormat(StrEnum):
@@ -99,13 +125,24 @@ class LoraSpec(Spec):
     """Names of the linear layers that get an adapter."""
     use_rslora: bool = Field(default=False, strict=True)
     """Scale by alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732)."""
+    use_dora: bool = Field(default=False, strict=True)
+    """Also train the length of each output's weight vector (DoRA, Liu et al., arXiv:2402.09353). Cannot be served as an adapter."""
+    b_learning_rate_ratio: float = Field(default=1.0, gt=0, le=1000, strict=True)
+    """Learning rate of B over that of A (LoRA+, Hayou et al., arXiv:2402.12354, who advise about 16); A has optimizer.learning_rate."""
+
+    @model_validator(mode="after")
+    def _dora_trains_no_bias(self) -> Self:
+        if self.use_dora and self.bias is not LoraBias.NONE:
+            raise _conflict("use_dora", f"got true with bias {self.bias.value}, wanted one of the two")
+        return self
 
 
 class OptimizerSpec(Spec):
     """The optimizer and its learning-rate schedule."""
 
     type: OptimizerType = OptimizerType.AUTO
-    """auto: adamw_8bit on a GPU, adamw on a CPU. adamw_8bit needs a GPU."""
+    """auto: adamw_8bit on a GPU, adamw on a CPU. adamw_8bit and adamw_bf16 keep their two moments in 8 and 16 bits, adamw in 32.
+    adamw_8bit needs a GPU."""
     learning_rate: float = Field(default=2e-4, gt=0, le=1, strict=True)
     """Peak learning rate."""
     weight_decay: float = Field(default=0.01, ge=0, le=1, strict=True)
@@ -124,6 +161,8 @@ class OptimizerSpec(Spec):
     """Share of all steps spent rising from 0."""
     min_warmup_steps: int = Field(default=5, ge=0, strict=True)
     """Warm-up is at least this long, and never longer than the run."""
+    embedding_learning_rate: float | None = Field(default=None, gt=0, le=1, strict=True)
+    """Peak learning rate of the input embeddings and the output head, where they train; none: learning_rate."""
 
 
 class BatchSpec(Spec):
@@ -133,6 +172,9 @@ class BatchSpec(Spec):
     """Rows a forward pass."""
     gradient_accumulation_steps: int = Field(default=4, ge=1, le=1024, strict=True)
     """Forward passes a step. The loss is normalised by the step's label count, so the split does not change the gradient."""
+    max_tokens: int | None = Field(default=None, ge=8, strict=True)
+    """Most tokens that are packed into one forward pass, over the rows of one step; none: what the memory budget allows. The
+    gradient does not depend on it."""
 
 
 class CheckpointSpec(Spec):
@@ -144,13 +186,63 @@ class CheckpointSpec(Spec):
     """Full states kept. Adapters of epochs are always kept."""
 
 
+class MemorySpec(Spec):
+    """What memory a run may use. The numbers of a run do not depend on it, but for the order of sums."""
+
+    budget: str = Field(default="auto", pattern=_BUDGET)
+    """Of the GPU's memory: `auto` for what is free, a fraction of it up to 1 such as 0.9, or bytes, also as 24GiB or 24GB. A JSON
+    number is taken as well. See `budget_bytes`."""
+    host_budget_bytes: int | None = Field(default=None, ge=0, strict=True)
+    """Pinned host memory in bytes that activations may be moved to; none: half of what is free. 0: nothing is moved."""
+    offload_embeddings: bool = Field(default=False, strict=True)
+    """Keep frozen input embeddings in host memory, and look their rows up there."""
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("budget")
+    @classmethod
+    def _is_positive(cls, value: str) -> str:
+        if value != "auto" and _budget_number(value) <= 0:
+            raise ValueError(f"got {value!r}, wanted auto, a fraction up to 1, or a number of bytes")
+        return value
+
+    def budget_bytes(self, free_bytes: int) -> int:
+        """The budget on a GPU of which `free_bytes` are free for this run; never more than those."""
+        if self.budget == "auto":
+            return free_bytes
+        number = _budget_number(self.budget)
+        return min(free_bytes, int(number * free_bytes) if number <= 1 else int(number))
+
+
+class DpoSpec(Spec):
+    """Direct preference optimization (Rafailov et al., arXiv:2305.18290); the base model without its adapter is the reference."""
+
+    beta: float = Field(default=0.1, gt=0, le=100, strict=True)
+    """How strongly the model is held to the reference; the tau of ipo."""
+    loss_type: DpoLossType = DpoLossType.SIGMOID
+    """sigmoid: DPO's own. hinge: SLiC (arXiv:2305.10425). ipo: arXiv:2310.12036. robust: arXiv:2403.00409."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, strict=True)
+    """Share of pairs assumed to be the wrong way around; for loss type robust, whose default of 0 is sigmoid."""
+
+    @model_validator(mode="after")
+    def _smoothing_belongs_to_robust(self) -> Self:
+        if self.label_smoothing and self.loss_type is not DpoLossType.ROBUST:
+            text = f"got {self.label_smoothing} with loss_type {self.loss_type.value}, wanted 0; it belongs to loss_type robust"
+            raise _conflict("label_smoothing", text)
+        return self
+
+
 class TrainingSpec(Spec):
     """Everything that decides the numbers of a run, besides its data."""
 
     base_model: str = Field(min_length=1, max_length=200)
     """A base model of the catalogue."""
     method: MethodType = MethodType.LORA
-    """What is trained."""
+    """lora: adapters, on the rows of a chat file (QLoRA is lora with quantization nf4). full: every weight, on the same rows.
+    dpo: adapters, on the pairs of a preference file."""
     max_sequence_length: int = Field(default=2048, ge=8, le=1_048_576, strict=True)
     """In tokens; a longer row is an error that names its line."""
     lora: LoraSpec = LoraSpec()
@@ -169,6 +261,69 @@ class TrainingSpec(Spec):
     """Of initialisation, shuffling and dropout."""
     precision: Precision = Precision.AUTO
     """Of weights and arithmetic. auto: bfloat16 on a GPU, float32 on a CPU."""
+    quantization: Quantization = Quantization.NONE
+    """Of the decoder's frozen linear weights. nf4: 4 bits with doubly quantized scales (Dettmers et al., arXiv:2305.14314). int8:
+    8 bits (arXiv:2208.07339)."""
+    memory: MemorySpec = MemorySpec()
+    """What memory the run may use."""
+    deterministic: bool | None = Field(default=None, strict=True)
+    """Two runs with one seed are bit-equal, and a resumed one equals one never stopped. None: on a CPU on, on a GPU off."""
+    gpus: int = Field(default=1, ge=1, le=64, strict=True)
+    """GPUs of one machine that share each step's rows. On a CPU it is 1."""
+    dpo: DpoSpec = DpoSpec()
+    """The loss of method dpo."""
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        for is_there, field, text in _conflicts(self):
+            if is_there:
+                raise _conflict(field, text)
+        return self
+
+
+def _conflicts(spec: TrainingSpec) -> Iterator[tuple[bool, str, str]]:
+    """Every combination of fields that cannot hold: whether it is there, the field to change, and what to say of it."""
+    method, is_full, is_dpo = spec.method.value, spec.method is MethodType.FULL, spec.method is MethodType.DPO
+    splits_rows = spec.batch.max_tokens is not None and spec.batch.max_tokens < spec.max_sequence_length
+    trains_embeddings = is_full or not _EMBEDDING_MODULES.isdisjoint(spec.lora.target_modules)
+    yield (
+        is_full and spec.quantization is not Quantization.NONE,
+        "quantization",
+        f"got {spec.quantization.value} with method full, wanted none; only frozen weights can be quantized, as those of method lora",
+    )
+    yield is_full and spec.lora != LoraSpec(), "lora", "got an adapter's shape with method full, which has no adapter; leave it out"
+    yield spec.dpo != DpoSpec() and not is_dpo, "dpo", f"got a loss with method {method}; leave it out, or use method dpo"
+    yield (
+        spec.gpus > 1 and spec.method is not MethodType.LORA,
+        "gpus",
+        f"got {spec.gpus} with method {method}, wanted 1; several GPUs train method lora only (with any quantization)",
+    )
+    yield (
+        spec.optimizer.embedding_learning_rate is not None and not trains_embeddings,
+        "optimizer.embedding_learning_rate",
+        f"got a rate with method {method}, where neither embeddings nor head train; leave it out, or put lm_head into lora.target_modules",
+    )
+    yield (
+        is_full and spec.memory.offload_embeddings,
+        "memory.offload_embeddings",
+        "got true with method full, which trains the embeddings; only frozen ones can stay in host memory",
+    )
+    yield is_dpo and spec.memory != MemorySpec(), "memory", "got limits with method dpo, which keeps none; leave it out"
+    yield (
+        is_dpo and spec.batch.max_tokens is not None,
+        "batch.max_tokens",
+        "got a number with method dpo, whose pairs are not packed; use batch.micro_batch_size",
+    )
+    yield (
+        splits_rows,
+        "batch.max_tokens",
+        f"got {spec.batch.max_tokens}, wanted at least max_sequence_length, {spec.max_sequence_length}: no row is split",
+    )
+
+
+def _conflict(field: str, text: str) -> PydanticCustomError:
+    """An error of several fields that names the one to change."""
+    return PydanticCustomError("conflict", "{text}", {"field": field, "text": text})
 
 
 class DatasetSpec(Spec):
@@ -180,6 +335,8 @@ class DatasetSpec(Spec):
     """Its tokenizer and chat template are used."""
     max_sequence_length: int = Field(default=2048, ge=8, le=1_048_576, strict=True)
     """In tokens; a longer row is an error that names its line."""
+    type: DatasetType = DatasetType.SUPERVISED
+    """supervised: rows of chat, or of prompt and completion. preference: rows of an input with a preferred and another output."""
 
 
 class ConversionSpec(Spec):
@@ -201,13 +358,22 @@ class ConversionSpec(Spec):
 
 def invalid_fields(error: ValidationError, *, known: Iterable[str] = ()) -> InvalidArgumentError:
     """Pydantic's report as one InvalidArgumentError: what was got and what was wanted, by field."""
-    violations = tuple(_violation(dict(item), known) for item in error.errors(include_url=False, include_context=False))
+    violations = tuple(_violation(dict(item), known) for item in error.errors(include_url=False))
     text = "; ".join(f"{v.field}: {v.description}" if v.field else v.description for v in violations)
     return InvalidArgumentError(text, param=violations[0].field or None, violations=violations)
 
 
+def _budget_number(text: str) -> float:
+    """The number that a memory budget other than auto writes: a fraction, or bytes."""
+    match = re.fullmatch(r"([0-9.e+-]+)([A-Za-z]*)", text)
+    assert match is not None
+    return float(match[1]) * _BYTES_OF_UNIT[match[2]]
+
+
 def _violation(item: dict[str, Any], known: Iterable[str]) -> Violation:
     field = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "conflict":
+        return Violation(".".join([*map(str, item["loc"]), item["ctx"]["field"]]), item["msg"])
     if item["type"] == "extra_forbidden":
         names = ", ".join(known) if len(item["loc"]) == 1 and known else "those in the documentation"
         return Violation(field, f"unknown field; known are {names}")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from finery.training.v1 import spec_pb2
 from finery_common.errors import InvalidArgumentError
-from finery_common.spec import BatchSpec, LoraSpec, OptimizerSpec, OptimizerType, ScheduleType, TrainingSpec
+from finery_common.spec import BatchSpec, LoraSpec, MemorySpec, OptimizerSpec, OptimizerType, ScheduleType, TrainingSpec
 
 
 def test_an_empty_message_means_the_defaults():
@@ -52,6 +52,57 @@ def test_a_wrong_field_is_named_with_what_was_wanted(fields, param, text):
         TrainingSpec.parse(fields)
     assert caught.value.param == param
     assert text in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "text"),
+    [
+        ({"method": "full", "quantization": "nf4"}, "quantization", "only frozen weights can be quantized"),
+        ({"method": "full", "lora": {"rank": 4}}, "lora", "has no adapter"),
+        ({"method": "full", "gpus": 2}, "gpus", "got 2 with method full, wanted 1"),
+        ({"method": "dpo", "gpus": 2}, "gpus", "several GPUs train method lora only"),
+        ({"method": "full", "memory": {"offload_embeddings": True}}, "memory.offload_embeddings", "trains the embeddings"),
+        ({"method": "dpo", "memory": {"budget": "8GiB"}}, "memory", "keeps none"),
+        ({"method": "dpo", "batch": {"max_tokens": 4096}}, "batch.max_tokens", "not packed"),
+        ({"batch": {"max_tokens": 100}}, "batch.max_tokens", "wanted at least max_sequence_length, 2048"),
+        ({"dpo": {"beta": 0.5}}, "dpo", "use method dpo"),
+        ({"method": "dpo", "dpo": {"label_smoothing": 0.1}}, "dpo.label_smoothing", "belongs to loss_type robust"),
+        ({"lora": {"use_dora": True, "bias": "all"}}, "lora.use_dora", "wanted one of the two"),
+        ({"optimizer": {"embedding_learning_rate": 1e-5}}, "optimizer.embedding_learning_rate", "neither embeddings nor head train"),
+        ({"memory": {"budget": "most"}}, "memory.budget", "got 'most'"),
+        ({"memory": {"budget": "0GiB"}}, "memory.budget", "wanted auto, a fraction up to 1, or a number of bytes"),
+        ({"memory": {"budget": True}}, "memory.budget", "got True"),
+    ],
+)
+def test_fields_that_cannot_hold_together_are_refused_by_the_one_to_change(fields, param, text):
+    with pytest.raises(InvalidArgumentError) as caught:
+        TrainingSpec.parse({"base_model": "m", **fields})
+    assert caught.value.param == param
+    assert text in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_bytes"),
+    [("auto", 1000), (0.5, 500), ("0.25", 250), (1, 1000), (600, 600), ("600", 600), (5000, 1000), ("1MB", 1000)],
+)
+def test_a_memory_budget_is_everything_free_or_a_share_or_bytes_and_never_more_than_is_free(budget, num_bytes):
+    assert MemorySpec.parse({"budget": budget}).budget_bytes(1000) == num_bytes
+
+
+@pytest.mark.parametrize(("budget", "num_bytes"), [("2GiB", 2 << 30), ("1.5GB", 1_500_000_000), (2**33, 2**33)])
+def test_a_memory_budget_in_units_is_that_many_bytes(budget, num_bytes):
+    assert MemorySpec.parse({"budget": budget}).budget_bytes(1 << 40) == num_bytes
+
+
+def test_every_kind_of_run_that_holds_survives_the_wire():
+    for fields in (
+        {"method": "full", "optimizer": {"embedding_learning_rate": 1e-5}},
+        {"quantization": "nf4", "lora": {"use_dora": True, "b_learning_rate_ratio": 16.0}, "gpus": 8, "deterministic": False},
+        {"method": "dpo", "quantization": "int8", "dpo": {"beta": 0.3, "loss_type": "robust", "label_smoothing": 0.1}},
+        {"memory": {"budget": 0.5, "host_budget_bytes": 0, "offload_embeddings": True}, "batch": {"max_tokens": 8192}},
+    ):
+        spec = TrainingSpec.parse({"base_model": "m", **fields})
+        assert TrainingSpec.from_proto(spec.to_proto(spec_pb2.TrainingSpec)) == spec
 
 
 def test_an_unset_enum_number_of_the_future_is_refused():

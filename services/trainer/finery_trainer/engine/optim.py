@@ -6,13 +6,19 @@ The learning rate is a function of the step alone, so that a checkpoint needs th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from finery_common.errors import FailedPreconditionError
-from finery_common.spec import OptimizerSpec, OptimizerType, ScheduleType
+from finery_common.spec import OptimizerSpec, OptimizerType, ScheduleType, TrainingSpec
+
+_FACTOR = "rate_factor"
+_LORA_B = re.compile(r"\blora_(embedding_)?B\b")
+_EMBEDDING = re.compile(r"\b(embed_tokens|wte|embed_in|lm_head|embed_out)\b")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Stepper:
             raise non_finite("gradient norm", grad_norm, step=self.step + 1)
         self.step += 1
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * group[_FACTOR]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
@@ -65,23 +71,35 @@ class Stepper:
         return self.schedule.learning_rate(self.step)
 
 
-def build_optimizer(spec: OptimizerSpec, params: Iterable[torch.nn.Parameter], num_steps: int) -> Stepper:
+def build_optimizer(
+    spec: OptimizerSpec, params: Iterable[torch.nn.Parameter], num_steps: int, *, factors: Mapping[torch.nn.Parameter, float] | None = None
+) -> Stepper:
     """The optimizer over `params` for a run of `num_steps`. Matrices decay, vectors (biases) do not.
 
+    `factors` (see `rate_factors`) multiply the learning rate of the parameters they name.
     Raises FailedPreconditionError where `adamw_8bit` is asked for without a GPU or without bitsandbytes.
     """
     assert num_steps >= 1
     trainable = [p for p in params if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
     kind = _optimizer_class(spec.type, on_gpu=bool(trainable) and trainable[0].is_cuda)
-    optimizer = kind(
-        [group for group in groups if group["params"]], lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), eps=spec.epsilon
-    )
+    groups = _groups(trainable, weight_decay=spec.weight_decay, factors=factors or {})
+    optimizer = kind(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), eps=spec.epsilon)
     num_warmup_steps = min(num_steps, max(spec.min_warmup_steps, math.ceil(spec.warmup_ratio * num_steps)))
     return Stepper(optimizer, Schedule(spec.schedule, spec.learning_rate, num_steps, num_warmup_steps), spec.max_grad_norm)
+
+
+def rate_factors(model: torch.nn.Module, spec: TrainingSpec) -> dict[torch.nn.Parameter, float]:
+    """What the learning rate of some trained parameters of `model` is multiplied by: embeddings and head, and LoRA's B."""
+    optimizer, factors = spec.optimizer, dict[torch.nn.Parameter, float]()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = spec.lora.b_learning_rate_ratio if _LORA_B.search(name) else 1.0
+        if optimizer.embedding_learning_rate is not None and _EMBEDDING.search(name):
+            factor *= optimizer.embedding_learning_rate / optimizer.learning_rate
+        if factor != 1.0:
+            factors[parameter] = factor
+    return factors
 
 
 def non_finite(what: str, value: float, *, step: int) -> FailedPreconditionError:
@@ -92,15 +110,28 @@ def non_finite(what: str, value: float, *, step: int) -> FailedPreconditionError
     )
 
 
+def _groups(
+    trainable: Sequence[torch.nn.Parameter], *, weight_decay: float, factors: Mapping[torch.nn.Parameter, float]
+) -> list[dict[str, Any]]:
+    """Parameter groups, each of one decay and one factor on the learning rate."""
+    by_kind: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for parameter in sorted(trainable, key=lambda p: p.dim() < 2):
+        kind = weight_decay if parameter.dim() >= 2 else 0.0, factors.get(parameter, 1.0)
+        by_kind.setdefault(kind, []).append(parameter)
+    return [{"params": params, "weight_decay": decay, _FACTOR: factor} for (decay, factor), params in by_kind.items()]
+
+
 def _optimizer_class(kind: OptimizerType, *, on_gpu: bool) -> Callable[..., torch.optim.Optimizer]:
     if kind is OptimizerType.ADAMW or (kind is OptimizerType.AUTO and not on_gpu):
         return torch.optim.AdamW
+    if kind is OptimizerType.ADAMW_BF16:
+        raise FailedPreconditionError("optimizer.type: got adamw_bf16, which this engine has not yet; use adamw.", param="optimizer.type")
     if not on_gpu:
         raise FailedPreconditionError(
             "optimizer.type: got adamw_8bit on a machine without a GPU; use adamw or auto.", param="optimizer.type"
         )
     try:
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # on GPU machines only
+        from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
         raise FailedPreconditionError(
             f"optimizer.type {kind.value} needs the package bitsandbytes on a GPU; install it or use adamw.", param="optimizer.type"

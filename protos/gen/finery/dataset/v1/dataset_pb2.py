@@ -27,33 +27,35 @@ from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66inery/dataset/v1/dataset.proto\x12\x11\x66inery.dataset.v1\x1a\x1a\x66inery/common/v1/job.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8b\x01\n\x0b\x44\x61tasetSpec\x12\x11\n\x04\x66ile\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x17\n\nbase_model\x18\x02 \x01(\tH\x01\x88\x01\x01\x12 \n\x13max_sequence_length\x18\x03 \x01(\x03H\x02\x88\x01\x01\x42\x07\n\x05_fileB\r\n\x0b_base_modelB\x16\n\x14_max_sequence_length\"\x9e\x01\n\x11\x44\x61tasetStatistics\x12\x10\n\x08num_rows\x18\x01 \x01(\x03\x12\x12\n\nnum_tokens\x18\x02 \x01(\x03\x12\x18\n\x10num_label_tokens\x18\x03 \x01(\x03\x12\x16\n\x0emin_row_tokens\x18\x04 \x01(\x03\x12\x19\n\x11median_row_tokens\x18\x05 \x01(\x03\x12\x16\n\x0emax_row_tokens\x18\x06 \x01(\x03\"\xe8\x02\n\x07\x44\x61taset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.finery.dataset.v1.DatasetSpec\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.finery.common.v1.JobState\x12)\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x1a.finery.common.v1.JobError\x12\x38\n\nstatistics\x18\x05 \x01(\x0b\x32$.finery.dataset.v1.DatasetStatistics\x12/\n\x08\x61rtifact\x18\x06 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"h\n\x14\x43reateDatasetRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.finery.dataset.v1.DatasetSpec\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"!\n\x11GetDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListDatasetsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"]\n\x14ListDatasetsResponse\x12,\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x1a.finery.dataset.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x43\x61ncelDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x14\x44\x65leteDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x13WatchDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x32\x95\x04\n\x0e\x44\x61tasetService\x12T\n\rCreateDataset\x12\'.finery.dataset.v1.CreateDatasetRequest\x1a\x1a.finery.dataset.v1.Dataset\x12N\n\nGetDataset\x12$.finery.dataset.v1.GetDatasetRequest\x1a\x1a.finery.dataset.v1.Dataset\x12_\n\x0cListDatasets\x12&.finery.dataset.v1.ListDatasetsRequest\x1a\'.finery.dataset.v1.ListDatasetsResponse\x12T\n\rCancelDataset\x12\'.finery.dataset.v1.CancelDatasetRequest\x1a\x1a.finery.dataset.v1.Dataset\x12P\n\rDeleteDataset\x12\'.finery.dataset.v1.DeleteDatasetRequest\x1a\x16.google.protobuf.Empty\x12T\n\x0cWatchDataset\x12&.finery.dataset.v1.WatchDatasetRequest\x1a\x1a.finery.common.v1.JobEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66inery/dataset/v1/dataset.proto\x12\x11\x66inery.dataset.v1\x1a\x1a\x66inery/common/v1/job.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc7\x01\n\x0b\x44\x61tasetSpec\x12\x11\n\x04\x66ile\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x17\n\nbase_model\x18\x02 \x01(\tH\x01\x88\x01\x01\x12 \n\x13max_sequence_length\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x31\n\x04type\x18\x04 \x01(\x0e\x32\x1e.finery.dataset.v1.DatasetTypeH\x03\x88\x01\x01\x42\x07\n\x05_fileB\r\n\x0b_base_modelB\x16\n\x14_max_sequence_lengthB\x07\n\x05_type\"\x9e\x01\n\x11\x44\x61tasetStatistics\x12\x10\n\x08num_rows\x18\x01 \x01(\x03\x12\x12\n\nnum_tokens\x18\x02 \x01(\x03\x12\x18\n\x10num_label_tokens\x18\x03 \x01(\x03\x12\x16\n\x0emin_row_tokens\x18\x04 \x01(\x03\x12\x19\n\x11median_row_tokens\x18\x05 \x01(\x03\x12\x16\n\x0emax_row_tokens\x18\x06 \x01(\x03\"\xe8\x02\n\x07\x44\x61taset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.finery.dataset.v1.DatasetSpec\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.finery.common.v1.JobState\x12)\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x1a.finery.common.v1.JobError\x12\x38\n\nstatistics\x18\x05 \x01(\x0b\x32$.finery.dataset.v1.DatasetStatistics\x12/\n\x08\x61rtifact\x18\x06 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"h\n\x14\x43reateDatasetRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.finery.dataset.v1.DatasetSpec\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"!\n\x11GetDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListDatasetsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"]\n\x14ListDatasetsResponse\x12,\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x1a.finery.dataset.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x43\x61ncelDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x14\x44\x65leteDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x13WatchDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03*e\n\x0b\x44\x61tasetType\x12\x1c\n\x18\x44\x41TASET_TYPE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44\x41TASET_TYPE_SUPERVISED\x10\x01\x12\x1b\n\x17\x44\x41TASET_TYPE_PREFERENCE\x10\x02\x32\x95\x04\n\x0e\x44\x61tasetService\x12T\n\rCreateDataset\x12\'.finery.dataset.v1.CreateDatasetRequest\x1a\x1a.finery.dataset.v1.Dataset\x12N\n\nGetDataset\x12$.finery.dataset.v1.GetDatasetRequest\x1a\x1a.finery.dataset.v1.Dataset\x12_\n\x0cListDatasets\x12&.finery.dataset.v1.ListDatasetsRequest\x1a\'.finery.dataset.v1.ListDatasetsResponse\x12T\n\rCancelDataset\x12\'.finery.dataset.v1.CancelDatasetRequest\x1a\x1a.finery.dataset.v1.Dataset\x12P\n\rDeleteDataset\x12\'.finery.dataset.v1.DeleteDatasetRequest\x1a\x16.google.protobuf.Empty\x12T\n\x0cWatchDataset\x12&.finery.dataset.v1.WatchDatasetRequest\x1a\x1a.finery.common.v1.JobEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'finery.dataset.v1.dataset_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_DATASETTYPE']._serialized_start=1321
+  _globals['_DATASETTYPE']._serialized_end=1422
   _globals['_DATASETSPEC']._serialized_start=145
-  _globals['_DATASETSPEC']._serialized_end=284
-  _globals['_DATASETSTATISTICS']._serialized_start=287
-  _globals['_DATASETSTATISTICS']._serialized_end=445
-  _globals['_DATASET']._serialized_start=448
-  _globals['_DATASET']._serialized_end=808
-  _globals['_CREATEDATASETREQUEST']._serialized_start=810
-  _globals['_CREATEDATASETREQUEST']._serialized_end=914
-  _globals['_GETDATASETREQUEST']._serialized_start=916
-  _globals['_GETDATASETREQUEST']._serialized_end=949
-  _globals['_LISTDATASETSREQUEST']._serialized_start=951
-  _globals['_LISTDATASETSREQUEST']._serialized_end=1027
-  _globals['_LISTDATASETSRESPONSE']._serialized_start=1029
-  _globals['_LISTDATASETSRESPONSE']._serialized_end=1122
-  _globals['_CANCELDATASETREQUEST']._serialized_start=1124
-  _globals['_CANCELDATASETREQUEST']._serialized_end=1160
-  _globals['_DELETEDATASETREQUEST']._serialized_start=1162
-  _globals['_DELETEDATASETREQUEST']._serialized_end=1198
-  _globals['_WATCHDATASETREQUEST']._serialized_start=1200
-  _globals['_WATCHDATASETREQUEST']._serialized_end=1259
-  _globals['_DATASETSERVICE']._serialized_start=1262
-  _globals['_DATASETSERVICE']._serialized_end=1795
+  _globals['_DATASETSPEC']._serialized_end=344
+  _globals['_DATASETSTATISTICS']._serialized_start=347
+  _globals['_DATASETSTATISTICS']._serialized_end=505
+  _globals['_DATASET']._serialized_start=508
+  _globals['_DATASET']._serialized_end=868
+  _globals['_CREATEDATASETREQUEST']._serialized_start=870
+  _globals['_CREATEDATASETREQUEST']._serialized_end=974
+  _globals['_GETDATASETREQUEST']._serialized_start=976
+  _globals['_GETDATASETREQUEST']._serialized_end=1009
+  _globals['_LISTDATASETSREQUEST']._serialized_start=1011
+  _globals['_LISTDATASETSREQUEST']._serialized_end=1087
+  _globals['_LISTDATASETSRESPONSE']._serialized_start=1089
+  _globals['_LISTDATASETSRESPONSE']._serialized_end=1182
+  _globals['_CANCELDATASETREQUEST']._serialized_start=1184
+  _globals['_CANCELDATASETREQUEST']._serialized_end=1220
+  _globals['_DELETEDATASETREQUEST']._serialized_start=1222
+  _globals['_DELETEDATASETREQUEST']._serialized_end=1258
+  _globals['_WATCHDATASETREQUEST']._serialized_start=1260
+  _globals['_WATCHDATASETREQUEST']._serialized_end=1319
+  _globals['_DATASETSERVICE']._serialized_start=1425
+  _globals['_DATASETSERVICE']._serialized_end=1958
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,7 @@ from finery.common.v1 import job_pb2 as _job_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -11,15 +12,26 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class DatasetType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DATASET_TYPE_UNSPECIFIED: _ClassVar[DatasetType]
+    DATASET_TYPE_SUPERVISED: _ClassVar[DatasetType]
+    DATASET_TYPE_PREFERENCE: _ClassVar[DatasetType]
+DATASET_TYPE_UNSPECIFIED: DatasetType
+DATASET_TYPE_SUPERVISED: DatasetType
+DATASET_TYPE_PREFERENCE: DatasetType
+
 class DatasetSpec(_message.Message):
-    __slots__ = ("file", "base_model", "max_sequence_length")
+    __slots__ = ("file", "base_model", "max_sequence_length", "type")
     FILE_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
     file: str
     base_model: str
     max_sequence_length: int
-    def __init__(self, file: _Optional[str] = ..., base_model: _Optional[str] = ..., max_sequence_length: _Optional[int] = ...) -> None: ...
+    type: DatasetType
+    def __init__(self, file: _Optional[str] = ..., base_model: _Optional[str] = ..., max_sequence_length: _Optional[int] = ..., type: _Optional[_Union[DatasetType, str]] = ...) -> None: ...
 
 class DatasetStatistics(_message.Message):
     __slots__ = ("num_rows", "num_tokens", "num_label_tokens", "min_row_tokens", "median_row_tokens", "max_row_tokens")
