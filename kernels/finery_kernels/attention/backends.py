@@ -48,6 +48,13 @@ OPERATOR_ARGUMENTS: dict[str, tuple[str, ...]] = {
 }
 
 
+# What FlashAttention 3's forward takes for decoding and fp8.
+FA3_ABSENT = (
+    *("k_new", "v_new", "q_v", "out", "cu_seqlens_k_new", "page_table", "kv_batch_idx", "leftpad_k"),
+    *("rotary_cos", "rotary_sin", "seqlens_rotary", "q_descale", "k_descale", "v_descale"),
+)
+
+
 def forward(backend: str, q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, problem: Problem) -> Forward:
     """Output [T, H, d], contiguous, with the logsumexp in the backend's form and what its backward wants besides."""
     calls: dict[str, Callable[..., Forward]] = {"cudnn": _cudnn, "flash": _flash, "fa3": _fa3, "flex": _flex}
@@ -95,7 +102,7 @@ def check(backend: str, q_THd: torch.Tensor, problem: Problem) -> None:
         raise UnsupportedError(f"backend {backend} does not take {reason}; leave the backend unset, or name another.")
     if q_THd.dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
         raise UnsupportedError(
-            f"backend {backend} does not take {q_THd.dtype} with head dim {head_dim}; bf16 or fp16, and a multiple of 8 up to 256, is wanted."
+            f"backend {backend} does not take {q_THd.dtype} with head dim {head_dim}; bf16 or fp16, and 8 to 256 by 8, are wanted."
         )
 
 
@@ -114,15 +121,15 @@ def _by_sequence(x_THd: torch.Tensor, problem: Problem) -> torch.Tensor:
 def _cudnn(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, problem: Problem) -> Forward:
     """Fewer key-value heads than query heads go in as they are."""
     q_SHLd, k_SKLd, v_SKLd = (_by_sequence(x, problem).transpose(1, 2) for x in (q_THd, k_TKd, v_TKd))
-    result = torch.ops.aten._scaled_dot_product_cudnn_attention(
+    result = torch.ops.aten._scaled_dot_product_cudnn_attention(  # noqa: SLF001
         q_SHLd,
         k_SKLd,
         v_SKLd,
         None,
-        True,  # noqa: FBT003
+        True,
         0.0,
         problem.causal,
-        False,  # noqa: FBT003
+        False,
         scale=problem.scale,
     )
     out_SHLd, lse, seed, offset = result[0], result[1], result[6], result[7]
@@ -143,7 +150,7 @@ def _cudnn_backward(
         _by_sequence(x, problem).transpose(1, 2) for x in (dout_THd, q_THd, k_TKd, v_TKd, out_THd)
     )
     seed, offset = saved
-    dq_SHLd, dk_SKLd, dv_SKLd = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+    dq_SHLd, dk_SKLd, dv_SKLd = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # noqa: SLF001
         dout_SHLd,
         q_SHLd,
         k_SKLd,
@@ -180,7 +187,7 @@ def _flash(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, proble
     bounds = None if dense else problem.cu_seqlens_S
     longest = problem.length or problem.max_seqlen
     left, right = _windows(problem)
-    out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
+    out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(  # noqa: SLF001
         q,
         k,
         v,
@@ -190,7 +197,7 @@ def _flash(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, proble
         longest,
         0.0,
         problem.causal,
-        False,  # noqa: FBT003
+        False,
         scale=problem.scale,
         window_size_left=left,
         window_size_right=right,
@@ -215,7 +222,7 @@ def _flash_backward(
     left, right = _windows(problem)
     rng_state, unused = saved
     with _determinism() if problem.deterministic else contextlib.nullcontext():
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(  # noqa: SLF001
             dout,
             q,
             k,
@@ -244,7 +251,7 @@ def _determinism() -> Iterator[None]:
     if enabled and not warn_only:
         yield
         return
-    torch.use_deterministic_algorithms(True)  # noqa: FBT003
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
@@ -258,11 +265,14 @@ def _fa3_operators() -> Any:
 
 
 def _fa3_options(problem: Problem) -> dict[str, Any]:
+    """What both operators take. Some releases have no defaults, so that None is named wherever it is meant."""
     left, right = _windows(problem)
     dense = problem.length is not None
     return {
         "cu_seqlens_q": None if dense else problem.cu_seqlens_S,
         "cu_seqlens_k": None if dense else problem.cu_seqlens_S,
+        "seqused_q": None,
+        "seqused_k": None,
         "max_seqlen_q": None if dense else problem.max_seqlen,
         "max_seqlen_k": None if dense else problem.max_seqlen,
         "softmax_scale": problem.scale,
@@ -275,8 +285,9 @@ def _fa3_options(problem: Problem) -> dict[str, Any]:
 
 def _fa3(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, problem: Problem) -> Forward:
     q, k, v = (x if problem.length is None else _by_sequence(x, problem) for x in (q_THd, k_TKd, v_TKd))
+    absent = dict.fromkeys(FA3_ABSENT)
     # One split: more would be reduced in an order of its own.
-    out, lse, *_ = _fa3_operators().fwd(q, k, v, num_splits=1, **_fa3_options(problem))
+    out, lse, *_ = _fa3_operators().fwd(q, k, v, num_splits=1, **absent, **_fa3_options(problem))
     return out.reshape(q_THd.shape), lse, ()
 
 
@@ -317,13 +328,16 @@ def _flex_backward(
     q, k, v = (x.detach().requires_grad_() for x in (q_THd, k_TKd, v_TKd))
     with torch.enable_grad():
         out_1HTd, _ = _flex_call(q, k, v, problem)
-        return torch.autograd.grad(out_1HTd[0].transpose(0, 1), (q, k, v), dout_THd)
+        dq_THd, dk_TKd, dv_TKd = torch.autograd.grad(out_1HTd[0].transpose(0, 1), (q, k, v), dout_THd)
+    return dq_THd, dk_TKd, dv_TKd
 
 
 def _flex_call(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [1, H, T, d] and logsumexp [1, H, T] of the pack as one long sequence under a mask."""
+    from torch.nn.attention.flex_attention import AuxRequest
+
     q_1HTd, k_1KTd, v_1KTd = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_TKd, v_TKd))
-    return _compiled_flex()(
+    out_1HTd, aux = _compiled_flex()(
         q_1HTd,
         k_1KTd,
         v_1KTd,
@@ -331,8 +345,9 @@ def _flex_call(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, pr
         block_mask=_block_mask(q_THd, problem),
         scale=problem.scale,
         enable_gqa=q_THd.shape[1] != k_TKd.shape[1],
-        return_lse=True,
+        return_aux=AuxRequest(lse=True),
     )
+    return out_1HTd, aux.lse
 
 
 @functools.cache
