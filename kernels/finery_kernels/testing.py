@@ -183,7 +183,9 @@ def _compile(order: Compilation) -> Compiled:
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in order.divisible]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constexprs, attributes)
-    compiled: Any = triton.compile(source, target=GPUTarget("cuda", order.arch, 32), options=dict(order.options))
+    # Said outright, since Triton is changing the default and warns until then.
+    options = {"enable_fp_fusion": True, **order.options}
+    compiled: Any = triton.compile(source, target=GPUTarget("cuda", order.arch, 32), options=options)
     return Compiled(order.name, order.arch, compiled.metadata.shared, compiled.asm["ptx"])
 
 
