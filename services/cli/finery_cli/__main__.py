@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from finery_cli.commands import chat, convert, files, jobs, models, system
+from finery_cli.commands import chat, convert, estimate, files, jobs, models, system
 
 
 def build_app() -> typer.Typer:
@@ -21,6 +21,7 @@ def build_app() -> typer.Typer:
     app.add_typer(jobs.app, name="jobs")
     app.add_typer(models.app, name="models")
     models.register_deploy(app)
+    estimate.register(app)
     convert.register(app)
     chat.register(app)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from finery_cli import quickstart
 from finery_cli.__main__ import build_app
 from finery_cli.client import Gateway
-from finery_cli.commands import jobs
+from finery_cli.commands import estimate, jobs
 from finery_cli.local.layout import Layout, RunningStack
 from finery_cli.output import clear_errors, fail, say, show
 from finery_cli.quickstart_data import QuestionRow, score
@@ -95,3 +96,67 @@ def test_whether_a_model_is_deployed_is_sent_only_where_given(option: list[str],
     done = CliRunner().invoke(build_app(), ["jobs", "create", "file-1", "--model", "m", *option])
     assert done.exit_code == 0, done.output
     assert bodies == [{"spec": {}, **sent}]
+
+
+ESTIMATE = {
+    "gpu_memory": {
+        "weights_bytes": 6 << 30,
+        "adapters_bytes": 336 << 20,
+        "gradients_bytes": 336 << 20,
+        "optimizer_states_bytes": 1 << 20,
+        "activations_bytes": 1 << 30,
+        "workspace_bytes": 1 << 30,
+        "total_bytes": 9 << 30,
+    },
+    "host_bytes": 0,
+    "gpus": [{"index": 0, "name": "NVIDIA L4 [x]", "total_bytes": 24 << 30, "free_bytes": 23 << 30, "fits": True}],
+    "fits": None,
+}
+
+
+def estimated(monkeypatch: pytest.MonkeyPatch, options: list[str], **changed: object):
+    """What `finery estimate` sent and printed."""
+    sent: list[dict[str, object]] = []
+
+    def post(path: str, *, json: dict[str, object]) -> SimpleNamespace:
+        assert path == "/estimate"
+        sent.append(json)
+        return SimpleNamespace(json=lambda: ESTIMATE | changed)
+
+    @contextmanager
+    def connected() -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(native=SimpleNamespace(post=post))
+
+    monkeypatch.setattr(estimate, "connected", connected)
+    return sent, CliRunner().invoke(build_app(), ["estimate", "--model", "m", *options])
+
+
+def test_an_estimate_is_a_small_table(monkeypatch: pytest.MonkeyPatch):
+    sent, done = estimated(monkeypatch, ["--method", "dpo", "--spec", '{"lora": {"rank": 8}}'])
+    assert done.exit_code == 0, done.output
+    assert sent == [{"spec": {"base_model": "m", "method": "dpo", "lora": {"rank": 8}}}]
+    lines = done.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[:8]] == [
+        "part", "weights", "adapters", "gradients", "optimizer states", "activations", "workspace", "total",
+    ]  # fmt: skip
+    assert lines[1].split() == ["weights", "6.00", "GiB"]
+    assert lines[-1].split() == ["0", "NVIDIA", "L4", "[x]", "24.00", "GiB", "23.00", "GiB", "yes"]
+
+
+def test_an_estimate_for_machines_is_the_answer_itself(monkeypatch: pytest.MonkeyPatch):
+    _, done = estimated(monkeypatch, ["--quantization", "nf4", "--json"])
+    assert json.loads(done.stdout) == ESTIMATE
+
+
+@pytest.mark.parametrize(("fits", "word"), [(True, "is enough"), (False, "is too small")])
+def test_another_gpus_memory_can_be_asked_about(monkeypatch: pytest.MonkeyPatch, fits: bool, word: str):
+    sent, done = estimated(monkeypatch, ["--gpu-memory", "24GiB"], fits=fits)
+    assert sent[0]["device_memory_bytes"] == 24 << 30
+    assert word in done.output
+
+
+@pytest.mark.parametrize("size", ["much", "0.5", "auto", "-1"])
+def test_a_size_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, size: str):
+    sent, done = estimated(monkeypatch, ["--gpu-memory", size])
+    assert (done.exit_code, sent) == (1, [])
+    assert f"got {size!r}" in done.output.replace("\n", " ")

@@ -124,6 +124,27 @@ def materialize(entry: BaseModelEntry, *, cache_dir: Path, store: ArtifactStore)
     return folder
 
 
+def read_config(entry: BaseModelEntry, *, cache_dir: Path, store: ArtifactStore) -> dict[str, object]:
+    """The model's `config.json`, and nothing else of the model. Blocks. Raises as `materialize` does."""
+    try:
+        if entry.path is not None:
+            text = (entry.path / "config.json").read_text()
+        elif entry.s3_prefix is not None:
+            with store.open(entry.s3_prefix, "config.json") as file:
+                text = file.read().decode()
+        else:
+            assert entry.hub_id is not None
+            text = (_from_hub(entry.hub_id, cache_dir=cache_dir, files=("config.json",)) / "config.json").read_text()
+        content = cast("object", json.loads(text))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"Base model {entry.name}: there is no {error.filename}; correct its place in the catalogue.") from error
+    except (OSError, ValueError) as error:
+        raise FailedPreconditionError(f"Base model {entry.name}: its config.json cannot be read ({error}); restore the file.") from error
+    if not isinstance(content, dict):
+        raise FailedPreconditionError(f"Base model {entry.name}: its config.json is no JSON object; restore the file.")
+    return cast("dict[str, object]", content)
+
+
 def check_folder(folder: Path, *, name: str) -> None:
     """Raises unless `folder` is a model whose weights are safetensors: pickled ones run code when they are loaded.
 
@@ -174,14 +195,14 @@ def _resolved(entry: BaseModelEntry, *, folder: Path) -> BaseModelEntry:
     return entry if entry.path is None else entry.model_copy(update={"path": folder / entry.path.expanduser()})
 
 
-def _from_hub(hub_id: str, *, cache_dir: Path) -> Path:
+def _from_hub(hub_id: str, *, cache_dir: Path, files: Sequence[str] = _HUB_FILES) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
     except ImportError as error:
         raise FailedPreconditionError(f"Base model {hub_id} needs the package huggingface-hub; install it or use path.") from error
     try:
-        return Path(snapshot_download(hub_id, cache_dir=cache_dir / "hub", allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(hub_id, cache_dir=cache_dir / "hub", allow_patterns=list(files)))
     except RepositoryNotFoundError as error:
         raise NotFoundError(f"The Hub has no model {hub_id} for these credentials; correct hub_id or set HF_TOKEN.") from error
     except (HfHubHTTPError, OSError, ValueError) as error:

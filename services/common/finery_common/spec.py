@@ -8,7 +8,7 @@ value `OPTIMIZER_TYPE_ADAMW` is `"adamw"` here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Self, TypeVar
 
@@ -370,16 +370,19 @@ def _budget_number(text: str) -> float:
     return float(match[1]) * _BYTES_OF_UNIT[match[2]]
 
 
+def place_of(item: Mapping[str, Any]) -> list[str]:
+    """Where one of pydantic's errors lies, part by part; of fields that conflict, the one to change."""
+    return [*map(str, item["loc"]), *([str(item["ctx"]["field"])] if item["type"] == "conflict" else [])]
+
+
 def _violation(item: dict[str, Any], known: Iterable[str]) -> Violation:
-    field = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "conflict":
-        return Violation(".".join([*map(str, item["loc"]), item["ctx"]["field"]]), item["msg"])
+    field = ".".join(place_of(item))
     if item["type"] == "extra_forbidden":
         names = ", ".join(known) if len(item["loc"]) == 1 and known else "those in the documentation"
         return Violation(field, f"unknown field; known are {names}")
     if item["type"] == "missing":
         return Violation(field, "missing; it is required")
-    got = "" if item["type"] == "value_error" else f"got {_short(item['input'])}, "
+    got = "" if item["type"] in ("value_error", "conflict") else f"got {_short(item['input'])}, "
     return Violation(field, got + plain_words(str(item["msg"])))
 
 

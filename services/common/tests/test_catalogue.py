@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finery_common.catalogue import BaseModelEntry, Catalogue, folder_sha256, materialize, remembered_sha256
+from finery_common.catalogue import BaseModelEntry, Catalogue, folder_sha256, materialize, read_config, remembered_sha256
 from finery_common.errors import FailedPreconditionError, NotFoundError, UnavailableError
 
 
@@ -148,3 +148,31 @@ def test_a_folder_digest_is_remembered_until_a_file_changes(tmp_path, model, mon
     assert folder_sha256(model, memo_dir=memo_dir) == second
     (model / "config.json").rename(model / "config2.json")
     assert folder_sha256(model, memo_dir=memo_dir) not in {first, second}
+
+
+def test_only_the_configuration_is_read_wherever_a_model_is(tmp_path, model, object_store, monkeypatch):
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    (model / "model.safetensors").unlink()
+    prefix = f"projects/p{secrets.token_hex(6)}/models/tiny/"
+    with object_store.writer(prefix, kind="model") as writer:
+        writer.put_folder(model)
+        writer.publish(made_from={}, spec={}, attempt="a")
+    asked: list[object] = []
+
+    def answer(_: str, **options: object) -> str:
+        asked.append(options["allow_patterns"])
+        return str(model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", answer)
+    for place in ({"path": model}, {"s3_prefix": prefix}, {"hub_id": "org/name"}):
+        entry = BaseModelEntry(name="tiny", max_sequence_length=64, **place)
+        assert read_config(entry, cache_dir=tmp_path / "cache", store=object_store) == {"model_type": "llama"}
+    assert asked == [["config.json"]]
+
+
+@pytest.mark.parametrize(("text", "kind"), [(None, NotFoundError), ("[]", FailedPreconditionError), ("{", FailedPreconditionError)])
+def test_a_configuration_that_is_none_is_refused(tmp_path, model, object_store, text, kind):
+    path = model / "config.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(kind, match="Base model tiny: .*config.json"):
+        read_config(BaseModelEntry(name="tiny", path=model, max_sequence_length=64), cache_dir=tmp_path, store=object_store)

@@ -32,6 +32,7 @@ from finery_gateway.resources import (
     JobEvent,
     Page,
     Resource,
+    ResourceEstimate,
     Route,
     ServedBase,
 )
@@ -164,6 +165,12 @@ class TrainingClient(_Client):
     async def list_base_models(self, project: str) -> tuple[BaseModelEntry, ...]:
         answer = await self._call(self._stub.ListBaseModels, training_pb2.ListBaseModelsRequest(), project=project)
         return tuple(BaseModelEntry.from_proto(item) for item in answer.base_models)
+
+    async def estimate_resources(self, project: str, *, spec: TrainingSpec, device_memory_bytes: int | None) -> ResourceEstimate:
+        request = training_pb2.EstimateResourcesRequest(
+            parent=f"projects/{project}", spec=spec.to_proto(spec_pb2.TrainingSpec), device_memory_bytes=device_memory_bytes
+        )
+        return ResourceEstimate.from_proto(await self._call(self._stub.EstimateResources, request, project=project))
 
 
 class DatasetClient(_Client):

@@ -22,7 +22,7 @@ from finery_common.errors import (
     Violation,
 )
 from finery_common.rpc.status import unknown_error
-from finery_common.spec import plain_words
+from finery_common.spec import place_of, plain_words
 
 DEFAULT_RETRY_AFTER_S = 1.0
 _NOT_REPEATED = {409, 504, 507}
@@ -124,7 +124,7 @@ async def _on_unknown_error(_request: Request, error: Exception) -> Response:
 
 
 def _violation(item: dict[str, Any]) -> Violation:
-    location = [str(part) for part in item["loc"]]
+    location = place_of(item)
     field = ".".join(location[1:]) if location and location[0] in ("body", "query", "path", "header") else ".".join(location)
     if item["type"] == "json_invalid":
         return Violation("", "the body is not JSON; send valid JSON with content-type application/json")
@@ -132,7 +132,7 @@ def _violation(item: dict[str, Any]) -> Violation:
         return Violation(field, "unknown field; /docs lists the known ones")
     if item["type"] == "missing":
         return Violation(field, "missing; it is required")
-    got = "" if item["type"] == "value_error" else f"got {_short(item.get('input'))}, "
+    got = "" if item["type"] in ("value_error", "conflict") else f"got {_short(item.get('input'))}, "
     return Violation(field, got + plain_words(str(item["msg"])))
 
 

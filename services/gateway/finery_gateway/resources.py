@@ -144,6 +144,40 @@ class DatasetStatistics(Resource):
     max_row_tokens: int = 0
 
 
+class GpuMemory(Resource):
+    """Bytes of a GPU's memory, by what they hold."""
+
+    weights_bytes: int = 0
+    adapters_bytes: int = 0
+    gradients_bytes: int = 0
+    optimizer_states_bytes: int = 0
+    activations_bytes: int = 0
+    workspace_bytes: int = 0
+    total_bytes: int = 0
+
+
+class VisibleGpu(Resource):
+    index: int = 0
+    name: str = ""
+    total_bytes: int = 0
+    free_bytes: int = 0
+    fits: bool = False
+    """The run fits into what is free."""
+
+
+class ResourceEstimate(Resource):
+    """What a run needs."""
+
+    gpu_memory: GpuMemory
+    """Of each of the spec's GPUs."""
+    host_bytes: int = 0
+    """Pinned host memory."""
+    gpus: tuple[VisibleGpu, ...] = ()
+    """The GPUs of the machine that trains."""
+    fits: bool | None = None
+    """Whether the run fits into `device_memory_bytes`; none where that was not given."""
+
+
 class Dataset(Named):
     spec: DatasetSpec
     state: str

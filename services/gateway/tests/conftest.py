@@ -151,6 +151,14 @@ class FakeTraining(training_pb2_grpc.TrainingServiceServicer):
     async def ListBaseModels(self, request, context):
         return training_pb2.ListBaseModelsResponse(base_models=[model_pb2.BaseModel(name=BASE, max_sequence_length=8192)])
 
+    async def EstimateResources(self, request, context):
+        assert request.parent == f"projects/{require_project()}"
+        spec = TrainingSpec.from_proto(request.spec)
+        fits = request.device_memory_bytes >= 100 if request.HasField("device_memory_bytes") else None
+        memory = training_pb2.GpuMemory(weights_bytes=60, adapters_bytes=spec.lora.rank, total_bytes=100)
+        gpu = training_pb2.VisibleGpu(index=1, name="H200", total_bytes=200, free_bytes=150, fits=True)
+        return training_pb2.EstimateResourcesResponse(gpu_memory=memory, host_bytes=7, gpus=[gpu], fits=fits)
+
 
 class FakeServing(serving_pb2_grpc.ServingServiceServicer):
     """Aliases in memory; every model is served by one fake vLLM."""

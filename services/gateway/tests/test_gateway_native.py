@@ -71,6 +71,24 @@ async def test_a_wrong_dataset_or_conversion_names_its_fields(native, world):
     assert (await native.put("/datasets")).status_code == 405
 
 
+async def test_what_a_run_needs_is_estimated_without_a_job(native, world):
+    spec = {"base_model": BASE, "lora": {"rank": 8}}
+    answer = (await native.post("/estimate", json={"spec": spec})).json()
+    assert (answer["gpu_memory"]["adapters_bytes"], answer["gpu_memory"]["total_bytes"], answer["host_bytes"]) == (8, 100, 7)
+    assert answer["gpus"] == [{"index": 1, "name": "H200", "total_bytes": 200, "free_bytes": 150, "fits": True}]
+    assert answer["fits"] is None
+    assert not (await native.post("/estimate", json={"spec": spec, "device_memory_bytes": 99})).json()["fits"]
+    assert not world.training.jobs
+
+
+async def test_an_estimate_of_what_cannot_be_names_the_field(native):
+    answer = await native.post("/estimate", json={"spec": {"base_model": BASE, "method": "full", "quantization": "nf4"}})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "spec.quantization"
+    answer = await native.post("/estimate", json={"spec": {"base_model": BASE}, "device_memory_bytes": 0})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "device_memory_bytes")
+
+
 async def test_a_conversion_is_created(native):
     made = await native.post("/conversions", json={"adapter": f"adapters/ftjob-{'0' * 24}-1", "format": "gguf", "type": "q8_0"})
     assert made.status_code == 201

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 
 from finery_common.artifacts import ArtifactStore
-from finery_common.catalogue import Catalogue
+from finery_common.catalogue import BaseModelEntry, Catalogue
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
-from finery_common.spec import LoraBias, TrainingSpec
+from finery_common.spec import LoraBias, MethodType, TrainingSpec
 from finery_trainer.client import ServingClient
 from finery_trainer.records import JobRequest
 
@@ -31,12 +31,7 @@ class RequestChecks:
         check_suffix(request.suffix)
         check_metadata(metadata)
         entry = self._catalogue.get(request.spec.base_model)
-        if request.spec.max_sequence_length > entry.max_sequence_length:
-            raise InvalidArgumentError(
-                f"spec.max_sequence_length: got {request.spec.max_sequence_length}, wanted at most {entry.max_sequence_length} "
-                f"for {entry.name}.",
-                param="spec.max_sequence_length",
-            )
+        check_sequence_length(request.spec, entry)
         await self._check_servable(request, project=project)
         await self._check_file(request.training_file, project=project, param="training_file")
         if request.validation_file is not None:
@@ -82,8 +77,27 @@ class RequestChecks:
             )
 
 
+def check_sequence_length(spec: TrainingSpec, entry: BaseModelEntry) -> None:
+    """Raises InvalidArgumentError for rows longer than the base model takes."""
+    if spec.max_sequence_length > entry.max_sequence_length:
+        raise InvalidArgumentError(
+            f"spec.max_sequence_length: got {spec.max_sequence_length}, wanted at most {entry.max_sequence_length} for {entry.name}.",
+            param="spec.max_sequence_length",
+        )
+
+
 def check_servable(spec: TrainingSpec) -> None:
-    """Raises InvalidArgumentError for an adapter that vLLM cannot serve, whatever its limits."""
+    """Raises InvalidArgumentError for what vLLM cannot serve as an adapter, whatever its limits."""
+    if spec.method is MethodType.FULL:
+        raise InvalidArgumentError(
+            "spec.method: got 'full', whose result is a whole model and no adapter to serve; create the job with deploy false.",
+            param="spec.method",
+        )
+    if spec.lora.use_dora:
+        raise InvalidArgumentError(
+            "spec.lora.use_dora: got true, an adapter with magnitudes cannot be served; use false, or create the job with deploy false.",
+            param="spec.lora.use_dora",
+        )
     if spec.lora.bias is not LoraBias.NONE:
         raise InvalidArgumentError(
             f"spec.lora.bias: got {spec.lora.bias.value!r}, an adapter with biases cannot be served; "

@@ -42,6 +42,7 @@ from finery_trainer.records import (
     request_of,
     text_of,
 )
+from finery_trainer.resources import ResourceEstimate, ResourceEstimates
 from finery_trainer.runs import Checkpoint, Runs
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -50,8 +51,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     """The jobs of whichever project the caller's credentials name."""
 
-    def __init__(self, runs: Runs, *, catalogue: Catalogue, cache_dir: Path) -> None:
+    def __init__(self, runs: Runs, *, estimates: ResourceEstimates, catalogue: Catalogue, cache_dir: Path) -> None:
         self._runs = runs
+        self._estimates = estimates
         self._catalogue = catalogue
         self._cache_dir = cache_dir
 
@@ -109,6 +111,14 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         require_project()
         models = [await asyncio.to_thread(self._base_model, entry) for entry in self._catalogue.list()]
         return training_pb2.ListBaseModelsResponse(base_models=models)
+
+    async def EstimateResources(
+        self, request: training_pb2.EstimateResourcesRequest, context: Context
+    ) -> training_pb2.EstimateResourcesResponse:
+        parse_parent(request.parent, project=require_project())
+        asked_bytes = request.device_memory_bytes if request.HasField("device_memory_bytes") else None
+        found = await self._estimates.estimate(TrainingSpec.from_proto(request.spec), device_memory_bytes=asked_bytes)
+        return _estimate_to_proto(found)
 
     def _base_model(self, entry: BaseModelEntry) -> model_pb2.BaseModel:
         known = None if entry.path is None else remembered_sha256(entry.path, memo_dir=self._cache_dir / "digests")
@@ -207,6 +217,24 @@ def _checkpoint_to_proto(item: Checkpoint, *, job_name: str) -> training_pb2.Che
         alias=item.alias,
         create_time=timestamp(item.created_at),
     )
+
+
+def _estimate_to_proto(found: ResourceEstimate) -> training_pb2.EstimateResourcesResponse:
+    parts = found.parts
+    gpu_memory = training_pb2.GpuMemory(
+        weights_bytes=parts.weights_bytes,
+        adapters_bytes=parts.adapters_bytes,
+        gradients_bytes=parts.gradients_bytes,
+        optimizer_states_bytes=parts.optimizer_states_bytes,
+        activations_bytes=parts.activations_bytes,
+        workspace_bytes=parts.workspace_bytes,
+        total_bytes=parts.total_bytes,
+    )
+    gpus = [
+        training_pb2.VisibleGpu(index=gpu.index, name=gpu.name, total_bytes=gpu.total_bytes, free_bytes=gpu.free_bytes, fits=fits)
+        for gpu, fits in zip(found.gpus, found.fitting, strict=True)
+    ]
+    return training_pb2.EstimateResourcesResponse(gpu_memory=gpu_memory, host_bytes=parts.host_bytes, gpus=gpus, fits=found.fits)
 
 
 def _metrics_from_proto(message: training_pb2.StepMetrics) -> StepMetrics:

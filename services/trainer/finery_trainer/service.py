@@ -9,6 +9,7 @@ import shutil
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from finery_common.artifacts import ArtifactStore
@@ -22,9 +23,11 @@ from finery_common.rpc.tokens import TokenSigner
 from finery_trainer.attempts import Attempts
 from finery_trainer.client import DataprepClient, ServingClient
 from finery_trainer.deployment import Deployments
+from finery_trainer.devices import visible_gpus
 from finery_trainer.launchers import Launcher, work_dir
 from finery_trainer.launchers.local import LocalLauncher
 from finery_trainer.requests import RequestChecks
+from finery_trainer.resources import ResourceEstimates
 from finery_trainer.runs import Runs
 from finery_trainer.scheduler import Scheduler
 from finery_trainer.server import TrainingServicer, WorkerServicer, servicers
@@ -75,7 +78,10 @@ async def running(settings: TrainerSettings, *, make_launcher: Callable[[str], L
         checks = RequestChecks(catalogue=catalogue, artifacts=artifacts, serving=serving)
         runs = Runs(jobs, artifacts=artifacts, checks=checks, serving=serving, wake=scheduler.wake)
         attempts = Attempts(jobs, artifacts=artifacts, lease_s=settings.lease_s, serves=serving is not None, wake=scheduler.wake)
-        training = TrainingServicer(runs, catalogue=catalogue, cache_dir=settings.artifact_cache_dir)
+        cache_dir = settings.artifact_cache_dir
+        gpus = partial(visible_gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        estimates = ResourceEstimates(catalogue=catalogue, cache_dir=cache_dir, artifacts=artifacts, gpus=gpus)
+        training = TrainingServicer(runs, estimates=estimates, catalogue=catalogue, cache_dir=cache_dir)
         server = RpcServer(
             address=settings.grpc_address,
             servicers=servicers(training, WorkerServicer(attempts)),

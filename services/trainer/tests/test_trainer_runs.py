@@ -107,6 +107,8 @@ def named(job):
         ({"spec": {"base_model": "gpt"}}, NotFoundError, "no base model 'gpt'; there are: tiny, gone"),
         ({"spec": {"max_sequence_length": 65}}, InvalidArgumentError, "got 65, wanted at most 64"),
         ({"spec": {"lora": {"bias": "all"}}}, InvalidArgumentError, "deploy false"),
+        ({"spec": {"lora": {"use_dora": True}}}, InvalidArgumentError, "use_dora: got true, .*deploy false"),
+        ({"spec": {"method": "full"}}, InvalidArgumentError, "whole model and no adapter"),
         ({"spec": {"lora": {"rank": 33}}}, InvalidArgumentError, "got 33, adapters up to rank 32"),
         ({"spec": {"base_model": "gone"}, "deploy": True}, FailedPreconditionError, "gone is not being served"),
         ({"training_file": "file-" + "0" * 24}, NotFoundError, "upload it first"),

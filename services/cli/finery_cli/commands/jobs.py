@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import openai
 import typer
 
 from finery_cli.client import Gateway, connected
-from finery_cli.commands.options import Json, Limit
+from finery_cli.commands.options import Json, Limit, Settings, read_settings
 from finery_cli.output import fail, say, show
 from finery_cli.watch import watch_job
 
@@ -31,7 +30,7 @@ def create(
     seed: Annotated[int | None, typer.Option(help="Same seed and data, same result.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    spec: Annotated[str | None, typer.Option(help="Any training setting, as JSON or the path of a JSON file.")] = None,
+    spec: Settings = None,
     deploy: Annotated[
         bool | None,
         typer.Option("--deploy/--no-deploy", help="Serve the model when it is trained; default: where its base model is served."),
@@ -128,16 +127,7 @@ def _steer(action: str, job_id: str, *, as_json: bool) -> None:
 
 
 def _spec(text: str | None, *, epochs: int | None, learning_rate: float | None) -> dict[str, object]:
-    settings: dict[str, object] = {}
-    if text is not None:
-        source = Path(text).read_text() if not text.lstrip().startswith("{") and Path(text).is_file() else text
-        try:
-            parsed = json.loads(source)
-        except ValueError as error:
-            fail(f"--spec: got {text[:80]!r}, wanted JSON or the path of a JSON file ({error})")
-        if not isinstance(parsed, dict):
-            fail('--spec: wanted a JSON object such as {"lora": {"rank": 8}}')
-        settings = parsed
+    settings = read_settings(text)
     if epochs is not None:
         settings["num_epochs"] = epochs
     if learning_rate is not None:

@@ -1,21 +1,41 @@
-"""`/api/v1/base-models`, `/api/v1/replicas` and `/api/v1/jobs/{id}/events`: what an installation offers, runs, and a job's live events."""
+"""`/api/v1/base-models`, `/estimate`, `/replicas` and `/jobs/{id}/events`: what an installation offers, what a run would need, what is
+served, and a job's live events."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 
+from finery_common.spec import TrainingSpec
 from finery_gateway.context import GatewayParts, Project
 from finery_gateway.native_api.sse import AfterSequence, event_stream
-from finery_gateway.resources import BaseModelEntry, ServedBase
+from finery_gateway.resources import BaseModelEntry, ResourceEstimate, ServedBase
 
 router = APIRouter(prefix="/api/v1", tags=["installation"])
+
+
+class EstimateFields(BaseModel):
+    """What is estimated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    spec: TrainingSpec
+    """As a job has it."""
+    device_memory_bytes: int | None = Field(None, ge=1, strict=True)
+    """A GPU with so much free memory, instead of those that are there."""
 
 
 @router.get("/base-models")
 async def list_base_models(gateway: GatewayParts, project: Project) -> tuple[BaseModelEntry, ...]:
     """The catalogue: what can be fine-tuned."""
     return await gateway.training.list_base_models(project)
+
+
+@router.post("/estimate")
+async def estimate_resources(fields: EstimateFields, gateway: GatewayParts, project: Project) -> ResourceEstimate:
+    """What a run of a spec needs of a GPU, by part; nothing is loaded or created."""
+    return await gateway.training.estimate_resources(project, spec=fields.spec, device_memory_bytes=fields.device_memory_bytes)
 
 
 @router.get("/replicas")

@@ -248,3 +248,57 @@ class ListBaseModelsResponse(_message.Message):
     BASE_MODELS_FIELD_NUMBER: _ClassVar[int]
     base_models: _containers.RepeatedCompositeFieldContainer[_model_pb2.BaseModel]
     def __init__(self, base_models: _Optional[_Iterable[_Union[_model_pb2.BaseModel, _Mapping]]] = ...) -> None: ...
+
+class EstimateResourcesRequest(_message.Message):
+    __slots__ = ("parent", "spec", "device_memory_bytes")
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    parent: str
+    spec: _spec_pb2.TrainingSpec
+    device_memory_bytes: int
+    def __init__(self, parent: _Optional[str] = ..., spec: _Optional[_Union[_spec_pb2.TrainingSpec, _Mapping]] = ..., device_memory_bytes: _Optional[int] = ...) -> None: ...
+
+class GpuMemory(_message.Message):
+    __slots__ = ("weights_bytes", "adapters_bytes", "gradients_bytes", "optimizer_states_bytes", "activations_bytes", "workspace_bytes", "total_bytes")
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_STATES_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATIONS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WORKSPACE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    weights_bytes: int
+    adapters_bytes: int
+    gradients_bytes: int
+    optimizer_states_bytes: int
+    activations_bytes: int
+    workspace_bytes: int
+    total_bytes: int
+    def __init__(self, weights_bytes: _Optional[int] = ..., adapters_bytes: _Optional[int] = ..., gradients_bytes: _Optional[int] = ..., optimizer_states_bytes: _Optional[int] = ..., activations_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class VisibleGpu(_message.Message):
+    __slots__ = ("index", "name", "total_bytes", "free_bytes", "fits")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FITS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int
+    fits: bool
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., total_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., fits: _Optional[bool] = ...) -> None: ...
+
+class EstimateResourcesResponse(_message.Message):
+    __slots__ = ("gpu_memory", "host_bytes", "gpus", "fits")
+    GPU_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
+    FITS_FIELD_NUMBER: _ClassVar[int]
+    gpu_memory: GpuMemory
+    host_bytes: int
+    gpus: _containers.RepeatedCompositeFieldContainer[VisibleGpu]
+    fits: bool
+    def __init__(self, gpu_memory: _Optional[_Union[GpuMemory, _Mapping]] = ..., host_bytes: _Optional[int] = ..., gpus: _Optional[_Iterable[_Union[VisibleGpu, _Mapping]]] = ..., fits: _Optional[bool] = ...) -> None: ...

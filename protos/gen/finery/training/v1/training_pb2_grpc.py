@@ -92,6 +92,11 @@ class TrainingServiceStub:
                 request_serializer=finery_dot_training_dot_v1_dot_training__pb2.ListBaseModelsRequest.SerializeToString,
                 response_deserializer=finery_dot_training_dot_v1_dot_training__pb2.ListBaseModelsResponse.FromString,
                 _registered_method=True)
+        self.EstimateResources = channel.unary_unary(
+                '/finery.training.v1.TrainingService/EstimateResources',
+                request_serializer=finery_dot_training_dot_v1_dot_training__pb2.EstimateResourcesRequest.SerializeToString,
+                response_deserializer=finery_dot_training_dot_v1_dot_training__pb2.EstimateResourcesResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer:
@@ -172,6 +177,13 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EstimateResources(self, request, context):
+        """What a run of a spec needs of a GPU. Reads the base model's configuration, loads nothing and creates nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -229,6 +241,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.ListBaseModels,
                     request_deserializer=finery_dot_training_dot_v1_dot_training__pb2.ListBaseModelsRequest.FromString,
                     response_serializer=finery_dot_training_dot_v1_dot_training__pb2.ListBaseModelsResponse.SerializeToString,
+            ),
+            'EstimateResources': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateResources,
+                    request_deserializer=finery_dot_training_dot_v1_dot_training__pb2.EstimateResourcesRequest.FromString,
+                    response_serializer=finery_dot_training_dot_v1_dot_training__pb2.EstimateResourcesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -529,6 +546,33 @@ class TrainingService:
             '/finery.training.v1.TrainingService/ListBaseModels',
             finery_dot_training_dot_v1_dot_training__pb2.ListBaseModelsRequest.SerializeToString,
             finery_dot_training_dot_v1_dot_training__pb2.ListBaseModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateResources(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finery.training.v1.TrainingService/EstimateResources',
+            finery_dot_training_dot_v1_dot_training__pb2.EstimateResourcesRequest.SerializeToString,
+            finery_dot_training_dot_v1_dot_training__pb2.EstimateResourcesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,8 @@ class TrainingServiceStub:
     """The published adapters of a job, newest first."""
     ListBaseModels: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListBaseModelsRequest, _training_pb2.ListBaseModelsResponse]
     """The catalogue's base models."""
+    EstimateResources: _grpc.UnaryUnaryMultiCallable[_training_pb2.EstimateResourcesRequest, _training_pb2.EstimateResourcesResponse]
+    """What a run of a spec needs of a GPU. Reads the base model's configuration, loads nothing and creates nothing."""
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
@@ -79,6 +81,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """The published adapters of a job, newest first."""
     ListBaseModels: _aio.UnaryUnaryMultiCallable[_training_pb2.ListBaseModelsRequest, _training_pb2.ListBaseModelsResponse]  # type: ignore[assignment]
     """The catalogue's base models."""
+    EstimateResources: _aio.UnaryUnaryMultiCallable[_training_pb2.EstimateResourcesRequest, _training_pb2.EstimateResourcesResponse]  # type: ignore[assignment]
+    """What a run of a spec needs of a GPU. Reads the base model's configuration, loads nothing and creates nothing."""
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Fine-tuning jobs. Every method acts inside the project that the caller's credentials name."""
@@ -167,5 +171,13 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.ListBaseModelsResponse, _abc.Awaitable[_training_pb2.ListBaseModelsResponse]]:
         """The catalogue's base models."""
+
+    @_abc_1.abstractmethod
+    def EstimateResources(
+        self,
+        request: _training_pb2.EstimateResourcesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.EstimateResourcesResponse, _abc.Awaitable[_training_pb2.EstimateResourcesResponse]]:
+        """What a run of a spec needs of a GPU. Reads the base model's configuration, loads nothing and creates nothing."""
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
