@@ -44,7 +44,7 @@ def cross_entropy_forward_backward_(
         softcap: bound of the logits' magnitude, or None.
         scale: multiplier of the logits, before the softcap.
         out: [T, V], takes the gradient. None: the gradient replaces the logits, in their dtype. It may be the logits themselves, or, for
-            fp32 logits and a 16-bit gradient, the upper half of the logits' own rows (`logits.view(torch.bfloat16)[:, V:]`); no other overlap.
+            fp32 logits and a 16-bit gradient, the upper half of their own rows (`logits.view(torch.bfloat16)[:, V:]`); no other overlap.
         ignore_index: target of rows without a label.
 
     Returns:
@@ -215,9 +215,8 @@ def is_same_memory(logits_TV: torch.Tensor, out: torch.Tensor) -> bool:
 
 
 def is_upper_half(logits_TV: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether `out` (2 bytes an element) is the upper half of the logits' own rows (4 bytes an element)."""
-    return (
-        (logits_TV.element_size(), out.element_size()) == (4, 2)
-        and out.data_ptr() == logits_TV.data_ptr() + 2 * logits_TV.shape[1]
-        and out.stride(0) == 2 * logits_TV.stride(0)
-    )
+    """Whether rows of `out` (2 bytes an element) lie in the logits' own rows (4 bytes an element), no earlier than in their upper half."""
+    if (logits_TV.element_size(), out.element_size()) != (4, 2) or out.stride(0) != 2 * logits_TV.stride(0):
+        return False
+    half_bytes = 2 * logits_TV.shape[1]
+    return half_bytes <= out.data_ptr() - logits_TV.data_ptr() <= 4 * logits_TV.stride(0) - half_bytes
