@@ -1,4 +1,4 @@
-# pyright: basic, reportArgumentType=false, reportIndexIssue=false
+# pyright: basic, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false
 """The kernels of the rotary embedding and of the per-head RMSNorm before it: one launch for all heads of a token, fp32 inside.
 
 Owns the kernels and their launches. Leaves validation to `api`, whose docstrings say what the functions promise. A program takes a token's
@@ -423,7 +423,7 @@ def norm_rotate_backward_kernel(
 
     Unless `partial_ptr` is None, its row p of [programs, 2, d] gets these tokens' share of the weights' gradients, queries first.
     """
-    DWEIGHT: tl.constexpr = partial_ptr is not None
+    DWEIGHT: tl.constexpr = partial_ptr is not None  # pyright: ignore[reportAssignmentType]
     dq_first = tl.zeros((HEADS_BLOCK, HALF_BLOCK), tl.float32)
     dq_second = tl.zeros((HEADS_BLOCK, HALF_BLOCK), tl.float32)
     dq_rest = tl.zeros((HEADS_BLOCK, REST_BLOCK), tl.float32)
@@ -468,9 +468,8 @@ def rotate(sources: Tensors, targets: Tensors, table: Table | None, *, inverse: 
     """Rotates every query and key head of `sources` into `targets`, by its position's angle or by minus that; copies values, if any."""
     if not sources[0].numel():
         return
-    sources, targets = _with_values(sources), _with_values(targets)
     in_place = sources[0].data_ptr() == targets[0].data_ptr() and sources[1].data_ptr() == targets[1].data_ptr()
-    tensors = (*sources, *targets)
+    tensors = (*_with_values(sources), *_with_values(targets))
     shape = _shape(sources, table, tensors)
     options = {**shape.constants, "INVERSE": inverse, "COPY_REST": shape.rest > 0 and not in_place}
     rotate_kernel[(shape.num_rows,)](*tensors, *_table_arguments(table), *_strides(tensors), **options)
@@ -487,7 +486,7 @@ def norm_rotate(
     rstd_TG: Tensor,
     pre: Tensors | None = None,
 ) -> None:
-    """RMSNorm over each head of `sources`, then the rotation, into `targets`; keeps the reciprocal deviations and, in `pre`, the sources."""
+    """RMSNorm over each head of `sources`, then the rotation, into `targets`; keeps the reciprocal deviations and, in `pre`, sources."""
     if not sources[0].numel():
         return
     tensors = (*sources, *targets, *(pre or (None, None)))
@@ -526,7 +525,7 @@ def norm_rotate_backward(
     operands = (*tensors, rstd_TG, *weights, partial_P2d, cos_PR, sin_PR, positions_T)
     arguments = (*operands, shape.num_rows, limit, norm_offset, *_strides(tensors))
     norm_rotate_backward_kernel[(programs,)](*arguments, **shape.constants)
-    if dweights is not None:
+    if dweights is not None and partial_P2d is not None:
         for dweight_d, sum_d in zip(dweights, partial_P2d.sum(dim=0), strict=True):
             dweight_d.add_(sum_d)
 
