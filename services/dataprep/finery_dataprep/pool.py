@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finery_common.errors import FailedPreconditionError, UnavailableError
+from finery_common.spec import DatasetType
 from finery_dataprep.base_tokenizer import BaseTokenizer
 from finery_dataprep.frames import pack, read_frame_async
 from finery_dataprep.lines import Line
@@ -36,7 +37,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """The good rows of a batch, concatenated in order, and the bad ones. `row_lengths` are in tokens."""
+    """The good rows of a batch, concatenated in order, and the bad ones. `row_lengths` are in tokens; a pair is two rows."""
 
     num_lines: int
     row_lengths: Sequence[int]
@@ -72,12 +73,14 @@ class WorkerPool:
 
 
 @contextlib.asynccontextmanager
-async def open_pool(base: BaseTokenizer, *, max_sequence_length: int, now: datetime, num_workers: int) -> AsyncIterator[WorkerPool]:
+async def open_pool(
+    base: BaseTokenizer, *, dataset_type: DatasetType, max_sequence_length: int, now: datetime, num_workers: int
+) -> AsyncIterator[WorkerPool]:
     """Starts `num_workers` processes that encode for `base` and ends them with the block.
 
     Raises FailedPreconditionError where the base model's template or tokenizer cannot be used.
     """
-    setup = pack({"base": asdict(base), "max_sequence_length": max_sequence_length, "now": now.isoformat()})
+    setup = pack({"base": asdict(base), "type": dataset_type.value, "max_sequence_length": max_sequence_length, "now": now.isoformat()})
     workers: list[_Worker] = []
     try:
         for _ in range(num_workers):

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from finery_common.errors import FineryError, InvalidArgumentError, Violation
+from finery_common.spec import DatasetType
 from finery_dataprep.base_tokenizer import BaseTokenizer
 from finery_dataprep.lines import Line, count_lines, is_utf16, read_batches
 from finery_dataprep.metrics import BAD_ROWS, ROWS, TOKENS
@@ -40,6 +41,7 @@ async def prepare(
     path: Path,
     *,
     base: BaseTokenizer,
+    dataset_type: DatasetType,
     max_sequence_length: int,
     now: datetime,
     max_workers: int,
@@ -48,8 +50,8 @@ async def prepare(
 ) -> Statistics:
     """Encodes the training file `path` into `shards`, a large one in `max_workers` processes. Cancelling it ends them at once.
 
-    Raises InvalidArgumentError with a violation for each bad row (the first 100, with the total) or for a file that is no
-    training file, and FailedPreconditionError for a base model whose template cannot be used.
+    `shards` must be of `dataset_type` as well. Raises InvalidArgumentError with a violation for each bad row (the first 100, with the
+    total) or for a file that is no training file, and FailedPreconditionError for a base model whose template cannot be used.
     """
     if await asyncio.to_thread(is_utf16, path):
         raise _bad_file("The file is UTF-16, wanted UTF-8; save it as UTF-8.", [BadRow(1, "row", "begins with UTF-16's byte order mark")])
@@ -57,7 +59,9 @@ async def prepare(
     outcome = _Outcome()
     size_bytes = (await asyncio.to_thread(path.stat)).st_size
     num_workers = 1 if size_bytes < _ONE_WORKER_BYTES else max_workers
-    async with open_pool(base, max_sequence_length=max_sequence_length, now=now, num_workers=num_workers) as pool:
+    async with open_pool(
+        base, dataset_type=dataset_type, max_sequence_length=max_sequence_length, now=now, num_workers=num_workers
+    ) as pool:
         await _encode_all(path, pool, shards, outcome, depth=2 * num_workers, report=lambda done: on_progress(done, num_lines))
     _check(outcome)
     return await asyncio.to_thread(shards.finish)

@@ -1,14 +1,14 @@
 """Rows of a training file: from one line's bytes to checked messages.
 
-Owns the file format, OpenAI's chat rows and prompt/completion rows, and what is said about a row that departs from it. Leaves to
-`encoding` whatever depends on a model: its template, its tokens, its length.
+Owns the file formats, OpenAI's chat rows, its preference rows and prompt/completion rows, and what is said about a row that departs from
+them. Leaves to `encoding` whatever depends on a model: its template, its tokens, its length.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -18,12 +18,14 @@ _MESSAGE_KEYS = {
     "assistant": ("role", "content", "name", "weight", "tool_calls"),
     "tool": ("role", "content", "name", "tool_call_id"),
 }
+_PAIR_KEYS = ("input", "preferred_output", "non_preferred_output")
 _MAX_NESTING = 64
 _HINTS = {
     "functions": "; write tools, its successor",
     "function_call": "; write tool_calls, its successor",
     "developer": "; write system",
     "text": '; write {"prompt": "", "completion": <the text>} or a chat row',
+    "preferred_output": "; rows of preferences are for method dpo",
 }
 
 
@@ -79,6 +81,14 @@ class Row:
                 yield f"tools.{index}", text
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A conversation with a preferred and another last message of the assistant, which alone has loss."""
+
+    preferred: Row
+    non_preferred: Row
+
+
 def parse_row(line: bytes) -> Row:
     """The row that `line` holds, without its line end. Raises RowError."""
     fields = _object(_json(line), "row")
@@ -92,6 +102,50 @@ def parse_row(line: bytes) -> Row:
     got = ", ".join(fields) or "none"
     hint = next((_HINTS[key] for key in fields if key in _HINTS), "")
     raise RowError("row", f'got the keys {_short(got)}, wanted "messages", or "prompt" and "completion"{hint}')
+
+
+def parse_pair(line: bytes) -> Pair:
+    """The preference row that `line` holds, without its line end. Raises RowError."""
+    fields = _object(_json(line), "row")
+    if "messages" in fields or "prompt" in fields:
+        got = ", ".join(fields)
+        raise RowError("row", f"got the keys {_short(got)}, wanted {', '.join(_PAIR_KEYS)}: method dpo trains on rows of preferences")
+    _closed(fields, _PAIR_KEYS, at="")
+    given = _object(_present(fields, "input"), "input")
+    _closed(given, ("messages", "tools", "parallel_tool_calls"), at="input")
+    if not isinstance(given.get("parallel_tool_calls", True), bool):
+        raise RowError("input.parallel_tool_calls", f"got {_kind(given['parallel_tool_calls'])}, wanted true or false")
+    items = _list(_present(given, "messages", at="input"), "input.messages")
+    if not items:
+        raise RowError("input.messages", "got an empty list, wanted at least a user message")
+    context = tuple(_without_loss(item, at=f"input.messages.{index}") for index, item in enumerate(items))
+    tools = _tools(given.get("tools"), at="input.tools")
+    preferred, other = (_output(_present(fields, key), at=key) for key in _PAIR_KEYS[1:])
+    if preferred == other:
+        raise RowError(_PAIR_KEYS[2], "the same as preferred_output, wanted another: nothing can be learned from the pair")
+    return Pair(Row((*context, preferred), tools), Row((*context, other), tools))
+
+
+def _present(fields: dict[str, object], key: str, *, at: str = "") -> object:
+    if key not in fields:
+        raise RowError(f"{at}.{key}".lstrip("."), "missing; it is required")
+    return fields[key]
+
+
+def _without_loss(value: object, *, at: str) -> Message:
+    if isinstance(value, dict) and "weight" in value:
+        raise RowError(f"{at}.weight", "a preference row has no weights: only the outputs are trained on; remove it")
+    return replace(_message(value, at=at), has_loss=False)
+
+
+def _output(value: object, *, at: str) -> Message:
+    items = _list(value, at)
+    if len(items) != 1:
+        raise RowError(at, f"got {len(items)} messages, wanted one assistant message; put what comes before it into input.messages")
+    message = _without_loss(items[0], at=f"{at}.0")
+    if message.role != "assistant":
+        raise RowError(f"{at}.0.role", f"got {message.role!r}, wanted 'assistant'")
+    return replace(message, has_loss=True)
 
 
 def _json(line: bytes) -> object:
@@ -187,18 +241,21 @@ def _tool_call(value: object, *, at: str) -> ToolCall:
     return ToolCall(identifier, _text(function, "name", at=f"{at}.function"), _object(arguments, f"{at}.function.arguments"))
 
 
-def _tools(value: object) -> tuple[dict[str, object], ...]:
+def _tools(value: object, *, at: str = "tools") -> tuple[dict[str, object], ...]:
     if value is None:
         return ()
-    tools = tuple(_object(item, f"tools.{index}") for index, item in enumerate(_list(value, "tools")))
+    tools = tuple(_object(item, f"{at}.{index}") for index, item in enumerate(_list(value, at)))
     for index, tool in enumerate(tools):
-        at = f"tools.{index}"
-        _closed(tool, ("type", "function"), at=at)
-        _is_function(tool, at=at)
-        _text(_object(tool.get("function"), f"{at}.function"), "name", at=f"{at}.function")
-        for text in _texts(tool):
-            _encodable(text, at)
+        _check_tool(tool, at=f"{at}.{index}")
     return tools
+
+
+def _check_tool(tool: dict[str, object], *, at: str) -> None:
+    _closed(tool, ("type", "function"), at=at)
+    _is_function(tool, at=at)
+    _text(_object(tool.get("function"), f"{at}.function"), "name", at=f"{at}.function")
+    for text in _texts(tool):
+        _encodable(text, at)
 
 
 def _is_function(fields: dict[str, object], *, at: str) -> None:

@@ -219,10 +219,11 @@ class DatasetRunner:
             statistics = await prepare(
                 path,
                 base=base,
+                dataset_type=spec.type,
                 max_sequence_length=spec.max_sequence_length,
                 now=job.created_at,
                 max_workers=self._max_workers,
-                shards=ShardWriter(writer),
+                shards=ShardWriter(writer, dataset_type=spec.type),
                 on_progress=_Progress(self._jobs, lease),
             )
             # Only the holder of the lease may publish.

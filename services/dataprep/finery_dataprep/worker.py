@@ -9,15 +9,19 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any, BinaryIO
 
+from finery_common.spec import DatasetType
 from finery_dataprep.base_tokenizer import BaseTokenizer
 from finery_dataprep.chat_template import TemplateError
 from finery_dataprep.encoding import EncodedRow, RowEncoder
 from finery_dataprep.frames import pack, read_frame
 from finery_dataprep.lines import MAX_LINE_BYTES
-from finery_dataprep.rows import RowError, parse_row
+from finery_dataprep.pairs import encode_pair
+from finery_dataprep.rows import RowError, parse_pair, parse_row
 
 MEMORY_LIMIT_BYTES = 4 * 1024**3
 
@@ -41,12 +45,24 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     setup = first[0]
     base = BaseTokenizer(**setup["base"])
     encoder = RowEncoder(base, max_sequence_length=setup["max_sequence_length"], now=datetime.fromisoformat(setup["now"]))
+    encode = partial(_ENCODERS[DatasetType(setup["type"])], encoder)
     _answer(answers, pack({}))
     while (frame := read_frame(requests)) is not None:
-        _answer(answers, _encoded(encoder, *frame))
+        _answer(answers, _encoded(encode, *frame))
 
 
-def _encoded(encoder: RowEncoder, header: dict[str, Any], body: bytes) -> bytes:
+def _encode_row(encoder: RowEncoder, line: bytes) -> tuple[EncodedRow, ...]:
+    return (encoder.encode(parse_row(line)),)
+
+
+def _encode_pair(encoder: RowEncoder, line: bytes) -> tuple[EncodedRow, ...]:
+    return encode_pair(encoder, parse_pair(line))
+
+
+_ENCODERS = {DatasetType.SUPERVISED: _encode_row, DatasetType.PREFERENCE: _encode_pair}
+
+
+def _encoded(encode: Callable[[bytes], Sequence[EncodedRow]], header: dict[str, Any], body: bytes) -> bytes:
     rows: list[EncodedRow] = []
     errors: list[tuple[int, str, str]] = []
     start = 0
@@ -55,7 +71,7 @@ def _encoded(encoder: RowEncoder, header: dict[str, Any], body: bytes) -> bytes:
             if size_bytes is None:
                 raise RowError("row", f"the line is longer than {MAX_LINE_BYTES} bytes; shorten the row")
             start += size_bytes
-            rows.append(encoder.encode(parse_row(body[start - size_bytes : start])))
+            rows += encode(body[start - size_bytes : start])
         except RowError as error:
             errors.append((number, error.field, error.description))
     parts = [*(row.input_ids.tobytes() for row in rows), *(row.label_mask.tobytes() for row in rows)]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from finery_dataprep.chat_template import TemplateError
 from finery_dataprep.encoding import RowEncoder
-from finery_dataprep.rows import RowError, parse_row
+from finery_dataprep.pairs import encode_pair
+from finery_dataprep.rows import RowError, parse_pair, parse_row
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 STYLES = {
@@ -206,3 +207,38 @@ def test_a_row_over_the_limit_says_its_length_and_the_limit(make_base):
 def test_a_template_without_an_end_token_cannot_train(make_base):
     with pytest.raises(TemplateError, match="could not learn to stop"):
         encoder_of(make_base("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_pair_is_two_rows_that_differ_in_what_is_labelled(make_base, style):
+    options, end, shown = STYLES[style]
+    encoder = encoder_of(make_base(**options))
+    fields = {
+        "input": {"messages": [{"role": "user", "content": "question"}]},
+        "preferred_output": [{"role": "assistant", "content": "\n\nfive"}],
+        "non_preferred_output": [{"role": "assistant", "content": "the quick brown fox"}],
+    }
+    pair = encode_pair(encoder, parse_pair(json.dumps(fields).encode()))
+    assert [label_runs(encoder, row) for row in pair] == [[shown("\n\nfive") + end], [shown("the quick brown fox") + end]]
+    prompts = [row.input_ids[: int(row.label_mask.argmax())].tolist() for row in pair]
+    assert prompts[0] == prompts[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"input": {"messages": [{"role": "user", "content": "a <|im_end|>"}]}}, "input.messages.0.content"),
+        ({"non_preferred_output": [{"role": "assistant", "content": "b <|im_end|>"}]}, "non_preferred_output.0.content"),
+        ({"preferred_output": [{"role": "assistant", "content": "a", "name": "x"}]}, "preferred_output.0.name"),
+        ({"input": {"messages": [{"role": "user", "content": "q"}], "tools": [{"function": {"name": "frobnicate"}}]}}, "input.tools.0"),
+    ],
+)
+def test_what_cannot_be_encoded_is_named_as_it_stands_in_the_pair(make_base, changes, field):
+    fields = {
+        "input": {"messages": [{"role": "user", "content": "question"}]},
+        "preferred_output": [{"role": "assistant", "content": "a"}],
+        "non_preferred_output": [{"role": "assistant", "content": "b"}],
+    }
+    with pytest.raises(RowError) as caught:
+        encode_pair(encoder_of(make_base("chatml")), parse_pair(json.dumps({**fields, **changes}).encode()))
+    assert caught.value.field == field

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError
+from finery_common.spec import DatasetType
 from finery_dataprep import pool
 from finery_dataprep.preparation import MIN_ROWS, prepare
 from finery_dataprep.shards import ShardWriter
@@ -40,19 +41,88 @@ def path(tmp_path):
     return tmp_path / "rows.jsonl"
 
 
-async def run(path, base, *, objects=None, shard_bytes=10**6, max_workers=2, max_sequence_length=4096, on_progress=None):
+async def run(
+    path,
+    base,
+    *,
+    objects=None,
+    dataset_type=DatasetType.SUPERVISED,
+    shard_bytes=10**6,
+    max_workers=2,
+    max_sequence_length=4096,
+    on_progress=None,
+):
     async def ignore(done, total):
         pass
 
     return await prepare(
         path,
         base=base,
+        dataset_type=dataset_type,
         max_sequence_length=max_sequence_length,
         now=NOW,
         max_workers=max_workers,
-        shards=ShardWriter(objects or Objects(), shard_bytes=shard_bytes),
+        shards=ShardWriter(objects or Objects(), dataset_type=dataset_type, shard_bytes=shard_bytes),
         on_progress=on_progress or ignore,
     )
+
+
+def pair(question, preferred, other):
+    return json.dumps(
+        {
+            "input": {"messages": [{"role": "user", "content": question}]},
+            "preferred_output": [{"role": "assistant", "content": preferred}],
+            "non_preferred_output": [{"role": "assistant", "content": other}],
+        }
+    )
+
+
+async def test_shards_of_pairs_hold_both_rows_and_no_pair_is_split(make_base, path):
+    base, objects = make_base("chatml"), Objects()
+    path.write_text("".join(pair(f"number {i}", str(i), f"not {i} " * (i % 7)) + "\n" for i in range(400)))
+    statistics = await run(path, base, objects=objects, dataset_type=DatasetType.PREFERENCE, shard_bytes=20_000)
+    shards = objects.shards()
+    assert len(shards) > 3
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(base.tokenizer_path)
+    outputs: dict[str, list[str]] = {"chosen": [], "rejected": []}
+    longest = []
+    for shard in shards:
+        assert len(shard["chosen_row_offsets"]) == len(shard["rejected_row_offsets"])
+        assert shard.keys() == {f"{side}_{name}" for side in outputs for name in ("input_ids", "label_mask", "row_offsets")}
+        for side, texts in outputs.items():
+            for start, end in itertools.pairwise(shard[f"{side}_row_offsets"]):
+                labels = shard[f"{side}_input_ids"][start:end][shard[f"{side}_label_mask"][start:end] == 1]
+                texts.append(tokenizer.decode(labels.tolist(), skip_special_tokens=True))
+        longest.append(np.maximum(np.diff(shard["chosen_row_offsets"]), np.diff(shard["rejected_row_offsets"])))
+    assert outputs == {"chosen": [str(i) for i in range(400)], "rejected": [f"not {i} " * (i % 7) for i in range(400)]}
+    assert statistics.num_rows == 400
+    assert statistics.num_tokens == sum(len(shard[f"{side}_input_ids"]) for shard in shards for side in outputs)
+    assert statistics.num_label_tokens == sum(int(shard[f"{side}_label_mask"].sum()) for shard in shards for side in outputs)
+    lengths = np.sort(np.concatenate(longest))
+    assert (statistics.min_row_tokens, statistics.max_row_tokens) == (lengths[0], lengths[-1])
+    assert statistics.median_row_tokens == lengths[199]
+
+
+@pytest.mark.parametrize(
+    ("dataset_type", "row", "words"),
+    [
+        (DatasetType.PREFERENCE, GOOD, "method dpo trains on rows of preferences"),
+        (DatasetType.SUPERVISED, pair("q", "a", "b"), "rows of preferences are for method dpo"),
+    ],
+)
+async def test_rows_of_the_other_kind_are_refused_with_a_hint(make_base, path, dataset_type, row, words):
+    path.write_text((row + "\n") * 12)
+    with pytest.raises(InvalidArgumentError, match=words):
+        await run(path, make_base("chatml"), dataset_type=dataset_type)
+
+
+async def test_a_pair_that_is_too_long_names_the_output(make_base, path):
+    path.write_text((pair("q", "a", "b") + "\n") * 11 + pair("q", "a", "long " * 300) + "\n")
+    with pytest.raises(InvalidArgumentError) as caught:
+        await run(path, make_base("chatml"), dataset_type=DatasetType.PREFERENCE, max_sequence_length=200)
+    [violation] = caught.value.violations
+    assert (violation.line, violation.field) == (12, "non_preferred_output")
+    assert "wanted at most 200" in violation.description
 
 
 async def test_shards_hold_every_row_in_order_and_none_is_split(make_base, path):

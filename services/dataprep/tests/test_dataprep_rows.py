@@ -1,10 +1,12 @@
 """What is said about rows and lines that are not as they should be."""
 
+import json
+
 import pytest
 
 from finery_dataprep import lines
 from finery_dataprep.lines import count_lines, read_batches
-from finery_dataprep.rows import RowError, parse_row
+from finery_dataprep.rows import Message, RowError, parse_pair, parse_row
 
 GOOD = b'{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}'
 
@@ -56,6 +58,60 @@ def test_a_bad_row_names_its_field_and_what_was_wanted(line, field, words):
         parse_row(line)
     assert caught.value.field == field
     assert words in caught.value.description
+
+
+PAIR = {
+    "input": {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "r"}],
+        "tools": [],
+        "parallel_tool_calls": True,
+    },
+    "preferred_output": [{"role": "assistant", "content": "good"}],
+    "non_preferred_output": [{"role": "assistant", "content": "bad"}],
+}
+
+
+def test_a_preference_row_is_one_conversation_with_two_ends_that_alone_are_trained_on():
+    pair = parse_pair(json.dumps(PAIR).encode())
+    context = (Message("user", "q"), Message("assistant", "c"), Message("user", "r"))
+    assert pair.preferred.messages == (*context, Message("assistant", "good", has_loss=True))
+    assert pair.non_preferred.messages == (*context, Message("assistant", "bad", has_loss=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "words"),
+    [
+        ({"input": None}, "input", "got null, wanted an object"),
+        ({"input": {}}, "input.messages", "missing"),
+        ({"input": {"messages": []}}, "input.messages", "empty list"),
+        ({"input": {"messages": [{"role": "bot", "content": "x"}]}}, "input.messages.0.role", "got 'bot'"),
+        ({"input": {"messages": [{"role": "assistant", "content": "x", "weight": 1}]}}, "input.messages.0.weight", "has no weights"),
+        ({"input": {"messages": [{"role": "user", "content": "x"}], "tools": [1]}}, "input.tools.0", "got a number"),
+        (
+            {"input": {"messages": [{"role": "user", "content": "x"}], "parallel_tool_calls": 1}},
+            "input.parallel_tool_calls",
+            "true or false",
+        ),
+        ({"input": {"messages": [{"role": "user", "content": "x"}], "more": 1}}, "input.more", "unknown key"),
+        ({"preferred_output": []}, "preferred_output", "got 0 messages, wanted one assistant message"),
+        ({"non_preferred_output": [{"role": "user", "content": "x"}]}, "non_preferred_output.0.role", "got 'user', wanted 'assistant'"),
+        ({"non_preferred_output": PAIR["preferred_output"]}, "non_preferred_output", "the same as preferred_output"),
+        ({"non_preferred_output": [{"role": "assistant"}]}, "non_preferred_output.0.content", "missing"),
+        ({"score": 1}, "score", "unknown key, known are input, preferred_output, non_preferred_output"),
+    ],
+)
+def test_a_bad_preference_row_names_its_field_and_what_was_wanted(changes, field, words):
+    with pytest.raises(RowError) as caught:
+        parse_pair(json.dumps({**PAIR, **changes}).encode())
+    assert caught.value.field == field
+    assert words in caught.value.description
+
+
+@pytest.mark.parametrize("key", PAIR)
+def test_a_part_that_is_missing_from_a_preference_row_is_named(key):
+    with pytest.raises(RowError) as caught:
+        parse_pair(json.dumps({name: value for name, value in PAIR.items() if name != key}).encode())
+    assert (caught.value.field, caught.value.description) == (key, "missing; it is required")
 
 
 def numbered(path):

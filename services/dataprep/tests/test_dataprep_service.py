@@ -137,6 +137,20 @@ def upload(object_store, project):
     return put
 
 
+async def test_a_file_of_preferences_becomes_a_dataset_of_pairs(client, upload, object_store):
+    output = [{"role": "assistant", "content": "answer"}]
+    row = {
+        "input": {"messages": [{"role": "user", "content": "question"}]},
+        "preferred_output": output,
+        "non_preferred_output": [{"role": "assistant", "content": "another"}],
+    }
+    created = await client.create(upload(f"{json.dumps(row)}\n" * 20), type=dataset_pb2.DATASET_TYPE_PREFERENCE)
+    dataset = await client.finished(created.name)
+    assert dataset.state == job_pb2.JOB_STATE_SUCCEEDED, dataset.error
+    assert (dataset.spec.type, dataset.statistics.num_rows) == (dataset_pb2.DATASET_TYPE_PREFERENCE, 20)
+    assert object_store.manifest(dataset.artifact.prefix).spec["type"] == "preference"
+
+
 async def test_a_file_becomes_a_dataset(client, upload, object_store):
     file = upload(f"{ROW}\n" * 20)
     created = await client.create(file, max_sequence_length=512)
