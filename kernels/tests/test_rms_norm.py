@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -277,6 +279,19 @@ def test_public_functions_refuse_scalars_and_unlike_shapes():
         op.rms_norm(torch.tensor(1.0), torch.ones(1), eps=EPS)
     with pytest.raises(UnsupportedError, match=r"residual: shape \(1, 8\), wanted that of x, \(2, 8\)"):
         op.add_rms_norm(torch.zeros(2, 8), torch.zeros(1, 8), torch.ones(8), eps=EPS)
+
+
+def test_norms_import_and_run_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from finery_kernels import layer_norm, rms_norm
+x, ones = torch.randn(2, 8), torch.ones(8)
+rms_norm.rms_norm(x, ones, eps=1e-5)
+layer_norm.layer_norm(x, ones, ones, eps=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def _orders(arch):
