@@ -56,6 +56,24 @@ protos: setup ## Regenerate the stubs in protos/gen
 proto-breaking: setup ## Compare the protos with those of git's main for breaking changes
 	@$(BIN)/buf breaking protos --against '.git#branch=main,subdir=protos'
 
+# Stands where the CUDA build of torch and the peers are; the checkout's packages are found by path.
+GPU_PYTHON := python3
+GPU_PATH := protos/gen:services/common:services/trainer:kernels
+
+.PHONY: bench-train
+bench-train: ## Training steps beside Unsloth, Liger and transformers, on a GPU: ROWS="qlora 2x2048x4,…" MODEL=DIR [ENGINES=…]
+	@PYTHONPATH="$(GPU_PATH):$$PYTHONPATH" $(GPU_PYTHON) kernels/benchmarks/train.py bench --rows "$(ROWS)" --model "$(MODEL)" \
+		$(if $(ENGINES),--engines "$(ENGINES)") $(BENCH_ARGS)
+
+.PHONY: bench-profile
+bench-profile: ## The engine's kernels by time, on a GPU: ROWS="qlora 2x2048x4" MODEL=DIR OUT=FILE
+	@PYTHONPATH="$(GPU_PATH):$$PYTHONPATH" $(GPU_PYTHON) kernels/benchmarks/train.py profile --rows "$(ROWS)" --model "$(MODEL)" \
+		--out "$(OUT)" $(if $(ENGINES),--engines "$(ENGINES)") $(BENCH_ARGS)
+
+.PHONY: bench-cpu
+bench-cpu: setup ## LoRA on SmolLM2 on this CPU, beside transformers' Trainer: tokens a second
+	@$(BIN)/python kernels/benchmarks/cpu.py $(BENCH_ARGS)
+
 .PHONY: clean
 clean: ## Remove environments, tools and caches; the state of a running system stays
 	@rm -rf .venv .venv-vllm .tools .pytest_cache .ruff_cache .import_linter_cache .hypothesis
