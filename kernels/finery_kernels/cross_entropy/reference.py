@@ -32,9 +32,8 @@ def cross_entropy_forward_backward_(
     used_T = labelled_T & in_range_T
     index_T1 = torch.where(used_T, targets_T, torch.zeros_like(targets_T)).unsqueeze(1)
 
-    lse_T = torch.logsumexp(z_TV, dim=1)
-    loss_T = lse_T - z_TV.gather(1, index_T1).squeeze(1)
-    dz_TV = torch.exp(z_TV - lse_T.unsqueeze(1))
+    loss_T = -torch.log_softmax(z_TV, dim=1).gather(1, index_T1).squeeze(1)
+    dz_TV = torch.softmax(z_TV, dim=1)
     dz_TV.scatter_add_(1, index_T1, torch.full_like(index_T1, -1, dtype=dtype))
     if slope_TV is not None:
         dz_TV *= slope_TV

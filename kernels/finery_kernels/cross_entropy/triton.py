@@ -77,9 +77,11 @@ def write_gradient(
     columns = start + tl.arange(0, UNROLL)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     if MASKED:
         x = tl.load(logits_ptr + columns, mask=columns < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        z = tl.where(columns < V, capped(x, scale, softcap), LOWEST)
     else:
         x = tl.load(logits_ptr + columns, eviction_policy="evict_first").to(tl.float32)
-    gradient = soft_scale * tl.exp(capped(x, scale, softcap) - largest) - tl.where(columns == target, hard_scale, 0.0)
+        z = capped(x, scale, softcap)
+    gradient = soft_scale * tl.exp(z - largest) - tl.where(columns == target, hard_scale, 0.0)
     if softcap is not None:
         gradient *= slope(x, scale, softcap)
     gradient = gradient.to(out_ptr.dtype.element_ty)
