@@ -63,6 +63,8 @@ def rope_qkv_forward_(
     Raises:
         UnsupportedError: a shape, dtype, device, stride or combination that is not taken.
     """
+    if head_dim < 2 or head_dim % 2:
+        raise UnsupportedError(f"head_dim is {head_dim}; wanted an even number")
     _check_dtype("qkv_TN", qkv_TN)
     _check_rows("qkv_TN", qkv_TN, shape=(qkv_TN.shape[0], (num_heads + 2 * num_kv_heads) * head_dim), like=qkv_TN)
     q_THd, k_TKd, _ = _parts(qkv_TN, num_heads, num_kv_heads, head_dim)

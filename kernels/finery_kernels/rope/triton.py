@@ -1,4 +1,4 @@
-# pyright: basic, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: basic, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
 """The kernels of the rotary embedding and of the per-head RMSNorm before it: one launch for all heads of a token, fp32 inside.
 
 Owns the kernels and their launches. Leaves validation to `api`, whose docstrings say what the functions promise. A program takes a token's
@@ -26,7 +26,9 @@ Table = tuple[Tensor, Tensor, Tensor]
 
 _TILE = 512
 _ELEMENTS_PER_THREAD = 8
-_PROGRAMS_PER_SM = 16
+# Sums of the weights' gradients fill the registers: so many programs of 64 threads run on a multiprocessor, and a pair of registers spills.
+_PROGRAMS_PER_SM = 6
+_MAX_REGISTERS = 168
 
 
 @triton.jit
@@ -156,17 +158,18 @@ def norm_rotate_heads(
         if pre_ptr is not None:
             tl.store(pre_ptr + head * pre_stride + column, first, mask=inside)
             tl.store(pre_ptr + HALF + head * pre_stride + column, second, mask=inside)
-        first = first.to(tl.float32)
-        second = second.to(tl.float32)
-        squares = tl.sum(first * first + second * second, axis=1)
         if REST > 0:
             _, rest_column, rest_inside = tile(start, HEADS, REST, HEADS_BLOCK, REST_BLOCK)
             rest = tl.load(source_ptr + 2 * HALF + head * source_stride + rest_column, mask=rest_inside, other=0.0)
             if pre_ptr is not None:
                 tl.store(pre_ptr + 2 * HALF + head * pre_stride + rest_column, rest, mask=rest_inside)
             rest = rest.to(tl.float32)
+        first = first.to(tl.float32)
+        second = second.to(tl.float32)
+        squares = tl.sum(first * first + second * second, axis=1)
+        if REST > 0:
             squares += tl.sum(rest * rest, axis=1)
-        rstd = tl.rsqrt(squares / (2 * HALF + REST) + eps)
+        rstd = tl.rsqrt(squares * (1.0 / (2 * HALF + REST)) + eps)
         heads = start + tl.arange(0, HEADS_BLOCK)
         tl.store(rstd_ptr + heads, rstd, mask=heads < HEADS)
         if REST > 0:
@@ -219,6 +222,10 @@ def norm_rotate_heads_backward(
         second = tl.load(gradient + HALF, mask=inside, other=0.0).to(tl.float32)
         hat_first = tl.load(pre, mask=inside, other=0.0).to(tl.float32) * rstd
         hat_second = tl.load(pre + HALF, mask=inside, other=0.0).to(tl.float32) * rstd
+        if REST > 0:
+            _, rest_column, rest_inside = tile(start, HEADS, REST, HEADS_BLOCK, REST_BLOCK)
+            rest = tl.load(gradient_ptr + 2 * HALF + head * gradient_stride + rest_column, mask=rest_inside, other=0.0).to(tl.float32)
+            hat_rest = tl.load(pre_ptr + 2 * HALF + head * pre_stride + rest_column, mask=rest_inside, other=0.0).to(tl.float32) * rstd
         first, second = rotated(first, second, cos, sin, True, ROTATE)
         if DWEIGHT:
             dweight_first += first * hat_first
@@ -227,14 +234,11 @@ def norm_rotate_heads_backward(
         second = second * weight_second[None, :]
         mean = tl.sum(first * hat_first + second * hat_second, axis=1)
         if REST > 0:
-            _, rest_column, rest_inside = tile(start, HEADS, REST, HEADS_BLOCK, REST_BLOCK)
-            rest = tl.load(gradient_ptr + 2 * HALF + head * gradient_stride + rest_column, mask=rest_inside, other=0.0).to(tl.float32)
-            hat_rest = tl.load(pre_ptr + 2 * HALF + head * pre_stride + rest_column, mask=rest_inside, other=0.0).to(tl.float32) * rstd
             if DWEIGHT:
                 dweight_rest += rest * hat_rest
             rest = rest * weight_rest[None, :]
             mean += tl.sum(rest * hat_rest, axis=1)
-        mean = (mean / (2 * HALF + REST))[:, None]
+        mean = (mean * (1.0 / (2 * HALF + REST)))[:, None]
         target = target_ptr + head * target_stride + column
         tl.store(target, ((first - hat_first * mean) * rstd).to(target_ptr.dtype.element_ty), mask=inside)
         tl.store(target + HALF, ((second - hat_second * mean) * rstd).to(target_ptr.dtype.element_ty), mask=inside)
@@ -517,14 +521,15 @@ def norm_rotate_backward(
         return
     tensors = (*_with_values(gradients), *pre, *_with_values(targets))
     shape = _shape(gradients, table, tensors)
-    programs, partial_P2d = shape.num_rows, None
+    programs, partial_P2d, options = shape.num_rows, None, dict(shape.constants)
     if dweights is not None:
+        options["maxnreg"] = _MAX_REGISTERS
         programs = min(programs, num_programs or _PROGRAMS_PER_SM * _num_sms(gradients[0].device))
         partial_P2d = torch.empty((programs, 2, gradients[0].shape[2]), dtype=torch.float32, device=gradients[0].device)
     cos_PR, sin_PR, positions_T, limit = _table_arguments(table)
     operands = (*tensors, rstd_TG, *weights, partial_P2d, cos_PR, sin_PR, positions_T)
     arguments = (*operands, shape.num_rows, limit, norm_offset, *_strides(tensors))
-    norm_rotate_backward_kernel[(programs,)](*arguments, **shape.constants)
+    norm_rotate_backward_kernel[(programs,)](*arguments, **options)
     if dweights is not None and partial_P2d is not None:
         for dweight_d, sum_d in zip(dweights, partial_P2d.sum(dim=0), strict=True):
             dweight_d.add_(sum_d)
@@ -544,6 +549,7 @@ def _shape(heads: Tensors, table: Table | None, tensors: tuple[Tensor | None, ..
     half_block, rest_block = triton.next_power_of_2(half), triton.next_power_of_2(max(rest, 1))
     heads_block = min(max(1, _TILE // half_block), triton.next_power_of_2(num_heads))
     num_warps = max(1, min(heads_block * half_block // (32 * _ELEMENTS_PER_THREAD), heads_block * rest_block // 32 if rest else 32))
+    # Fusion of multiply and add is said outright, since Triton is changing its default.
     constants: dict[str, int | bool] = {
         "Q_HEADS": num_heads,
         "K_HEADS": heads[1].shape[1],
@@ -556,6 +562,7 @@ def _shape(heads: Tensors, table: Table | None, tensors: tuple[Tensor | None, ..
         "ALIGN": math.gcd(16, *_strides(tensors)),
         "ROTATE": table is not None,
         "num_warps": triton.next_power_of_2(num_warps),
+        "enable_fp_fusion": True,
     }
     return _Shape(num_rows, rest, constants)
 
