@@ -19,8 +19,8 @@ import triton.language as tl
 from finery_kernels.adamw.state import GROUP_BLOCK, QUANTIZATION_BLOCK, Groups, State8bit
 
 NORM_BLOCK = 4096
-# A constant, and not the card's size: the sum has one order everywhere.
-NORM_PROGRAMS = 1024
+# A constant, and not what fits the card: the sum has one order everywhere.
+MAX_NORM_PROGRAMS = 1024
 
 GOLDEN = tl.constexpr(0x9E3779B9)
 SPREAD = tl.constexpr(0x27D4EB2F)
@@ -324,11 +324,12 @@ def adamw_8bit_(
 def grad_norm(grads_N: torch.Tensor) -> torch.Tensor:
     """L2 norm, fp32, 0-dim: partial sums in a fixed order, then theirs."""
     num_elements = grads_N.shape[0]
-    partial = torch.empty(NORM_PROGRAMS, dtype=torch.float64, device=grads_N.device)
-    norm = torch.empty((), dtype=torch.float32, device=grads_N.device)
     num_tiles = triton.cdiv(num_elements, NORM_BLOCK)
-    norm_partial_kernel[(NORM_PROGRAMS,)](grads_N, partial, num_elements, num_tiles, BLOCK=NORM_BLOCK, num_warps=8)
-    norm_total_kernel[(1,)](partial, norm, PROGRAMS=NORM_PROGRAMS, num_warps=4)
+    num_programs = min(MAX_NORM_PROGRAMS, triton.next_power_of_2(max(num_tiles, 1)))
+    partial = torch.empty(num_programs, dtype=torch.float64, device=grads_N.device)
+    norm = torch.empty((), dtype=torch.float32, device=grads_N.device)
+    norm_partial_kernel[(num_programs,)](grads_N, partial, num_elements, num_tiles, BLOCK=NORM_BLOCK, num_warps=8)
+    norm_total_kernel[(1,)](partial, norm, PROGRAMS=num_programs, num_warps=4)
     return norm
 
 
