@@ -130,7 +130,7 @@ def test_the_sum_is_rounded_before_it_is_normalised(name):
     y, s, *_ = run(module, case)
     options = {"eps": EPS, "offset": case.offset, "residual_TD": None, "out": None, "residual_out": None}
     again = module.rms_norm_forward(s, case.weight, **options)[0]
-    # Without the rounding a quarter differs; a sum in another order may flip one.
+    # Without the rounding a fifth differs; a sum in another order may flip one.
     assert (y != again).double().mean() < 0.01
 
 
