@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.measure import GIB
 from benchmarks.peer_engines import LEARNING_RATE, RANK
 from benchmarks.workloads import IntArray, Workload
 from finery_common.spec import TrainingSpec
+from finery_trainer.engine.packing import IGNORE
 
 
 class FineryEngine:
@@ -34,8 +36,8 @@ class FineryEngine:
         self._stack = self._stacks.TrainingStack(self._model, spec_of(workload))
 
     def step(self, rows: Sequence[IntArray]) -> torch.Tensor | float:
-        """One step on `rows` of any lengths; labels are the rows themselves."""
-        return self._stack.step([(row, row) for row in rows])
+        """One step on `rows` of any lengths; every token but a row's first is a label."""
+        return self._stack.step([(row, np.append(row[1:], IGNORE)) for row in rows])
 
     def release(self) -> None:
         """Drops the stack with its buffers and graphs."""
@@ -54,7 +56,7 @@ def spec_of(workload: Workload) -> TrainingSpec:
             "method": "full" if workload.method == "fft" else "lora",
             "quantization": "nf4" if workload.method == "qlora" else "none",
             "max_sequence_length": workload.sequence_length,
-            "lora": {"rank": RANK, "alpha": float(RANK)},
+            **({} if workload.method == "fft" else {"lora": {"rank": RANK, "alpha": float(RANK)}}),
             "optimizer": {
                 "type": "adamw_8bit",
                 "learning_rate": LEARNING_RATE,

@@ -61,9 +61,9 @@ def short_by_trl(engine: PeerEngine, workload: Workload, *, num_steps: tuple[int
             processing_class=AutoTokenizer.from_pretrained(engine.model_dir),
             callbacks=[clock],
         )
-        trainer.train()
+        mean_loss = trainer.train().training_loss
     assert trainer.train_dataset is not None
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry] or [mean_loss]
     mean_tokens = statistics.fmean(len(row) for row in trainer.train_dataset["input_ids"])
     steps = Steps(clock.seconds[warmup:], losses, warmup)
     return row_of(engine, workload, steps, tokens_per_step=mean_tokens * workload.rows_per_step)
