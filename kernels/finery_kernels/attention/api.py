@@ -45,7 +45,8 @@ def choose_backend(
     - `reference`: no GPU or one before sm80, fp32 and fp64, head dims over 256 or no multiple of 8.
     - `fa3`: where installed, on sm90, for everything but `deterministic`, and except what cuDNN does better: dense without a window.
     - `flex`: softcap.
-    - `cudnn`: sequences of one length without a window, head dim up to 128. Its backward is not deterministic.
+    - `cudnn`: sequences of one length without a window, head dim up to 128. Its backward is not deterministic. (The public functions
+      count sequences of a single row as `varlen`, since cuDNN's backward does not take them.)
     - `flash`: the rest; its backward has a deterministic mode.
     """
     if capability is None or capability < (8, 0) or dtype not in HALF_DTYPES:
@@ -80,8 +81,9 @@ def attention_forward(
     q_THd, k_TKd, v_TKd: bf16, fp16, fp32 or fp64; views with unit last stride, such as the parts of a qkv row. H is a multiple of K.
     cu_seqlens: int32 [S+1] on the tensors' device, from 0 to T: rows past its end come out undefined. Sequences of no rows are
         allowed, so a fixed S can be filled up with T. May be None where `lengths_equal` is set.
-    max_seqlen: no sequence is longer. A bound is enough, and costs next to nothing.
-    lengths_equal: the length of every sequence where all have one; T is a multiple of it.
+    max_seqlen: no sequence is longer. A bound is enough, and should be near: blocks up to it are launched for every sequence.
+    lengths_equal: the length of every sequence where all have one; T is a multiple of it. cuDNN builds a plan for each new T and length,
+        so it is for shapes that come again.
     scale: of the scores, 1/sqrt(d) unless given. softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
     window: keys that a query sees, itself included, on its left and, unless causal, as many on its right.
     backend: None lets `choose_backend` choose. deterministic: the backward gives the same bits every time.
@@ -301,7 +303,7 @@ def _resolve(backend: Backend | None, q_THd: torch.Tensor, problem: Problem) -> 
         head_dim=q_THd.shape[-1],
         window=problem.window,
         softcap=problem.softcap,
-        varlen=problem.length is None,
+        varlen=problem.length is None or problem.length == 1,
         deterministic=problem.deterministic,
         fa3=backends.fa3_installed(),
     )

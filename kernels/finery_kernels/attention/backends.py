@@ -93,6 +93,7 @@ def check(backend: str, q_THd: torch.Tensor, problem: Problem) -> None:
         "cudnn": (problem.softcap is not None and "a softcap")
         or (problem.window is not None and "a window")
         or (problem.length is None and "sequences of different lengths")
+        or (problem.length == 1 and "sequences of a single row")
         or (problem.deterministic and "determinism")
         or (head_dim > 128 and "a head dim over 128"),
     }
