@@ -243,9 +243,8 @@ class Block:
 
     def _restore_attention(self, batch: PackedBatch, rotary: Rotary, kept: _Kept, tape: Tape) -> None:
         """Computes what is missing up to the stream after attention."""
-        if "x2" not in kept and "o" not in kept and "qkv" not in kept:
-            qkv_ext = self._qkv(self._restored_h("h1", kept))
-            self._attend(qkv_ext, batch, rotary, kept, tape)
+        if "o" not in kept and "qkv" not in kept:
+            self._attend(self._qkv(self._restored_h("h1", kept)), batch, rotary, kept, tape)
         elif "o" not in kept:
             qkv_TN = kept["qkv"]
             if self.shape.has_qk_norm:
@@ -281,6 +280,7 @@ class Block:
             self._mlp_part_backward(part, dy_ext[part], h2_ext[part], dh2_TD[part], kept)
         kept.drop("h2", "gate_up", "act", force=True)
         self._norm_backward(dh2_TD, kept["x2"], self._after_attention, kept["rstd2"], g_TD)
+        kept.drop("x2", force=True)
 
     def _mlp_part_backward(self, part: slice, dy_ext: torch.Tensor, h2_ext: torch.Tensor, dh2_TD: torch.Tensor, kept: _Kept) -> None:
         num_act, num_gate_up = self.shape.intermediate, 2 * self.shape.intermediate
@@ -288,17 +288,15 @@ class Block:
         if gate_up_ext is None:
             spare = self.projections["gate_up"].layout.num_ranks
             gate_up_ext = self._projected("gate_up", h2_ext, spare=spare)
-        dact_TF = self._input_gradient("down", dy_ext)
-        act_ext = kept["act"][part] if "act" in kept else None
-        if act_ext is None:
-            act_ext = dy_ext.new_empty(dy_ext.shape[0], self.projections["down"].layout.shape[1])
-            act_out = act_ext[:, :num_act]
-        else:
-            act_out = None
+        dact_ext = dy_ext.new_empty(dy_ext.shape[0], self.projections["down"].layout.shape[1])
+        dact_TF = self._input_gradient("down", dy_ext, out=dact_ext[:, :num_act])
         gate_up_TN = gate_up_ext[:, :num_gate_up]
-        glu_backward(dact_TF, gate_up_TN, activation=self.shape.activation, out=gate_up_TN, act_out=act_out)
-        del dact_TF
-        if act_out is not None:
+        is_kept = "act" in kept
+        # The product computed anew takes the place of its gradient.
+        glu_backward(dact_TF, gate_up_TN, activation=self.shape.activation, out=gate_up_TN, act_out=None if is_kept else dact_TF)
+        act_ext = kept["act"][part] if is_kept else dact_ext
+        del dact_TF, dact_ext
+        if not is_kept:
             self._fill_spare("down", act_ext)
         self._weight_gradients("down", dy_ext, act_ext)
         del act_ext

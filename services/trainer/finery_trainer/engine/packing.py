@@ -7,7 +7,8 @@ Shapes: T tokens of a pack, padding included; S sequences; L positions that a lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,11 +50,11 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`; copied without waiting where it lies in pinned memory."""
         tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
-        return _replaced(self, tensors)
+        return replaced(self, tensors)
 
     def pinned(self) -> PackedBatch:
         """The same batch in page-locked memory."""
-        return _replaced(self, {name: getattr(self, name).pin_memory() for name in TENSORS})
+        return replaced(self, {name: getattr(self, name).pin_memory() for name in TENSORS})
 
 
 TENSORS = ("input_ids_T", "positions_T", "cu_seqlens", "rows_L", "targets_L")
@@ -107,6 +108,6 @@ def groups(lengths: Sequence[int], *, max_tokens: int) -> Iterator[list[int]]:
     yield from (members for _, members in bins)
 
 
-def _replaced(batch: PackedBatch, tensors: dict[str, torch.Tensor]) -> PackedBatch:
-    values = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
-    return PackedBatch(**(values | tensors))
+def replaced(batch: PackedBatch, values: Mapping[str, object]) -> PackedBatch:
+    """The batch with other values of some fields."""
+    return dataclasses.replace(batch, **values)  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,6 @@ Shapes: T tokens of a packed batch, D hidden, V vocabulary, L labelled positions
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -24,8 +23,10 @@ from finery_kernels.linear_cross_entropy import linear_cross_entropy_forward_bac
 from finery_kernels.lora import Adapter
 from finery_kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from finery_trainer.engine.architecture import LayerShape, ModelShape, decoder_of, describe, rotary_tables
-from finery_trainer.engine.block import RECOMPUTABLE, Block, Gradients, Rotary, Tape
+from finery_trainer.engine.block import Block, Gradients, Rotary, Tape
+from finery_trainer.engine.offload import Offloader
 from finery_trainer.engine.packing import IGNORE, PackedBatch
+from finery_trainer.engine.planner import Plan, keep_all
 from finery_trainer.engine.trained import FlatGroup, flatten, in_place
 from finery_trainer.engine.weights import Projection, Workspace, projections_of
 
@@ -34,25 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROTARY_STEP = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is kept between forward and backward pass, a set of `block.RECOMPUTABLE` for each layer, and how rows are tiled."""
-
-    card: tuple[frozenset[str], ...]
-    """On the device."""
-    host: tuple[frozenset[str], ...]
-    """In pinned host memory; `x` too may be there."""
-    mlp_rows: int
-    """Rows that go through an MLP at a time."""
-    head_rows: int
-    """Rows of logits at a time."""
-
-
-def keep_all(num_layers: int) -> Plan:
-    """Nothing is recomputed."""
-    return Plan(card=(frozenset(RECOMPUTABLE),) * num_layers, host=(frozenset(),) * num_layers, mlp_rows=1 << 62, head_rows=1024)
 
 
 class TrainingStack:
@@ -74,7 +56,6 @@ class TrainingStack:
         self._rotary: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.dtype, self.device = self._embedding.weight.dtype, self._embedding.weight.device
         self.workspace = Workspace(dtype=self.dtype, device=self.device)
-        self.plan = keep_all(len(self.shape.layers)) if plan is None else plan
         self._gradients: dict[int, torch.Tensor] = {}
         layers = list(cast("nn.ModuleList", decoder.layers))
         projections = [
@@ -86,6 +67,16 @@ class TrainingStack:
             for layer, shape, projected in zip(layers, self.shape.layers, projections, strict=True)
         ]
         self._spare = max(max(p["o"].layout.num_ranks, p["down"].layout.num_ranks) for p in projections)
+        self.follow(keep_all(len(self.blocks)) if plan is None else plan)
+
+    def follow(self, plan: Plan) -> None:
+        """Trains by `plan` from now on; the numbers are the same by any."""
+        self.plan = plan
+        self._offloader = Offloader(plan.host, device=self.device)
+        for index, block in enumerate(self.blocks):
+            for name, projection in block.projections.items():
+                if projection.is_quantized:
+                    projection.keep_resident(wanted=(index, name) in plan.resident)
         self.refresh()
 
     @property
@@ -115,11 +106,13 @@ class TrainingStack:
 
         `batch` is on the model's device. `num_labels` is the whole optimizer step's, so that it may be split into any batches.
         """
+        self.workspace.forget()
         tapes = [Tape({}) for _ in self.blocks]
         residual_TD, delta_TD = self._forward(batch, tapes)
         loss, g_ext = self._loss_backward(residual_TD, delta_TD, batch, num_labels)
         del residual_TD, delta_TD
         for index in reversed(range(len(self.blocks))):
+            self._offloader.fetched(index, tapes[index])
             self.blocks[index].backward(
                 g_ext, batch, self._rotary_of(self.shape.layers[index], batch), tape=tapes[index], mlp_rows=self.plan.mlp_rows
             )
@@ -167,6 +160,8 @@ class TrainingStack:
                 tape=Tape({}) if tapes is None else tapes[index],
                 mlp_rows=self.plan.mlp_rows,
             )
+            if tapes is not None:
+                self._offloader.stored(index, tapes[index])
         assert residual_TD is not None
         return residual_TD, delta_TD
 

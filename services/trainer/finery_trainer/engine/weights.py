@@ -126,11 +126,14 @@ class Projection:
         rows, columns = self.layout.shape
         return rows * columns * self._workspace.dtype.itemsize
 
-    def make_resident(self) -> None:
-        """Keeps a dequantized copy beside the NF4 weights, which then need no dequantization."""
-        self._resident = torch.zeros(self.layout.shape, dtype=self._workspace.dtype, device=self._workspace.device)
-        self._dequantize_into(self._resident)
-        self.refresh()
+    def keep_resident(self, *, wanted: bool) -> None:
+        """Whether a dequantized copy is kept beside the NF4 weights, which then need no dequantization."""
+        assert self.is_quantized
+        if wanted and self._resident is None:
+            self._resident = torch.zeros(self.layout.shape, dtype=self._workspace.dtype, device=self._workspace.device)
+            self._dequantize_into(self._resident)
+        elif not wanted:
+            self._resident = None
 
     def refresh(self) -> None:
         """Takes the adapters' present values over into a resident buffer."""
