@@ -24,7 +24,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes.functional")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 # Whole words and blocks; blocks across rows; rows from the middle of a byte; several tiles a row; an odd number of elements; a single one.
-SHAPES = [(24, 128), (5, 40), (6, 33), (3, 8200), (7, 33), (1, 1)]
+SHAPES = [(6, 128), (5, 40), (4, 33), (2, 2056), (3, 33), (1, 1)]
 
 
 def bits(weight):
@@ -96,7 +96,7 @@ def test_kernel_has_the_bits_of_the_reference(dtype, nested):
         want = dequantize(packed.cpu(), state.to("cpu"))
         if interpreting() and dtype == torch.bfloat16:
             want = truncated(dequantize(packed.cpu(), state.to("cpu"), dtype=torch.float32))
-        for row_stride in (shape[1], shape[1] + 8, shape[1] + 3):
+        for row_stride in (shape[1], shape[1] + 8):
             out = poisoned(*shape, dtype=dtype, device=device, row_stride=row_stride)
             by_kernel(packed, state, out=out)
             assert torch.equal(bits(out.cpu()), bits(want)), (shape, row_stride)
@@ -110,9 +110,15 @@ def truncated(weight_fp32):
 
 @pytest.mark.parametrize("blocksize", [32, 1024])
 def test_kernel_takes_other_blocksizes(blocksize):
-    packed, state, want = quantized((3, 4128), torch.float32, nested=True, blocksize=blocksize, device=kernel_device())
-    out = poisoned(3, 4128, dtype=torch.float32, device=kernel_device(), row_stride=4136)
+    packed, state, want = quantized((2, 1032), torch.float32, nested=True, blocksize=blocksize, device=kernel_device())
+    out = poisoned(2, 1032, dtype=torch.float32, device=kernel_device(), row_stride=1040)
     assert torch.equal(bits(by_kernel(packed, state, out=out)), bits(want))
+
+
+def test_tiles_fit_rows():
+    from finery_kernels.nf4.triton import choose_num_warps
+
+    assert [choose_num_warps(width) for width in (4096, 14336, 1024, 2**26, 40)] == [4, 2, 1, 8, 1]
 
 
 def test_packed_bytes_need_no_alignment():
@@ -182,7 +188,7 @@ def test_kernels_compile_for_ampere_and_hopper():
     from finery_kernels.nf4 import triton
 
     floats = ("code_ptr", "nested_absmax_ptr", "nested_code_ptr", "offset_ptr")
-    sizes = {"width": "i32", "out_stride": "i32", "tiles_per_row": "i32"}
+    sizes = {"width": "i32", "out_stride": "i32"}
     orders = []
     for arch in ARCHITECTURES:
         for element in ("bf16", "fp32"):
@@ -192,16 +198,17 @@ def test_kernels_compile_for_ampere_and_hopper():
                 del plain[name]
             none = dict.fromkeys(floats[1:])
             for signature, constants in ((tensors, {}), (plain, none)):
-                constants = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, **constants}
-                common = {"divisible": ("width", "out_stride"), "num_warps": triton.NUM_WARPS, "enable_fp_fusion": False}
+                constants = {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, "FLAT": element == "bf16", **constants}
+                common = {"divisible": ("width", "out_stride"), "num_warps": 4, "enable_fp_fusion": False}
                 words = {**signature, "words_ptr": "*i32"}
-                orders.append(compilation(triton.words_kernel, words, {**constants, "WORDS": triton.WORDS}, arch, **common))
+                orders.append(compilation(triton.words_kernel, words, {**constants, "THREADS": 128}, arch, **common))
                 elements = {**signature, "packed_ptr": "*u8"}
-                orders.append(compilation(triton.elements_kernel, elements, {**constants, "ELEMENTS": triton.ELEMENTS}, arch, **common))
-    for compiled in compile_all(orders):
-        assert "fma.rn.f32" not in compiled.ptx
-        if compiled.name == "words_kernel":
+                orders.append(compilation(triton.elements_kernel, elements, {**constants, "ELEMENTS": 1024}, arch, **common))
+    for order, compiled in zip(orders, compile_all(orders), strict=True):
+        assert "fma.rn.f32" not in compiled.ptx, "bitsandbytes rounds after every operation"
+        if order.name == "words_kernel" and order.signature["out_ptr"] == "*bf16":
             assert "st.global.v4.b32" in compiled.ptx, "rows are written 16 bytes at a time"
+            assert compiled.shared_bytes == 64, "only the table lies in shared memory: words stay with their threads"
 
 
 @pytest.mark.gpu

@@ -2,8 +2,8 @@
 """NF4 dequantization's kernels: half a byte read, one element written.
 
 Owns the kernels and their launches. Leaves validation to `api`, whose docstrings say what the function promises. A thread takes words of
-four bytes and writes the eight elements of each at once; the codes come out of L1. Where rows begin in the middle of a word, a second
-kernel goes element by element.
+four bytes and writes the eight elements of each at once; codes are looked up in shared memory. Where rows begin in the middle of a
+word, a second kernel goes element by element.
 
 N: output features, K: input features, B: blocks, C: blocks of blocks.
 """
@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NUM_WARPS = 8
-# What a program takes: words of four bytes, four a thread; elements, eight a thread.
-WORDS = NUM_WARPS * 32 * 4
-ELEMENTS = NUM_WARPS * 32 * 8
+# Elements a thread takes: four words of four bytes, eight elements in each. The other kernel takes a quarter of it.
+ELEMENTS_PER_THREAD = 32
+WARPS = (8, 4, 2, 1)
 
 
 @triton.jit
@@ -46,6 +45,33 @@ def block_scale(
 
 
 @triton.jit
+def codes_and_scale(
+    words_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    first,
+    word,
+    num_words,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+):
+    """The eight codes of every word, in the order of the elements, and its absmax; a byte's high nibble is the even element."""
+    inside = word < num_words
+    packed = tl.load(words_ptr + word, mask=inside, other=0, eviction_policy="evict_first")
+    scale = block_scale(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, first, word * 8, inside, BLOCKSIZE, NESTED_BLOCKSIZE)
+    return (packed[:, None] >> ((tl.arange(0, 8) ^ 1) * 4)[None, :]) & 15, scale
+
+
+@triton.jit
+def put(out_ptr, values, scale, word, num_words):
+    """Eight elements a word: 16 bytes in 16 bits."""
+    elements = (word * 8)[:, None] + tl.arange(0, 8)[None, :]
+    tl.store(out_ptr + elements, (values * scale[:, None]).to(out_ptr.dtype.element_ty), mask=(word < num_words)[:, None])
+
+
+@triton.jit
 def words_kernel(
     words_ptr,
     code_ptr,
@@ -56,25 +82,43 @@ def words_kernel(
     out_ptr,
     width,
     out_stride,
-    tiles_per_row,
+    FLAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
-    WORDS: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
-    """WORDS words of one row, whose width is a multiple of 8; a byte's high nibble is the even element."""
-    program = tl.program_id(0)
-    row = (program // tiles_per_row).to(tl.int64)
-    column = (program % tiles_per_row).to(tl.int64) * (WORDS * 8)
+    """Four words a thread, of one row whose width is a multiple of 8: one look-up for all four, and every code stays with its thread."""
+    row = tl.program_id(1 if FLAT else 0).to(tl.int64)
+    column = tl.program_id(0 if FLAT else 1).to(tl.int64) * (THREADS * 32)
     first = row * width + column
-    word = tl.arange(0, WORDS)
-    lane = tl.arange(0, 8)
-    inside = word < (tl.minimum(width - column, WORDS * 8) // 8).to(tl.int32)
-    packed = tl.load(words_ptr + first // 8 + word, mask=inside, other=0, eviction_policy="evict_first")
-    scale = block_scale(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, first, word * 8, inside, BLOCKSIZE, NESTED_BLOCKSIZE)
-    index = (packed[:, None] >> ((lane ^ 1) * 4)[None, :]) & 15
-    codes = tl.reshape(tl.gather(tl.load(code_ptr + tl.arange(0, 16)), tl.reshape(index, [WORDS * 8]), 0), [WORDS, 8])
-    values = (codes * scale[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * out_stride + column + (word * 8)[:, None] + lane[None, :], values, mask=inside[:, None])
+    num_words = (tl.minimum(width - column, THREADS * 32) // 8).to(tl.int32)
+    words_ptr += first // 8
+    out_ptr += row * out_stride + column
+    word_a = tl.arange(0, THREADS)
+    word_b = word_a + THREADS
+    word_c = word_a + 2 * THREADS
+    word_d = word_a + 3 * THREADS
+    a, a_scale = codes_and_scale(
+        words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, first, word_a, num_words, BLOCKSIZE, NESTED_BLOCKSIZE
+    )
+    b, b_scale = codes_and_scale(
+        words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, first, word_b, num_words, BLOCKSIZE, NESTED_BLOCKSIZE
+    )
+    c, c_scale = codes_and_scale(
+        words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, first, word_c, num_words, BLOCKSIZE, NESTED_BLOCKSIZE
+    )
+    d, d_scale = codes_and_scale(
+        words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, first, word_d, num_words, BLOCKSIZE, NESTED_BLOCKSIZE
+    )
+    index = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [THREADS * 32])
+    values = tl.gather(tl.load(code_ptr + tl.arange(0, 16)), index, 0)
+    ab, cd = tl.split(tl.reshape(values, [THREADS, 8, 2, 2]))
+    a, b = tl.split(ab)
+    c, d = tl.split(cd)
+    put(out_ptr, a, a_scale, word_a, num_words)
+    put(out_ptr, b, b_scale, word_b, num_words)
+    put(out_ptr, c, c_scale, word_c, num_words)
+    put(out_ptr, d, d_scale, word_d, num_words)
 
 
 @triton.jit
@@ -88,23 +132,31 @@ def elements_kernel(
     out_ptr,
     width,
     out_stride,
-    tiles_per_row,
+    FLAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
     """ELEMENTS elements of one row of any width."""
-    program = tl.program_id(0)
-    row = (program // tiles_per_row).to(tl.int64)
-    start = (program % tiles_per_row).to(tl.int64) * ELEMENTS
-    first = row * width + start
+    row = tl.program_id(1 if FLAT else 0).to(tl.int64)
+    column = tl.program_id(0 if FLAT else 1).to(tl.int64) * ELEMENTS
+    first = row * width + column
     offsets = tl.arange(0, ELEMENTS)
-    inside = start + offsets < width
+    inside = column + offsets < width
     index = first + offsets
     byte = tl.load(packed_ptr + index // 2, mask=inside, other=0).to(tl.int32)
     scale = block_scale(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, first, offsets, inside, BLOCKSIZE, NESTED_BLOCKSIZE)
     codes = tl.load(code_ptr + tl.where(index % 2 == 0, byte >> 4, byte & 15))
-    tl.store(out_ptr + row * out_stride + start + offsets, (codes * scale).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * out_stride + column + offsets, (codes * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def choose_num_warps(width: int) -> int:
+    """The most warps whose tiles, ELEMENTS_PER_THREAD elements a thread, overhang a row by a sixteenth at the most."""
+    for num_warps in WARPS:
+        tile = num_warps * 32 * ELEMENTS_PER_THREAD
+        if -width % tile * 16 <= width:
+            return num_warps
+    return WARPS[-1]
 
 
 def dequantize(
@@ -118,28 +170,35 @@ def dequantize(
     nested_blocksize: int,
     offset: Tensor | None,
     out: Tensor,
+    num_warps: int | None = None,
 ) -> Tensor:
-    """As `api.dequantize`, after validation."""
+    """As `api.dequantize`, after validation; `num_warps` is for measurements."""
     num_rows, width = out.shape
     if out.numel() == 0:
         return out
-    if out.is_contiguous():
+    flat = out.is_contiguous()
+    if flat:
         num_rows, width = 1, out.numel()
+    num_warps = choose_num_warps(width) if num_warps is None else num_warps
     by_words = width % 8 == 0 and packed.data_ptr() % 4 == 0
-    tile = WORDS * 8 if by_words else ELEMENTS
-    tiles_per_row = triton.cdiv(width, tile)
-    tensors = (code_16, absmax_B, nested_absmax_C, nested_code_256, offset, out)
+    tile = num_warps * 32 * ELEMENTS_PER_THREAD // (1 if by_words else 4)
+    num_tiles = triton.cdiv(width, tile)
     kernel = words_kernel if by_words else elements_kernel
-    kernel[(num_rows * tiles_per_row,)](
+    kernel[(num_tiles, 1) if flat else (num_rows, num_tiles)](
         packed.view(-1).view(torch.int32) if by_words else packed,
-        *tensors,
+        code_16,
+        absmax_B,
+        nested_absmax_C,
+        nested_code_256,
+        offset,
+        out,
         width,
         out.stride(0),
-        tiles_per_row,
+        FLAT=flat,
         BLOCKSIZE=blocksize,
         NESTED_BLOCKSIZE=nested_blocksize,
-        **({"WORDS": WORDS} if by_words else {"ELEMENTS": ELEMENTS}),
-        num_warps=NUM_WARPS,
+        **({"THREADS": num_warps * 32} if by_words else {"ELEMENTS": tile}),
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )
     return out
