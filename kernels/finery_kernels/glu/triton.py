@@ -9,6 +9,7 @@ T rows, F width of the activation; a row of `gate_up` is [gate | up].
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,8 +17,15 @@ import triton.language as tl
 
 Tensor = torch.Tensor
 
-_BLOCK = 2048
-_ELEMENTS_PER_THREAD = 16
+
+class Launch(NamedTuple):
+    """How a row is shared out: columns a program, and columns a thread, of which eight in bf16 are one access."""
+
+    block: int = 2048
+    columns_per_thread: int = 16
+
+
+LAUNCH = Launch()
 
 
 @triton.jit
@@ -100,37 +108,39 @@ def backward_kernel(
         tl.store(act_ptr + tl.multiple_of(row * act_stride, ALIGN) + column, act, mask=inside)
 
 
-def glu_forward(gate_up_TN: Tensor, *, activation: str, out: Tensor) -> Tensor:
+def glu_forward(gate_up_TN: Tensor, *, activation: str, out: Tensor, launch: Launch = LAUNCH) -> Tensor:
     """Writes `f(gate) * up` to `out` [T, F]."""
     num_rows, width = out.shape
     if out.numel():
-        grid, options = _launch(num_rows, width, activation, gate_up_TN, out)
+        grid, options = _grid_and_options(launch, num_rows, width, activation, gate_up_TN, out)
         forward_kernel[grid](gate_up_TN, out, gate_up_TN.stride(0), out.stride(0), **options)
     return out
 
 
-def glu_backward(dact_TF: Tensor, gate_up_TN: Tensor, *, activation: str, out: Tensor, act_out: Tensor | None = None) -> Tensor:
+def glu_backward(
+    dact_TF: Tensor, gate_up_TN: Tensor, *, activation: str, out: Tensor, act_out: Tensor | None = None, launch: Launch = LAUNCH
+) -> Tensor:
     """Writes `[dact * up * f'(gate) | dact * f(gate)]` to `out` [T, 2F] and, where asked, `f(gate) * up` to `act_out` [T, F]."""
     num_rows, width = dact_TF.shape
     if dact_TF.numel():
         act_stride = 0 if act_out is None else act_out.stride(0)
         tensors = (dact_TF, gate_up_TN, out) if act_out is None else (dact_TF, gate_up_TN, out, act_out)
-        grid, options = _launch(num_rows, width, activation, *tensors)
+        grid, options = _grid_and_options(launch, num_rows, width, activation, *tensors)
         strides = (dact_TF.stride(0), gate_up_TN.stride(0), out.stride(0), act_stride)
         backward_kernel[grid](dact_TF, gate_up_TN, out, act_out, *strides, **options)
     return out
 
 
-def _launch(num_rows: int, width: int, activation: str, *tensors: Tensor) -> tuple[tuple[int], dict[str, object]]:
-    """The grid and the constants: 16 elements a thread, whole warps of distinct elements."""
-    block = min(_BLOCK, max(32, triton.next_power_of_2(width)))
+def _grid_and_options(launch: Launch, num_rows: int, width: int, activation: str, *tensors: Tensor) -> tuple[tuple[int], dict[str, object]]:
+    """Never more threads than elements: a thread's elements are its own."""
+    block = min(launch.block, max(32, triton.next_power_of_2(width)))
     # Fusion of multiply and add is said outright, since Triton is changing its default.
     options: dict[str, object] = {
         "F": width,
         "ACTIVATION": activation,
         "ALIGN": math.gcd(16, *(x.stride(0) for x in tensors)),
         "BLOCK": block,
-        "num_warps": max(1, block // (32 * _ELEMENTS_PER_THREAD)),
+        "num_warps": max(1, block // (32 * launch.columns_per_thread)),
         "enable_fp_fusion": True,
     }
     return (num_rows * triton.cdiv(width, block),), options

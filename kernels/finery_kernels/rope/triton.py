@@ -24,11 +24,22 @@ Tensor = torch.Tensor
 Tensors = tuple[Tensor, ...]
 Table = tuple[Tensor, Tensor, Tensor]
 
-_TILE = 512
-_ELEMENTS_PER_THREAD = 8
-# Sums of the weights' gradients fill the registers: so many programs of 64 threads run on a multiprocessor, and a pair of registers spills.
-_PROGRAMS_PER_SM = 6
-_MAX_REGISTERS = 168
+
+class Launch(NamedTuple):
+    """How tokens and heads are shared out.
+
+    `tile` is the pairs of rotated elements a program takes at a time, `pairs_per_thread` sets its threads. Sums of the weights' gradients
+    fill the registers: there, `programs_per_sm` programs of at most `max_registers` a thread run on a multiprocessor, which spills a few
+    bytes.
+    """
+
+    tile: int = 512
+    pairs_per_thread: int = 8
+    programs_per_sm: int = 6
+    max_registers: int = 168
+
+
+LAUNCH = Launch()
 
 
 @triton.jit
@@ -468,13 +479,13 @@ def norm_rotate_backward_kernel(
             store_partial(k_partial + 2 * HALF, dk_rest, REST, REST_BLOCK)
 
 
-def rotate(sources: Tensors, targets: Tensors, table: Table | None, *, inverse: bool) -> None:
+def rotate(sources: Tensors, targets: Tensors, table: Table | None, *, inverse: bool, launch: Launch = LAUNCH) -> None:
     """Rotates every query and key head of `sources` into `targets`, by its position's angle or by minus that; copies values, if any."""
     if not sources[0].numel():
         return
     in_place = sources[0].data_ptr() == targets[0].data_ptr() and sources[1].data_ptr() == targets[1].data_ptr()
     tensors = (*_with_values(sources), *_with_values(targets))
-    shape = _shape(sources, table, tensors)
+    shape = _shape(sources, table, tensors, launch)
     options = {**shape.constants, "INVERSE": inverse, "COPY_REST": shape.rest > 0 and not in_place}
     rotate_kernel[(shape.num_rows,)](*tensors, *_table_arguments(table), *_strides(tensors), **options)
 
@@ -489,12 +500,13 @@ def norm_rotate(
     norm_offset: float,
     rstd_TG: Tensor,
     pre: Tensors | None = None,
+    launch: Launch = LAUNCH,
 ) -> None:
     """RMSNorm over each head of `sources`, then the rotation, into `targets`; keeps the reciprocal deviations and, in `pre`, sources."""
     if not sources[0].numel():
         return
     tensors = (*sources, *targets, *(pre or (None, None)))
-    shape = _shape(sources, table, tensors)
+    shape = _shape(sources, table, tensors, launch)
     options = dict(shape.constants)
     del options["HEAD_BLOCK"]
     arguments = (*tensors, rstd_TG, *weights, *_table_arguments(table), eps, norm_offset, *_strides(tensors))
@@ -512,6 +524,7 @@ def norm_rotate_backward(
     rstd_TG: Tensor,
     dweights: Tensors | None = None,
     num_programs: int | None = None,
+    launch: Launch = LAUNCH,
 ) -> None:
     """The gradient of `norm_rotate` by its sources into `targets`; that of the weights is added to `dweights`. Copies values, if any.
 
@@ -520,11 +533,11 @@ def norm_rotate_backward(
     if not gradients[0].numel():
         return
     tensors = (*_with_values(gradients), *pre, *_with_values(targets))
-    shape = _shape(gradients, table, tensors)
+    shape = _shape(gradients, table, tensors, launch)
     programs, partial_P2d, options = shape.num_rows, None, dict(shape.constants)
     if dweights is not None:
-        options["maxnreg"] = _MAX_REGISTERS
-        programs = min(programs, num_programs or _PROGRAMS_PER_SM * _num_sms(gradients[0].device))
+        options["maxnreg"] = launch.max_registers
+        programs = min(programs, num_programs or launch.programs_per_sm * _num_sms(gradients[0].device))
         partial_P2d = torch.empty((programs, 2, gradients[0].shape[2]), dtype=torch.float32, device=gradients[0].device)
     cos_PR, sin_PR, positions_T, limit = _table_arguments(table)
     operands = (*tensors, rstd_TG, *weights, partial_P2d, cos_PR, sin_PR, positions_T)
@@ -541,14 +554,14 @@ class _Shape(NamedTuple):
     constants: dict[str, int | bool]
 
 
-def _shape(heads: Tensors, table: Table | None, tensors: tuple[Tensor | None, ...]) -> _Shape:
-    """Tiles of about 512 pairs, of no more threads than they have elements: a thread's elements are its own."""
+def _shape(heads: Tensors, table: Table | None, tensors: tuple[Tensor | None, ...], launch: Launch) -> _Shape:
+    """Never more threads than a tile has elements: a thread's elements are its own."""
     num_rows, num_heads, head_dim = heads[0].shape
     half = (head_dim if table is None else table[0].shape[1]) // 2
     rest = head_dim - 2 * half
     half_block, rest_block = triton.next_power_of_2(half), triton.next_power_of_2(max(rest, 1))
-    heads_block = min(max(1, _TILE // half_block), triton.next_power_of_2(num_heads))
-    num_warps = max(1, min(heads_block * half_block // (32 * _ELEMENTS_PER_THREAD), heads_block * rest_block // 32 if rest else 32))
+    heads_block = min(max(1, launch.tile // half_block), triton.next_power_of_2(num_heads))
+    num_warps = max(1, min(heads_block * half_block // (32 * launch.pairs_per_thread), heads_block * rest_block // 32 if rest else 32))
     # Fusion of multiply and add is said outright, since Triton is changing its default.
     constants: dict[str, int | bool] = {
         "Q_HEADS": num_heads,
