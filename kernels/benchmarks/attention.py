@@ -2,9 +2,9 @@
 
     python3 kernels/benchmarks/attention.py
 
-with `kernels` on PYTHONPATH where Finery is not installed. Needs a GPU. 16,384 rows, causal: dense at four lengths, a pack of long samples of
-different lengths, and one of short samples (lognormal, mean 138). Operations are those of the causal half, 4 d a score forward and 2.5 times
-that backward; the share is of a 8192³ matrix product in bf16 on the same card.
+with `kernels` on PYTHONPATH where Finery is not installed. Needs a GPU. 16,384 rows, causal: dense at four lengths, a pack of long samples
+of different lengths, and one of short samples (lognormal, mean 138). Operations are those of the causal half, 4 d a score forward and
+2.5 times that backward; the share is of a 8192³ matrix product in bf16 on the same card.
 
 T: rows, S: sequences, H: query heads, K: key-value heads, d: head dim.
 """
