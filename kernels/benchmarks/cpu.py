@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from benchmarks.baselines import CHECKOUT, OURS, Row
 from benchmarks.train import checkout_commit, worker_environment
 from benchmarks.worker import PREFIX
 from benchmarks.workloads import NUM_TOKEN_IDS, IntArray, short_lengths
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 MODEL = ".cache/models/SmolLM2-135M-Instruct"
 TRAINER = "trainer"
@@ -143,7 +146,7 @@ def _finery(model_dir: Path, warmup: list[IntArray], rows: list[IntArray]) -> tu
             "batch": {"micro_batch_size": BATCH_SIZE, "gradient_accumulation_steps": ACCUMULATION},
         }
     )
-    model = engine.load(spec, model_dir, device=torch.device("cpu"))
+    model = cast("PeftModel", engine.load(spec, model_dir, device=torch.device("cpu")))
     ends_s: list[float] = []
     losses: list[float] = []
 

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -143,7 +143,7 @@ def command_of(workloads: Sequence[Workload], engines: Sequence[str]) -> str:
     return f'make bench-train ROWS="{rows}" ENGINES={",".join(engines)} MODEL=…'
 
 
-def read_rows(lines: Iterator[str] | IO[str], output: Output, log: IO[str]) -> None:
+def read_rows(lines: Iterable[str], output: Output, log: IO[str]) -> None:
     """Sorts a worker's lines into rows, which are also printed, and the log."""
     for line in lines:
         if line.startswith(PREFIX):
@@ -202,7 +202,7 @@ def _run_worker(command: Sequence[str], *, seconds: float, log: IO[str]) -> list
         cwd=tempfile.gettempdir(),
     )
     assert process.stdout is not None
-    reader = threading.Thread(target=read_rows, args=(process.stdout, output, log), daemon=True)
+    reader = threading.Thread(target=_read_all, args=(process.stdout, output, log), daemon=True)
     reader.start()
     try:
         status: int | str = process.wait(seconds)
@@ -216,6 +216,11 @@ def _run_worker(command: Sequence[str], *, seconds: float, log: IO[str]) -> list
     if status != 0 or any(not _is_result(row) for row in output.rows):
         print(f"  ended with {status}; the log ends with\n" + "".join(f"    {line}" for line in output.log[-25:]), flush=True)
     return output.rows
+
+
+def _read_all(pipe: IO[str], output: Output, log: IO[str]) -> None:
+    with pipe:
+        read_rows(pipe, output, log)
 
 
 def _is_result(row: Row) -> bool:

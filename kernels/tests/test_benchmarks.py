@@ -291,3 +291,35 @@ def test_the_script_runs_by_its_path_and_refuses_nonsense(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "wanted such as" in done.stderr
+
+
+def test_rows_of_a_worker_that_is_out_of_time_are_kept(capsys):
+    printed = PREFIX + json.dumps({"workload": "qlora 1x8192", "engine": "hf", "tok_s": 5})
+    command = [sys.executable, "-c", f"import time; print({printed!r}, flush=True); time.sleep(60)"]
+    log = io.StringIO()
+    assert [one.tok_s for one in train._run_worker(command, seconds=2, log=log)] == [5]
+    assert "out of time" in capsys.readouterr().out
+
+
+def test_a_worker_that_fails_shows_its_last_words(capsys):
+    command = [sys.executable, "-c", "raise SystemExit('the model is gone')"]
+    assert train._run_worker(command, seconds=30, log=io.StringIO()) == []
+    assert "the model is gone" in capsys.readouterr().out
+
+
+def test_a_file_of_rows_is_merged_and_printed(tmp_path, capsys):
+    baselines.save(tmp_path / "new.json", [row("qlora 1x8192", "finery", 300), row("qlora 1x8192", "hf", 100)])
+    assert train.main(["merge", str(tmp_path / "new.json"), "--out", str(tmp_path / "all.json")]) == 0
+    assert train.main(["table", str(tmp_path / "all.json")]) == 0
+    assert "3.00 x hf" in capsys.readouterr().out
+    assert train.main(["merge", str(tmp_path / "missing.json")]) == 1
+    assert "no rows" in capsys.readouterr().err
+
+
+def test_a_spec_follows_its_workload():
+    from benchmarks.finery_engine import spec_of
+
+    quantized, full = spec_of(parse("qlora 2x2048x4 equal-memory")), spec_of(parse("fft 2x2048x2"))
+    assert (quantized.quantization.value, quantized.lora.rank, quantized.memory.budget) == ("nf4", 32, str(int(7.27 * 2**30)))
+    assert (quantized.batch.micro_batch_size, quantized.batch.gradient_accumulation_steps) == (2, 4)
+    assert (full.method.value, full.memory.budget) == ("full", "auto")
