@@ -1,38 +1,83 @@
-"""The model being trained: a local Hugging Face folder in the wanted precision, with LoRA layers in PEFT's names."""
+"""The model being trained: a local Hugging Face folder in the wanted precision, quantized or not, with LoRA layers in PEFT's names.
+
+Owns what a spec makes of a folder. Weights are read by transformers: tensor by tensor out of mapped files, each moved to its device and,
+where it is to be, quantized there before the next one is read; so neither host nor device ever holds much more than the finished model.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError
-from finery_common.spec import LoraSpec, Precision, TrainingSpec
+from finery_common.spec import LoraSpec, MethodType, Precision, Quantization, TrainingSpec
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-def load(spec: TrainingSpec, base_dir: Path, *, device: torch.device | None = None) -> PeftModel:
-    """The base model in `base_dir` with fresh adapters, seeded by `spec.seed`, on `device` (default: the GPU where there is one).
+def load(spec: TrainingSpec, base_dir: Path, *, device: torch.device | None = None) -> PeftModel | PreTrainedModel:
+    """What `spec` trains of the base model in `base_dir`, on `device` (default: the GPU where there is one).
 
-    Raises FailedPreconditionError where the folder holds no causal language model, InvalidArgumentError where a target module is
-    not in it.
+    Method full: the model itself, every parameter of it trained. Otherwise a PeftModel, its base frozen, with fresh adapters seeded by
+    `spec.seed`: float32 beside 16-bit and quantized weights. See `load_base` for what is quantized.
+
+    Raises FailedPreconditionError where the folder holds no causal language model or a package for quantized weights is missing,
+    InvalidArgumentError where a target module is not in the model.
     """
     from peft import get_peft_model
 
     device = device or default_device()
-    base = _load_base(base_dir, dtype=dtype_of(spec.precision, device))
-    base.to(device)  # pyright: ignore[reportArgumentType]  # its decorator hides the signature
+    base = load_base(base_dir, dtype=dtype_of(spec.precision, device), quantization=spec.quantization, device=device)
     base.config.use_cache = False
-    torch.manual_seed(spec.seed)
-    model = get_peft_model(base, lora_config(spec.lora, base))
-    if device.type == "cuda":
+    if spec.method is MethodType.FULL:
+        base.requires_grad_(True)
+        model = base
+    else:
+        torch.manual_seed(spec.seed)
+        model = get_peft_model(base, lora_config(spec.lora, base))
+    if device.type == "cuda" and base.supports_gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def load_base(
+    base_dir: Path, *, dtype: torch.dtype, quantization: Quantization = Quantization.NONE, device: torch.device
+) -> PreTrainedModel:
+    """The causal language model in `base_dir` on `device`, without adapters.
+
+    Quantized are all linear layers but the head: bitsandbytes' Linear4bit (NF4, blocks of 64, double quantization) or Linear8bitLt.
+    Embeddings, head, norms and biases have `dtype`, and so has what is computed with 4-bit weights. The shares of memory that a
+    checkpoint's tied weights take are taken once.
+
+    Raises FailedPreconditionError: there is no such model, or bitsandbytes is missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _quantization_config(quantization, dtype=dtype)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            base_dir,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map={"": device},
+            **({} if config is None else {"quantization_config": config}),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise FailedPreconditionError(
+            f"The base model's folder holds no causal language model with safetensors weights that can be loaded: {error}",
+            code="invalid_base_model",
+        ) from error
+    if quantization is Quantization.NF4:
+        _keep_packing(base)
+    return base
 
 
 def default_device() -> torch.device:
@@ -50,10 +95,12 @@ def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
 def lora_config(spec: LoraSpec, base: torch.nn.Module) -> LoraConfig:
     """PEFT's configuration for `spec`. Raises InvalidArgumentError for a target module that `base` lacks."""
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
-    linears = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+    targets = [module for name, module in linears.items() if _is_meant(name, spec.target_modules)]
     for target in spec.target_modules:
-        if not any(name == target or name.endswith("." + target) for name in linears):
+        if not any(_is_meant(name, [target]) for name in linears):
             known = ", ".join(sorted({re.sub(r".*\.", "", name) for name in linears}))
             raise InvalidArgumentError(
                 f"lora.target_modules: got {target!r}, which is no linear layer of this model; it has {known}.", param="lora.target_modules"
@@ -66,18 +113,35 @@ def lora_config(spec: LoraSpec, base: torch.nn.Module) -> LoraConfig:
         bias=spec.bias.value,
         target_modules=list(spec.target_modules),
         use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets),
     )
 
 
-def _load_base(base_dir: Path, *, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+def _is_meant(name: str, targets: Sequence[str]) -> bool:
+    """Whether PEFT takes the module `name` for one of `targets`."""
+    return any(name == target or name.endswith("." + target) for target in targets)
 
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            base_dir, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
+
+def _quantization_config(quantization: Quantization, *, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization is Quantization.NONE:
+        return None
+    from transformers import BitsAndBytesConfig
+    from transformers.utils.import_utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
         raise FailedPreconditionError(
-            f"The base model's folder holds no causal language model with safetensors weights that can be loaded: {error}",
-            code="invalid_base_model",
-        ) from error
+            f"quantization: {quantization.value} needs the package bitsandbytes; install it or use none.", param="quantization"
+        )
+    if quantization is Quantization.INT8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+
+
+def _keep_packing(base: PreTrainedModel) -> None:
+    """On some CPUs bitsandbytes repacks a weight for its own product the first time it is used; others read it too."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
