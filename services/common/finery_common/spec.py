@@ -308,6 +308,16 @@ def _conflicts(spec: TrainingSpec) -> Iterator[tuple[bool, str, str]]:
         "memory.offload_embeddings",
         "got true with method full, which trains the embeddings; only frozen ones can stay in host memory",
     )
+    yield (
+        is_dpo and spec.lora.bias is not LoraBias.NONE,
+        "lora.bias",
+        f"got {spec.lora.bias.value} with method dpo, wanted none; the model without its adapter is the reference, and biases stay in it",
+    )
+    yield (
+        is_dpo and "lm_head" in spec.lora.target_modules,
+        "lora.target_modules",
+        "got lm_head with method dpo, whose loss reads the head's own weights; leave it out",
+    )
     yield is_dpo and spec.memory != MemorySpec(), "memory", "got limits with method dpo, which keeps none; leave it out"
     yield (
         is_dpo and spec.batch.max_tokens is not None,

@@ -64,6 +64,8 @@ def test_a_wrong_field_is_named_with_what_was_wanted(fields, param, text):
         ({"method": "full", "memory": {"offload_embeddings": True}}, "memory.offload_embeddings", "trains the embeddings"),
         ({"method": "dpo", "memory": {"budget": "8GiB"}}, "memory", "keeps none"),
         ({"method": "dpo", "batch": {"max_tokens": 4096}}, "batch.max_tokens", "not packed"),
+        ({"method": "dpo", "lora": {"bias": "all"}}, "lora.bias", "is the reference"),
+        ({"method": "dpo", "lora": {"target_modules": ["lm_head"]}}, "lora.target_modules", "the head's own weights"),
         ({"batch": {"max_tokens": 100}}, "batch.max_tokens", "wanted at least max_sequence_length, 2048"),
         ({"dpo": {"beta": 0.5}}, "dpo", "use method dpo"),
         ({"method": "dpo", "dpo": {"label_smoothing": 0.1}}, "dpo.label_smoothing", "belongs to loss_type robust"),

@@ -16,7 +16,7 @@ from finery_common.errors import (
 )
 from finery_common.jobs import EventLevel, Job, JobState, JobStore, Lease, Wanted
 from finery_common.rpc.messages import error_fields
-from finery_common.spec import DatasetSpec
+from finery_common.spec import DatasetSpec, DatasetType, MethodType, TrainingSpec
 from finery_trainer.client import DataprepClient, DatasetStatus
 from finery_trainer.records import request_of, text_of
 
@@ -61,7 +61,7 @@ class Validation:
         file = request.training_file if role == "training" else request.validation_file
         if file is None:
             return True
-        spec = DatasetSpec(file=file, base_model=request.spec.base_model, max_sequence_length=request.spec.max_sequence_length)
+        spec = _dataset_of(request.spec, file=file)
         dataset = await self._wait(job, lease=lease, role=role, spec=spec)
         if dataset is None:
             return False
@@ -130,6 +130,12 @@ class Validation:
             except FineryError:
                 # It may be final by now; a dataset that is prepared in vain does no harm.
                 return
+
+
+def _dataset_of(spec: TrainingSpec, *, file: str) -> DatasetSpec:
+    """What is made of `file` for a run of `spec`."""
+    kind = DatasetType.PREFERENCE if spec.method is MethodType.DPO else DatasetType.SUPERVISED
+    return DatasetSpec(file=file, base_model=spec.base_model, max_sequence_length=spec.max_sequence_length, type=kind)
 
 
 def _failed(dataset: DatasetStatus | None, error: dict[str, object]) -> DatasetStatus:

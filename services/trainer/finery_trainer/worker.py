@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from finery_common.errors import FailedPreconditionError, FineryError, ResourceE
 from finery_common.jobs import JobState
 from finery_common.rpc.messages import error_fields
 from finery_common.rpc.status import unknown_error
+from finery_common.spec import MethodType, TrainingSpec
 from finery_common.telemetry import announce_metrics, configure_logging, serve_metrics
 from finery_trainer.client import Assignment, Command
 from finery_trainer.launchers import work_dir
@@ -97,22 +99,12 @@ class Worker:
         store = ArtifactStore.connect(self._settings.s3())
         inputs = self._fetch(assignment, store)
         self._enter("loading the base model")
-        training = engine.data.TokenDataset(inputs.training_dir)
-        validation = None if inputs.validation_dir is None else engine.data.TokenDataset(inputs.validation_dir)
+        train = _method_of(assignment.spec, inputs)
         model = engine.load(assignment.spec, inputs.base_dir)
         publisher = Publisher(store, assignment=assignment, base_sha256=inputs.base_sha256, confirm=self._link.confirm)
         run = _Run(model, assignment, inputs, work_dir=folder, publisher=publisher, link=self._link, was_stopped=self._was_stopped)
         self._enter("training")
-        outcome = engine.loop.train(
-            model,
-            training,
-            assignment.spec,
-            run.on_step,
-            validation=validation,
-            on_checkpoint=run.on_checkpoint,
-            resume_from=inputs.checkpoint_dir,
-        )
-        run.finish(outcome)
+        run.finish(train(model, on_step=run.on_step, on_checkpoint=run.on_checkpoint))
 
     def _fetch(self, assignment: Assignment, store: ArtifactStore) -> Inputs:
         cache_dir = self._settings.artifact_cache_dir
@@ -224,6 +216,21 @@ class _Run:
             ref = self._publisher.adapter(Path(folder), step=step)
         self._published = step, ref
         return ref
+
+
+def _method_of(spec: TrainingSpec, inputs: Inputs) -> Callable[..., loop.Outcome]:
+    """The engine's loop for the spec's method, its data read; it wants the model and the two callbacks."""
+    from finery_trainer import engine
+
+    is_preference = spec.method is MethodType.DPO
+    read = engine.preference.PreferenceDataset if is_preference else engine.data.TokenDataset
+    return partial(
+        engine.preference.train if is_preference else engine.loop.train,
+        data=read(inputs.training_dir),
+        spec=spec,
+        validation=None if inputs.validation_dir is None else read(inputs.validation_dir),
+        resume_from=inputs.checkpoint_dir,
+    )
 
 
 def _metrics_of(report: loop.StepReport) -> StepMetrics:

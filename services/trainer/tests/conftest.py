@@ -39,6 +39,7 @@ VOCAB_SIZE = 64
 SECRET = "s" * 40
 MAX_TOKENS = 64
 
+PREFIXES = {dataset_pb2.DATASET_TYPE_SUPERVISED: ("",), dataset_pb2.DATASET_TYPE_PREFERENCE: ("chosen_", "rejected_")}
 WriteRows = Callable[[Path, Sequence[Sequence[int]]], Path]
 
 
@@ -74,18 +75,19 @@ def tiny_base_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def write_rows() -> WriteRows:
-    """Writes rows of token ids as a dataset of two shards; the second half of each row is labels."""
+    """Writes rows of token ids as a dataset of two shards; the second half of each row is labels. Rejected rows are the rows reversed."""
 
-    def write(folder: Path, rows: Sequence[Sequence[int]]) -> Path:
+    def write(folder: Path, rows: Sequence[Sequence[int]], *, prefixes: Sequence[str] = ("",)) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         middle = (len(rows) + 1) // 2
         for number, part in enumerate(part for part in (rows[:middle], rows[middle:]) if part):
             masks = [[0] * (len(row) // 2) + [1] * (len(row) - len(row) // 2) for row in part]
-            tensors = {
-                "input_ids": np.array([token for row in part for token in row], dtype=np.int32),
-                "label_mask": np.array([bit for mask in masks for bit in mask], dtype=np.uint8),
-                "row_offsets": np.cumsum([0, *(len(row) for row in part)], dtype=np.int64),
-            }
+            tensors: dict[str, np.ndarray] = {}
+            for prefix in prefixes:
+                tokens = [token for row in part for token in (reversed(row) if prefix == "rejected_" else row)]
+                tensors[f"{prefix}input_ids"] = np.array(tokens, dtype=np.int32)
+                tensors[f"{prefix}label_mask"] = np.array([bit for mask in masks for bit in mask], dtype=np.uint8)
+                tensors[f"{prefix}row_offsets"] = np.cumsum([0, *(len(row) for row in part)], dtype=np.int64)
             save_file(tensors, folder / f"shard-{number:05}.safetensors")
         return folder
 
@@ -100,11 +102,11 @@ def tiny_rows() -> list[list[int]]:
 
 
 class Dataprep(dataset_pb2_grpc.DatasetServiceServicer):
-    """Every file becomes the same dataset, unless `errors` has a word about it. `ready` holds it back, `refusal` answers instead."""
+    """Every file becomes the one dataset of its type, unless `errors` knows it. `ready` holds it back, `refusal` answers instead."""
 
-    def __init__(self, store: ArtifactStore, folder: Path) -> None:
+    def __init__(self, store: ArtifactStore, folders: dict[int, Path]) -> None:
         self._store = store
-        self._folder = folder
+        self._folders = folders
         self._by_request: dict[str, str] = {}
         self.specs: dict[str, dataset_pb2.DatasetSpec] = {}
         self._artifacts: dict[str, ArtifactRef] = {}
@@ -136,7 +138,7 @@ class Dataprep(dataset_pb2_grpc.DatasetServiceServicer):
             return dataset_pb2.Dataset(name=name, state=job_pb2.JOB_STATE_FAILED, error=error)
         if dataset not in self._artifacts:
             with self._store.writer(f"{name}/", kind="dataset") as writer:
-                writer.put_folder(self._folder)
+                writer.put_folder(self._folders[self.specs[dataset].type])
                 self._artifacts[dataset] = writer.publish(made_from={}, spec={}, attempt="test")
         return dataset_pb2.Dataset(name=name, state=job_pb2.JOB_STATE_SUCCEEDED, artifact=artifact_to_proto(self._artifacts[dataset]))
 
@@ -276,7 +278,8 @@ def wait_until():
 @pytest.fixture
 async def system(tmp_path, monkeypatch, object_store, tiny_base_dir, write_rows, tiny_rows) -> AsyncIterator[System]:
     """A training service's surroundings: object store, catalogue, secrets, dataprep, serving."""
-    dataprep = Dataprep(object_store, write_rows(tmp_path / "rows", tiny_rows))
+    folders = {kind: write_rows(tmp_path / f"rows-{kind}", tiny_rows, prefixes=prefixes) for kind, prefixes in PREFIXES.items()}
+    dataprep = Dataprep(object_store, folders)
     serving = Serving()
     neighbours = RpcServer(
         address="127.0.0.1:0",

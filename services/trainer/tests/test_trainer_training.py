@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import math
 import os
 import signal
 import socket
@@ -12,8 +13,10 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 
 from finery.common.v1 import job_pb2
+from finery.dataset.v1 import dataset_pb2
 from finery.training.v1 import training_pb2
 from finery_common.rpc.messages import artifact_from_proto
 
@@ -207,3 +210,38 @@ async def test_a_service_that_dies_or_restarts_leaves_its_workers_work_whole(sys
         process.terminate()
         process.wait(20)
     assert set(steps) == set(range(1, 199))
+
+
+async def test_a_file_of_preferences_becomes_a_deployed_adapter_too(system):
+    async with system.started():
+        spec = {"method": "dpo", "num_epochs": 2, "lora": {"rank": 4}, "dpo": {"beta": 0.5}}
+        job = await system.create(validation_file=system.upload(), spec=spec)
+        events = await system.watched(job.name)
+        job = await system.get(job.name)
+    assert job.state == job_pb2.JOB_STATE_SUCCEEDED, (events, system.worker_logs())
+    assert job.deployment.state == training_pb2.DEPLOYMENT_STATE_READY
+    assert {spec.type for spec in system.dataprep.specs.values()} == {dataset_pb2.DATASET_TYPE_PREFERENCE}
+    assert float(losses_of(system, job)[0]) == pytest.approx(math.log(2), abs=1e-4), "it begins without a preference"
+    names = {entry.name for entry in system.store.manifest(artifact_from_proto(job.adapter)).objects}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.slow
+async def test_a_run_on_preferences_is_paused_and_resumed(system, wait_until):
+    spec = LONG | {"method": "dpo", "num_epochs": 2}
+    async with system.started():
+        whole = await system.create(spec=spec, deploy=False)
+        await system.wait(whole.name, "SUCCEEDED")
+        job = await system.create(spec=spec, deploy=False)
+
+        async def has_begun() -> bool:
+            return bool(await system.steps(job.name))
+
+        await wait_until(has_begun, timeout_s=60)
+        await system.stub.PauseJob(training_pb2.PauseJobRequest(name=job.name), metadata=system.metadata())
+        await system.wait(job.name, "PAUSED")
+        num_before = len(await system.steps(job.name))
+        await system.stub.ResumeJob(training_pb2.ResumeJobRequest(name=job.name), metadata=system.metadata())
+        job, whole = await system.wait(job.name, "SUCCEEDED"), await system.get(whole.name)
+    assert num_before < 2 * 22
+    assert losses_of(system, job) == losses_of(system, whole)

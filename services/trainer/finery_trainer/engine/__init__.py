@@ -3,11 +3,11 @@
     model = engine.load(spec, base_dir)
     outcome = engine.loop.train(model, data, spec, on_step)
 
-`model` loads and adapts, `data` reads shards, `loop` drives, `optim` steps, `checkpoint` saves everything that a run needs to go on,
-`adapter` writes what serving reads.
+`model` loads and adapts, `data` reads shards, `loop` drives, `preference` does on pairs, `optim` steps, `checkpoint` saves everything that
+a run needs to go on, `adapter` writes what serving reads.
 """
 
-from finery_trainer.engine import adapter, checkpoint, data, loop, optim
+from finery_trainer.engine import adapter, checkpoint, data, loop, optim, preference
 from finery_trainer.engine.model import load
 
-__all__ = ["adapter", "checkpoint", "data", "load", "loop", "optim"]
+__all__ = ["adapter", "checkpoint", "data", "load", "loop", "optim", "preference"]

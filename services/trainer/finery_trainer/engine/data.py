@@ -1,7 +1,8 @@
 """Prepared datasets: reading their shards, the order in which a run sees their rows, and padded micro-batches.
 
 A dataset folder holds `shard-00000.safetensors`, …, each with `input_ids` (int32, all rows behind each other), `label_mask` (uint8 or
-bool, 1 where that token is a label) and `row_offsets` (int64, rows + 1). Making them is dataprep's.
+bool, 1 where that token is a label) and `row_offsets` (int64, rows + 1); one of pairs has them twice (`preference`). Making them is
+dataprep's.
 
 Shapes: B rows of a micro-batch, T tokens of its longest row.
 """
@@ -41,11 +42,12 @@ class Batch:
 class TokenDataset:
     """The rows of a dataset folder, memory-mapped. Rows are counted over all shards in name order.
 
+    `prefix` is what the names of its tensors begin with: in a dataset of pairs `chosen_` or `rejected_`.
     Raises InvalidArgumentError (code `invalid_dataset`) for a folder without rows, a shard of another form, or a row without a label.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._shards = [_Shard(path) for path in sorted(folder.glob("shard-*.safetensors"))]
+    def __init__(self, folder: Path, *, prefix: str = "") -> None:
+        self._shards = [_Shard(path, prefix=prefix) for path in sorted(folder.glob("shard-*.safetensors"))]
         if not self._shards or not sum(len(shard.lengths) for shard in self._shards):
             raise _invalid(f"The dataset in {folder.name} has no rows; prepare it again.")
         self._starts = np.cumsum([0] + [len(shard.lengths) for shard in self._shards])
@@ -79,14 +81,18 @@ class TokenDataset:
                 f"input_ids: row {row} has {longest} tokens, the limit is {max_sequence_length}; shorten it or raise max_sequence_length."
             )
 
+    def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Token ids and label mask of one row, each 1-D of its length."""
+        shard_index = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._shards[shard_index].row(index - int(self._starts[shard_index]))
+
     def batch(self, rows: Sequence[int]) -> Batch:
         """The given rows as one micro-batch."""
         width = int(self.row_lengths[list(rows)].max())
         input_ids_BT = np.zeros((len(rows), width), dtype=np.int64)
         targets_BT = np.full((len(rows), width), IGNORE, dtype=np.int64)
         for position, row in enumerate(rows):
-            shard_index = int(np.searchsorted(self._starts, row, side="right")) - 1
-            ids, mask = self._shards[shard_index].row(row - int(self._starts[shard_index]))
+            ids, mask = self.row(row)
             input_ids_BT[position, : len(ids)] = ids
             targets_BT[position, : len(ids) - 1] = np.where(mask[1:], ids[1:], IGNORE)
         num_tokens, num_labels = int(self.row_lengths[list(rows)].sum()), int(self.row_labels[list(rows)].sum())
@@ -105,11 +111,11 @@ def epoch_order(num_rows: int, *, seed: int, epoch: int) -> list[int]:
 
 
 class _Shard:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, prefix: str) -> None:
         try:
             shard = safe_open(path, framework="numpy")
-            offsets = np.asarray(shard.get_tensor("row_offsets"), dtype=np.int64)
-            ids, mask = shard.get_tensor("input_ids"), shard.get_tensor("label_mask")
+            offsets = np.asarray(shard.get_tensor(f"{prefix}row_offsets"), dtype=np.int64)
+            ids, mask = shard.get_tensor(f"{prefix}input_ids"), shard.get_tensor(f"{prefix}label_mask")
         except (SafetensorError, OSError) as error:
             raise _invalid(f"{path.name} cannot be read: {error}; prepare the dataset again.") from error
         self.lengths: IntArray = np.diff(offsets)
@@ -124,7 +130,7 @@ class _Shard:
         self.labels: IntArray = np.add.reduceat(is_label, offsets[:-1]) if len(self.lengths) else self.lengths
         self.max_token_id = int(ids.max()) if len(ids) else -1
         self._offsets = offsets
-        self._ids, self._mask = shard.get_slice("input_ids"), shard.get_slice("label_mask")
+        self._ids, self._mask = shard.get_slice(f"{prefix}input_ids"), shard.get_slice(f"{prefix}label_mask")
 
     def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
         start, stop = int(self._offsets[index]), int(self._offsets[index + 1])
