@@ -223,7 +223,6 @@ def test_unsupported_inputs_are_named(change, message):
         linear_cross_entropy_forward_backward(*positional, **{"grad_scale": torch.ones(1), **arguments})
 
 
-@pytest.mark.slow
 def test_kernel_compiles_for_ampere_and_hopper():
     from finery_kernels.linear_cross_entropy import triton
 

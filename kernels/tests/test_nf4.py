@@ -183,7 +183,6 @@ def test_an_inconsistent_state_is_refused(change, message):
         dequantize(torch.zeros(256, 1, dtype=torch.uint8), Nf4State(**fields))
 
 
-@pytest.mark.slow
 def test_kernels_compile_for_ampere_and_hopper():
     from finery_kernels.nf4 import triton
 

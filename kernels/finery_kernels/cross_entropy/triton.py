@@ -175,6 +175,7 @@ def cross_entropy_forward_backward_(
     if num_rows == 0:
         return loss_T
     block, unroll, num_warps = geometry(num_classes, min(logits_TV.element_size(), out.element_size()))
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
     cross_entropy_kernel[(num_rows,)](
         logits_TV,
         targets_T,
@@ -190,7 +191,6 @@ def cross_entropy_forward_backward_(
         BLOCK=block,
         UNROLL=unroll,
         OVERLAP=logits_TV.dtype != out.dtype and logits_TV.untyped_storage().data_ptr() == out.untyped_storage().data_ptr(),
-        num_warps=num_warps,
-        enable_fp_fusion=True,
+        **options,
     )
     return loss_T

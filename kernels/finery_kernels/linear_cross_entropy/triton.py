@@ -34,9 +34,8 @@ def put_rows(x_RD: Tensor, rows_R: Tensor, targets_R: Tensor, *, out_TD: Tensor,
     """out_TD[rows_R] = x_RD where the target is not ignored."""
     num_rows, width = x_RD.shape
     block = min(triton.next_power_of_2(width), 2048)
-    put_rows_kernel[(num_rows,)](
-        x_RD, rows_R, targets_R, out_TD, x_RD.stride(0), out_TD.stride(0), ignore_index, D=width, BLOCK=block, num_warps=4, enable_fp_fusion=True
-    )
+    strides, options = (x_RD.stride(0), out_TD.stride(0)), {"num_warps": 4, "enable_fp_fusion": True}
+    put_rows_kernel[(num_rows,)](x_RD, rows_R, targets_R, out_TD, *strides, ignore_index, D=width, BLOCK=block, **options)
 
 
 def linear_cross_entropy_forward_backward(
@@ -58,14 +57,13 @@ def linear_cross_entropy_forward_backward(
     loss_L = torch.empty(num_rows, dtype=torch.float32, device=h_TD.device)
     tile_rows = min(tile_rows, num_rows)
     logits_RV, dlogits_RV = _tile_buffers(tile_rows, weight_VD.shape[0], dtype=h_TD.dtype, device=h_TD.device)
-    gathered_RD = h_TD.new_empty((tile_rows, hidden)) if rows_L is not None else None
-    dgathered_RD = torch.empty_like(gathered_RD) if gathered_RD is not None else None
+    gathered_RD, dgathered_RD = h_TD.new_empty((2, tile_rows if rows_L is not None else 0, hidden))
     if rows_L is not None:
         out_dh.zero_()
     for start in range(0, num_rows, max(tile_rows, 1)):
         tile = slice(start, min(start + tile_rows, num_rows))
         part = slice(0, tile.stop - start)
-        h_RD = h_TD[tile] if gathered_RD is None else torch.index_select(h_TD, 0, rows_L[tile], out=gathered_RD[part])
+        h_RD = h_TD[tile] if rows_L is None else torch.index_select(h_TD, 0, rows_L[tile], out=gathered_RD[part])
         _product(h_RD, weight_VD.T, out=logits_RV[part])
         cross_entropy.cross_entropy_forward_backward_(
             logits_RV[part],
@@ -77,7 +75,7 @@ def linear_cross_entropy_forward_backward(
             ignore_index=ignore_index,
             loss_T=loss_L[tile],
         )
-        dh_RD = torch.mm(dlogits_RV[part], weight_VD, out=out_dh[tile] if dgathered_RD is None else dgathered_RD[part])
+        dh_RD = torch.mm(dlogits_RV[part], weight_VD, out=out_dh[tile] if rows_L is None else dgathered_RD[part])
         if rows_L is not None:
             put_rows(dh_RD, rows_L[tile], targets_L[tile], out_TD=out_dh, ignore_index=ignore_index)
         if dweight_VD is not None:

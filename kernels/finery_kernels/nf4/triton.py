@@ -183,7 +183,7 @@ def dequantize(
     by_words = width % 8 == 0 and packed.data_ptr() % 4 == 0
     tile = num_warps * 32 * ELEMENTS_PER_THREAD // (1 if by_words else 4)
     num_tiles = triton.cdiv(width, tile)
-    kernel = words_kernel if by_words else elements_kernel
+    kernel, options = words_kernel if by_words else elements_kernel, {"num_warps": num_warps, "enable_fp_fusion": False}
     kernel[(num_tiles, 1) if flat else (num_rows, num_tiles)](
         packed.view(-1).view(torch.int32) if by_words else packed,
         code_16,
@@ -198,7 +198,6 @@ def dequantize(
         BLOCKSIZE=blocksize,
         NESTED_BLOCKSIZE=nested_blocksize,
         **({"THREADS": num_warps * 32} if by_words else {"ELEMENTS": tile}),
-        num_warps=num_warps,
-        enable_fp_fusion=False,
+        **options,
     )
     return out
