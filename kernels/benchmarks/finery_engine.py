@@ -1,4 +1,4 @@
-"""Finery's engine as the benchmarks drive it: the spec that a workload means, and one stack a workload on one loaded model."""
+"""Finery's engine as the benchmarks drive it: the spec that a workload means, and passes planned for each workload on one loaded model."""
 
 from __future__ import annotations
 
@@ -13,38 +13,60 @@ import torch
 
 from benchmarks.measure import GIB
 from benchmarks.peer_engines import LEARNING_RATE, RANK
-from benchmarks.workloads import IntArray, Workload
+from benchmarks.workloads import MAX_SHORT_TOKENS, MEAN_SHORT_TOKENS, PACKED_TOKENS, IntArray, Workload
 from finery_common.spec import TrainingSpec
 from finery_trainer.engine.packing import IGNORE
 
 
 class FineryEngine:
-    """The model is loaded once; each workload gets a stack of its own, planned for its shape and memory."""
+    """The model is loaded once; each workload gets passes and an optimizer of its own, planned for its shape and memory."""
 
     name = "finery"
 
     def __init__(self, workload: Workload, model_dir: Path) -> None:
         self.model_dir = model_dir
-        self._engine = importlib.import_module("finery_trainer.engine")
-        self._stacks = importlib.import_module("finery_trainer.engine.stack")
-        self._model = self._engine.load(spec_of(workload), model_dir)
-        self._stack: Any = None
+        self._passes_of = importlib.import_module("finery_trainer.engine.passes")
+        self._optimizer_of = importlib.import_module("finery_trainer.engine.flat_adamw")
+        self._spec = spec_of(workload)
+        self._model = importlib.import_module("finery_trainer.engine").load(self._spec, model_dir)
+        self._passes: Any = None
+        self._optimizer: Any = None
+        self._num_steps = 0
 
     def prepare(self, workload: Workload) -> None:
-        """Plans memory and makes buffers for `workload`."""
+        """Plans memory and makes the optimizer for `workload`."""
         self.release()
-        self._stack = self._stacks.TrainingStack(self._model, spec_of(workload))
+        self._spec = spec_of(workload)
+        self._passes = self._passes_of.PackedPasses(self._model, self._spec, **rows_of(workload))
+        self._optimizer = self._optimizer_of.FlatAdamW(self._passes.stack.groups, self._spec.optimizer)
+        self._passes.plan_memory()
+        self._num_steps = 0
 
-    def step(self, rows: Sequence[IntArray]) -> torch.Tensor | float:
+    def step(self, rows: Sequence[IntArray]) -> torch.Tensor:
         """One step on `rows` of any lengths; every token but a row's first is a label."""
-        return self._stack.step([(row, np.append(row[1:], IGNORE)) for row in rows])
+        self._num_steps += 1
+        loss = self._passes.gradients([(row, np.append(row[1:], IGNORE)) for row in rows])
+        _, coefficient = self._optimizer.clip_coefficient(self._spec.optimizer.max_grad_norm)
+        self._optimizer.step(learning_rate=LEARNING_RATE, step=self._num_steps, clip_coef=coefficient)
+        self._optimizer.zero_grad()
+        self._passes.refresh()
+        return loss
 
     def release(self) -> None:
-        """Drops the stack with its buffers and graphs."""
-        self._stack = None
+        """Drops buffers, graphs and optimizer states."""
+        self._passes = self._optimizer = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def rows_of(workload: Workload) -> dict[str, float]:
+    """What the plan is to know of the rows: the longest, the mean, and the tokens of a step."""
+    if workload.kind != "short":
+        length = workload.sequence_length
+        return {"longest_row": length, "mean_row": length, "num_tokens": workload.tokens_per_step}
+    row_tokens = PACKED_TOKENS if workload.is_packed else MEAN_SHORT_TOKENS
+    return {"longest_row": MAX_SHORT_TOKENS + 1, "mean_row": MEAN_SHORT_TOKENS, "num_tokens": row_tokens * workload.rows_per_step}
 
 
 def spec_of(workload: Workload) -> TrainingSpec:
