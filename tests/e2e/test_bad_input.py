@@ -29,7 +29,7 @@ def file_id(system: System) -> str:
         ({"model": "no-such-model"}, ["no-such-model", QUICKSTART_MODEL]),
         ({"suffix": "a/b"}, ["suffix", "a/b"]),
         ({"training_file": "file-" + "0" * 24}, ["file-" + "0" * 24]),
-        ({"method": {"type": "dpo", "dpo": {}}}, ["dpo", "supervised"]),
+        ({"method": {"type": "reinforcement"}}, ["reinforcement", "supervised", "dpo"]),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, ["integrations"]),
     ],
     ids=[
@@ -40,7 +40,7 @@ def file_id(system: System) -> str:
         "unknown-base",
         "suffix-slash",
         "unknown-file",
-        "dpo",
+        "reinforcement",
         "wandb",
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 
 from finery.common.v1 import job_pb2
 from finery.training.v1 import training_pb2
+from finery_common.spec import DpoLossType, MethodType, TrainingSpec
 
 BASE = "SmolLM2-135M-Instruct"
 
@@ -56,6 +57,26 @@ async def test_hyperparameters_become_the_spec(client, world, batch_size, micro,
     assert job.hyperparameters.learning_rate_multiplier == 0.5
 
 
+async def test_preferences_are_a_method_with_a_beta(client, world):
+    given = {"n_epochs": 2, "batch_size": 4, "beta": 0.3, "learning_rate_multiplier": 0.5}
+    extra = {"spec": {"dpo": {"loss_type": "ipo"}}}
+    method = {"type": "dpo", "dpo": {"hyperparameters": given}}
+    job = await _create(client, await world.upload(), method=method, extra_body=extra)
+    spec = TrainingSpec.from_proto(world.training.job(job.id).spec)
+    assert (spec.method, spec.num_epochs, spec.optimizer.learning_rate) == (MethodType.DPO, 2, 1e-4)
+    assert (spec.dpo.beta, spec.dpo.loss_type) == (0.3, DpoLossType.IPO)
+    assert job.method.model_dump(exclude_none=True) == method
+    assert await client.fine_tuning.jobs.retrieve(job.id) == job
+
+
+@pytest.mark.parametrize("method", [{"type": "dpo"}, {"type": "dpo", "dpo": {"hyperparameters": {"beta": "auto", "n_epochs": "auto"}}}])
+async def test_auto_of_preferences_is_the_specs_default(client, world, method):
+    job = await _create(client, await world.upload(), method=method)
+    spec = TrainingSpec.from_proto(world.training.job(job.id).spec)
+    assert spec == TrainingSpec(base_model=BASE, method=MethodType.DPO)
+    assert job.method.dpo.hyperparameters.beta == 0.1
+
+
 async def test_fields_of_our_spec_and_deploy_go_through_extra_body(client, world):
     extra = {"spec": {"lora": {"rank": 4}, "max_steps": 9, "base_model": BASE, "num_epochs": 2}, "deploy": False}
     job = await _create(client, await world.upload(), hyperparameters={"n_epochs": 2}, extra_body=extra)
@@ -86,8 +107,22 @@ async def test_fields_of_our_spec_and_deploy_go_through_extra_body(client, world
         ({"suffix": "a/b"}, ["suffix", "a/b"], "suffix"),
         ({"suffix": "x" * 65}, ["suffix"], "suffix"),
         ({"metadata": {f"k{n}": "v" for n in range(17)}}, ["metadata", "16"], "metadata"),
-        ({"method": {"type": "dpo", "dpo": {}}}, ["dpo", "supervised"], "method.type"),
-        ({"method": {"type": "reinforcement"}}, ["reinforcement", "supervised"], "method.type"),
+        ({"method": {"type": "reinforcement"}}, ["reinforcement", "supervised", "dpo"], "method.type"),
+        ({"method": {"type": "supervised", "dpo": {}}}, ["method.dpo", "supervised"], "method.dpo"),
+        ({"method": {"type": "dpo", "supervised": {}}}, ["method.supervised", "dpo"], "method.supervised"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, ["beta", "greater than 0"], None),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 101.0}}}}, ["spec.dpo.beta", "101"], "spec.dpo.beta"),
+        ({"method": {"type": "dpo"}, "extra_body": {"spec": {"method": "lora"}}}, ["spec.method", "say it once"], "spec.method"),
+        ({"method": {"type": "supervised"}, "extra_body": {"spec": {"method": "dpo"}}}, ["spec.method", "say it once"], "spec.method"),
+        ({"extra_body": {"spec": {"method": "full", "quantization": "nf4"}}}, ["only frozen weights"], "spec.quantization"),
+        (
+            {
+                "hyperparameters": {"n_epochs": 2},
+                "method": {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 3}}},
+            },
+            ["said twice", "method.dpo.hyperparameters"],
+            "hyperparameters",
+        ),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, ["integrations"], "integrations"),
     ],
 )

@@ -1,6 +1,7 @@
 """OpenAI's body of a fine-tuning job as our TrainingSpec, and a spec as OpenAI's hyperparameters.
 
 How they meet:
+- `method.type` supervised is whatever `spec.method` says, lora unless it says more; dpo is `spec.method` dpo, and its `beta` `dpo.beta`.
 - `n_epochs` is `num_epochs`.
 - `batch_size` is the rows of one optimizer step: `micro_batch_size` is the largest divisor of it up to the spec's default, and
   `gradient_accumulation_steps` the rest.
@@ -12,18 +13,18 @@ How they meet:
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from finery_common.errors import InvalidArgumentError, UnimplementedError, Violation
-from finery_common.spec import BatchSpec, OptimizerSpec, TrainingSpec
+from finery_common.spec import BatchSpec, MethodType, OptimizerSpec, TrainingSpec
 
 MAX_METADATA_PAIRS = 16
 SUFFIX = re.compile(r"[a-z0-9-]{0,64}")
 _DEFAULT_MICRO_BATCH_SIZE = BatchSpec.model_validate({}).micro_batch_size
 _DEFAULT_LEARNING_RATE = OptimizerSpec.model_validate({}).learning_rate
-_SUPPORTED = "supported is method.type 'supervised'"
+_SUPPORTED = "supported are method.type 'supervised' and 'dpo'"
 
 
 class Closed(BaseModel):
@@ -38,15 +39,22 @@ class Hyperparameters(Closed):
     learning_rate_multiplier: Literal["auto"] | Annotated[float, Field(gt=0, strict=True)] | None = None
 
 
+class DpoHyperparameters(Hyperparameters):
+    beta: Literal["auto"] | Annotated[float, Field(gt=0, strict=True)] | None = None
+
+
 class Supervised(Closed):
     hyperparameters: Hyperparameters | None = None
+
+
+class Dpo(Closed):
+    hyperparameters: DpoHyperparameters | None = None
 
 
 class Method(Closed):
     type: str
     supervised: Supervised | None = None
-    dpo: dict[str, Any] | None = None
-    """Not supported."""
+    dpo: Dpo | None = None
     reinforcement: dict[str, Any] | None = None
     """Not supported."""
 
@@ -91,11 +99,16 @@ class JobFields(Closed):
             )
         if self.method is None:
             return self
-        if self.method.type != "supervised":
+        if self.method.type not in ("supervised", "dpo"):
             raise UnimplementedError(f"method.type: got {self.method.type!r}; {_SUPPORTED}.", param="method.type")
-        for name, value in (("dpo", self.method.dpo), ("reinforcement", self.method.reinforcement)):
-            if value is not None:
-                raise UnimplementedError(f"method.{name}: not supported; {_SUPPORTED}.", param=f"method.{name}")
+        if self.method.reinforcement is not None:
+            raise UnimplementedError(f"method.reinforcement: not supported; {_SUPPORTED}.", param="method.reinforcement")
+        other = "dpo" if self.method.type == "supervised" else "supervised"
+        if getattr(self.method, other) is not None:
+            raise InvalidArgumentError(
+                f"method.{other}: got settings with method.type {self.method.type!r}; leave them out, or use method.type {other!r}.",
+                param=f"method.{other}",
+            )
         return self
 
     def training_spec(self) -> TrainingSpec:
@@ -104,29 +117,39 @@ class JobFields(Closed):
         _merge(spec, "base_model", self.model, said_by="model")
         if self.seed is not None:
             _merge(spec, "seed", self.seed, said_by="seed")
+        self._merge_method(spec)
         given = self._hyperparameters()
         if isinstance(given.n_epochs, int):
             _merge(spec, "num_epochs", given.n_epochs, said_by="n_epochs")
         if isinstance(given.batch_size, int):
             _merge(spec, "batch", _batch(given.batch_size), said_by="batch_size")
         if isinstance(given.learning_rate_multiplier, float):
-            optimizer = spec.get("optimizer", {})
-            if not isinstance(optimizer, dict):
-                raise InvalidArgumentError(f"spec.optimizer: got {optimizer!r}, wanted an object", param="spec.optimizer")
-            optimizer = dict(optimizer)
             rate = given.learning_rate_multiplier * _DEFAULT_LEARNING_RATE
-            _merge(optimizer, "learning_rate", rate, said_by="learning_rate_multiplier", inside="optimizer.")
-            spec["optimizer"] = optimizer
+            _merge_inside(spec, "optimizer", "learning_rate", rate, said_by="learning_rate_multiplier")
+        if isinstance(given, DpoHyperparameters) and isinstance(given.beta, float):
+            _merge_inside(spec, "dpo", "beta", given.beta, said_by="beta")
         return _parsed(spec)
 
+    def _merge_method(self, spec: dict[str, Any]) -> None:
+        if self.method is None:
+            return
+        if self.method.type == "dpo":
+            _merge(spec, "method", MethodType.DPO.value, said_by="method.type")
+        elif spec.get("method") == MethodType.DPO:
+            raise InvalidArgumentError("spec.method: got 'dpo', but method.type says 'supervised'; say it once.", param="spec.method")
+
     def _hyperparameters(self) -> Hyperparameters:
-        new = self.method.supervised.hyperparameters if self.method is not None and self.method.supervised is not None else None
-        if new is not None and self.hyperparameters is not None and new != self.hyperparameters:
+        settings = None if self.method is None else self.method.dpo if self.method.type == "dpo" else self.method.supervised
+        new, old = None if settings is None else settings.hyperparameters, self.hyperparameters
+        if new is None or old is None:
+            return new or old or Hyperparameters()
+        if any(getattr(new, name) != getattr(old, name) for name in Hyperparameters.model_fields):
+            where = "supervised" if self.method is None else self.method.type
             raise InvalidArgumentError(
-                "hyperparameters: said twice and differently; leave it out and use method.supervised.hyperparameters.",
+                f"hyperparameters: said twice and differently; leave it out and use method.{where}.hyperparameters.",
                 param="hyperparameters",
             )
-        return new or self.hyperparameters or Hyperparameters()
+        return new
 
 
 def shown_hyperparameters(spec: TrainingSpec) -> dict[str, Any]:
@@ -136,6 +159,22 @@ def shown_hyperparameters(spec: TrainingSpec) -> dict[str, Any]:
         "batch_size": spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps,
         "learning_rate_multiplier": round(spec.optimizer.learning_rate / _DEFAULT_LEARNING_RATE, 9),
     }
+
+
+def shown_method(spec: TrainingSpec) -> dict[str, Any]:
+    """OpenAI's `method` of the spec."""
+    hyperparameters = shown_hyperparameters(spec)
+    if spec.method is MethodType.DPO:
+        return {"type": "dpo", "dpo": {"hyperparameters": {**hyperparameters, "beta": spec.dpo.beta}}}
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
+def _merge_inside(spec: dict[str, Any], part: str, field: str, value: object, *, said_by: str) -> None:
+    inner = spec.get(part, {})
+    if not isinstance(inner, dict):
+        raise InvalidArgumentError(f"spec.{part}: got {inner!r}, wanted an object", param=f"spec.{part}")
+    spec[part] = dict(cast("dict[str, Any]", inner))
+    _merge(spec[part], field, value, said_by=said_by, inside=f"{part}.")
 
 
 def _merge(spec: dict[str, Any], field: str, value: object, *, said_by: str, inside: str = "") -> None:

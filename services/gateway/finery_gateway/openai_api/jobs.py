@@ -14,7 +14,7 @@ from finery_common.resource_names import model_alias
 from finery_gateway.client import NewJob
 from finery_gateway.context import CreateAttempt, GatewayParts, Project
 from finery_gateway.openai_api.files import require_training_file, results_file_id
-from finery_gateway.openai_api.job_fields import JobFields, shown_hyperparameters
+from finery_gateway.openai_api.job_fields import JobFields, shown_hyperparameters, shown_method
 from finery_gateway.openai_api.pages import page
 from finery_gateway.resources import FINAL_STATES, Checkpoint, Job, JobEvent
 
@@ -97,7 +97,6 @@ def shown_job(job: Job, *, project: str) -> dict[str, Any]:
     is_final = job.state in FINAL_STATES
     succeeded = job.state == "succeeded"
     alias = model_alias(base_model=job.spec.base_model, project=project, suffix=job.suffix, job_id=job.id)
-    hyperparameters = shown_hyperparameters(job.spec)
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -105,7 +104,7 @@ def shown_job(job: Job, *, project: str) -> dict[str, Any]:
         "error": None if job.error is None else job.error.model_dump(mode="json"),
         "fine_tuned_model": alias if succeeded else None,
         "finished_at": _unix(job.finish_time),
-        "hyperparameters": hyperparameters,
+        "hyperparameters": shown_hyperparameters(job.spec),
         "model": job.spec.base_model,
         "organization_id": project,
         "result_files": [] if job.metrics_file is None else [results_file_id(job.id)],
@@ -117,7 +116,7 @@ def shown_job(job: Job, *, project: str) -> dict[str, Any]:
         "estimated_finish": _unix(job.estimated_finish_time),
         "integrations": [],
         "metadata": job.metadata,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": shown_method(job.spec),
         "suffix": job.suffix,
         "spec": job.spec.model_dump(mode="json"),
         "deployment": job.deployment.model_dump(mode="json"),
