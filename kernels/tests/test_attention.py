@@ -218,7 +218,9 @@ HOPPER = {"capability": (9, 0), "dtype": torch.bfloat16, "head_dim": 128}
         ({"varlen": True, "fa3": True}, "fa3"),
         ({"fa3": True}, "cudnn"),
         ({"window": 128}, "flash"),
-        ({"head_dim": 256}, "flash"),
+        ({"head_dim": 256}, "cudnn"),
+        ({"head_dim": 256, "capability": (8, 9)}, "flash"),
+        ({"head_dim": 256, "varlen": True}, "flash"),
         ({"deterministic": True}, "flash"),
         ({"deterministic": True, "varlen": True, "fa3": True}, "flash"),
         ({"softcap": 50.0}, "flex"),
@@ -413,7 +415,7 @@ def takes(backend, case):
         return True
     problem = Problem(**_problem_fields(case))
     try:
-        backends.check(backend, torch.empty(1, case.heads, case.head_dim, dtype=case.dtype), problem)
+        backends.check(backend, torch.empty(1, case.heads, case.head_dim, dtype=case.dtype, device="cuda"), problem)
     except UnsupportedError:
         return False
     return backend != "fa3" or torch.cuda.get_device_capability()[0] == 9

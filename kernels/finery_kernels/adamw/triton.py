@@ -27,14 +27,20 @@ SPREAD = tl.constexpr(0x27D4EB2F)
 MURMUR1 = tl.constexpr(0x85EBCA6B)
 MURMUR2 = tl.constexpr(0xC2B2AE35)
 ZERO_CODE = tl.constexpr(127)
-# Of each decade of the dynamic map: the lower end, and what scales the decade to 0.1..1.
-LOWEST = tl.constexpr((1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
-UNITS = tl.constexpr((1e6, 1e5, 1e4, 1e3, 1e2, 1e1, 1e0))
+SMALLEST_NORMAL = tl.constexpr(1.2e-38)
+# Midpoints that no decade has inside: to zero and to the decade below in distances from the lower end, to 1 as such.
+TO_ZERO = tl.constexpr(0.175 / 0.9)
+TO_LOWER_DECADE = tl.constexpr(0.2)
+SIGNED_TO_ONE = tl.constexpr(1 - 0.225 / 64)
+UNSIGNED_TO_ONE = tl.constexpr(1 - 0.225 / 128)
 
 
 @triton.jit
 def _scalars(lr_ptr, lr, step_ptr, step, log_beta1, log_beta2, weight_decay, group_ptr, lr_scale_ptr, decay_scale_ptr):
-    """The program's learning rate and decay factor, the step, and both bias corrections; those in fp64, since 1 - beta2 is small."""
+    """Factors of the update and of the old parameter, the root of the second bias correction's inverse, and the step.
+
+    The corrections are worked out in fp64, since 1 - beta2 is small.
+    """
     if lr_ptr is not None:
         lr = tl.load(lr_ptr)
     if step_ptr is not None:
@@ -47,7 +53,7 @@ def _scalars(lr_ptr, lr, step_ptr, step, log_beta1, log_beta2, weight_decay, gro
         decay = decay * tl.load(decay_scale_ptr + group)
     correction1 = (1.0 - tl.exp(step.to(tl.float64) * log_beta1)).to(tl.float32)
     correction2 = (1.0 - tl.exp(step.to(tl.float64) * log_beta2)).to(tl.float32)
-    return lr, 1.0 - lr * decay, step, correction1, correction2
+    return lr / correction1, 1.0 - lr * decay, 1.0 / tl.sqrt(correction2), step
 
 
 @triton.jit
@@ -132,11 +138,11 @@ def adamw_kernel(
     grad = tl.load(grads_ptr + index, mask=inside, other=0.0).to(tl.float32)
     exp_avg = tl.load(exp_avg_ptr + index, mask=inside, other=0.0).to(tl.float32)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + index, mask=inside, other=0.0).to(tl.float32)
-    lr, keep, step, correction1, correction2 = _scalars(
+    rate, keep, root, step = _scalars(
         lr_ptr, lr, step_ptr, step, log_beta1, log_beta2, weight_decay, group_ptr, lr_scale_ptr, decay_scale_ptr
     )
     exp_avg, exp_avg_sq = _moments(grad, exp_avg, exp_avg_sq, clip_ptr, beta1, rest1, beta2, rest2)
-    value = param * keep - lr * (exp_avg / correction1) / (tl.sqrt(exp_avg_sq / correction2) + eps)
+    value = param * keep - rate * exp_avg / (tl.sqrt(exp_avg_sq) * root + eps)
     noise = _noise(index, step)
     _store_moment(exp_avg_ptr + index, exp_avg, noise & 0xFFFF, inside)
     _store_moment(exp_avg_sq_ptr + index, exp_avg_sq, noise >> 16, inside)
@@ -144,38 +150,39 @@ def adamw_kernel(
 
 
 @triton.jit
-def _encoded(value, absmax, map_ptr, SIGNED: tl.constexpr):
-    """The code nearest to value / absmax.
+def _encoded(value, absmax, SIGNED: tl.constexpr):
+    """The code of the dynamic map nearest to value / absmax, worked out without reading the map.
 
-    Within a decade codes are equidistant, so that the place is worked out; next to its bounds it may be off by one, which the
-    map's own midpoints mend. The positive half of the map serves both signs.
+    Values of one decade are equidistant, half a distance off its ends, so that the nearest one's place is a floor. Below a fifth of the
+    first distance the nearest value is in the decade below. Negative values mirror positive ones.
     """
-    scaled = value / tl.where(absmax > 0, absmax, 1.0)
+    scaled = value * (1.0 / tl.maximum(absmax, SMALLEST_NORMAL))
     size = tl.abs(scaled)
-    decade = tl.zeros_like(size).to(tl.int32)
-    unit = tl.zeros_like(size) + UNITS[0]
-    for power in tl.static_range(1, 7):
-        in_decade = size > LOWEST[power]
-        decade = tl.where(in_decade, power, decade)
-        unit = tl.where(in_decade, UNITS[power], unit)
-    # Each decade has twice the codes of the one below, so that it begins after one less than it holds (signed), or two less.
+    # The decade, in three questions: four up or not, two, one. Each scales it nearer to 0.1..1, and multiplies what it holds.
+    up4 = size > 1e-3
+    mantissa = size * tl.where(up4, 1.0, 1e4)
+    up2 = mantissa > 0.1
+    mantissa *= tl.where(up2, 1.0, 1e2)
+    up1 = mantissa > 1.0
+    mantissa *= tl.where(up1, 0.1, 1.0)
+    count = tl.where(up4, 16, 1) * tl.where(up2, 4, 1) * tl.where(up1, 2, 1)
+    # A decade begins after one code less than it holds, or, without signs, two, since each holds twice what the one below does.
     if SIGNED:
-        count = 1 << decade
         first = ZERO_CODE + count
     else:
-        count = 2 << decade
+        count = count * 2
         first = count - 1
-    place = ((size * unit - 0.1) * (1.0 / 0.9) * count.to(tl.float32)).to(tl.int32)
-    code = first + tl.minimum(tl.maximum(place, 0), count - 1)
-    here = tl.load(map_ptr + code)
-    above = tl.load(map_ptr + tl.minimum(code + 1, 255))
-    below = tl.load(map_ptr + code - 1)
-    code = tl.where(size > (here + above) * 0.5, tl.minimum(code + 1, 255), tl.where(size <= (below + here) * 0.5, code - 1, code))
+    place = (mantissa - 0.1) * (count.to(tl.float32) * (1 / 0.9))
+    code = first + tl.minimum(place.to(tl.int32), count - 1)
     if SIGNED:
+        code = tl.where(place < tl.where(count == 1, TO_ZERO, TO_LOWER_DECADE), first - 1, code)
+        code = tl.where(size > SIGNED_TO_ONE, 255, code)
         # -1 is no value of the map: its lowest code stands for it.
         code = tl.where(scaled < 0, 2 * ZERO_CODE - tl.minimum(code, 254), code)
     else:
-        code = tl.where((value > 0) & (code == 0), 1, code)
+        code = tl.where(place < TO_LOWER_DECADE, first - 1, code)
+        code = tl.where(size > UNSIGNED_TO_ONE, 255, code)
+        code = tl.where(value > 0, tl.maximum(code, 1), 0)
     return code.to(tl.uint8)
 
 
@@ -219,23 +226,23 @@ def adamw_8bit_kernel(
     block_inside = block < num_blocks
     param = tl.load(params_ptr + index, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grads_ptr + index, mask=inside, other=0.0).to(tl.float32)
-    code = tl.load(codes_ptr + index, mask=inside, other=0).to(tl.int32)
+    code = tl.load(codes_ptr + index, mask=inside, other=ZERO_CODE).to(tl.int32)
     code_sq = tl.load(codes_sq_ptr + index, mask=inside, other=0).to(tl.int32)
     absmax = tl.load(absmax_ptr + block, mask=block_inside, other=0.0)
     absmax_sq = tl.load(absmax_sq_ptr + block, mask=block_inside, other=0.0)
-    exp_avg = tl.where(inside, tl.load(signed_map_ptr + code) * absmax[:, None], 0.0)
-    exp_avg_sq = tl.where(inside, tl.load(unsigned_map_ptr + code_sq) * absmax_sq[:, None], 0.0)
-    lr, keep, step, correction1, correction2 = _scalars(
+    exp_avg = tl.load(signed_map_ptr + code) * absmax[:, None]
+    exp_avg_sq = tl.load(unsigned_map_ptr + code_sq) * absmax_sq[:, None]
+    rate, keep, root, step = _scalars(
         lr_ptr, lr, step_ptr, step, log_beta1, log_beta2, weight_decay, group_ptr, lr_scale_ptr, decay_scale_ptr
     )
     exp_avg, exp_avg_sq = _moments(grad, exp_avg, exp_avg_sq, clip_ptr, beta1, rest1, beta2, rest2)
-    value = param * keep - lr * (exp_avg / correction1) / (tl.sqrt(exp_avg_sq / correction2) + eps)
+    value = param * keep - rate * exp_avg / (tl.sqrt(exp_avg_sq) * root + eps)
     absmax = tl.max(tl.abs(exp_avg), axis=1)
     absmax_sq = tl.max(exp_avg_sq, axis=1)
     tl.store(absmax_ptr + block, absmax, mask=block_inside)
     tl.store(absmax_sq_ptr + block, absmax_sq, mask=block_inside)
-    tl.store(codes_ptr + index, _encoded(exp_avg, absmax[:, None], signed_map_ptr, True), mask=inside)
-    tl.store(codes_sq_ptr + index, _encoded(exp_avg_sq, absmax_sq[:, None], unsigned_map_ptr, False), mask=inside)
+    tl.store(codes_ptr + index, _encoded(exp_avg, absmax[:, None], True), mask=inside)
+    tl.store(codes_sq_ptr + index, _encoded(exp_avg_sq, absmax_sq[:, None], False), mask=inside)
     _store_params(params_ptr, shadow_ptr, index, inside, value, _noise(index, step), STOCHASTIC)
 
 

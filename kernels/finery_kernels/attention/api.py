@@ -22,8 +22,8 @@ DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
 # cuDNN's and Flash's kernels load 16 bytes at a time.
 HEAD_DIM_MULTIPLE = 8
 MAX_HEAD_DIM = 256
-# cuDNN's backward takes no more, except on later devices than are relied on here.
-MAX_CUDNN_HEAD_DIM = 128
+# cuDNN's backward takes 256 on sm90 alone (9.10 and later, as torch 2.11 has it).
+MAX_CUDNN_HEAD_DIM = {(9, 0): 256}
 
 
 def choose_backend(
@@ -45,8 +45,8 @@ def choose_backend(
     - `reference`: no GPU or one before sm80, fp32 and fp64, head dims over 256 or no multiple of 8.
     - `fa3`: where installed, on sm90, for everything but `deterministic`, and except what cuDNN does better: dense without a window.
     - `flex`: softcap.
-    - `cudnn`: sequences of one length without a window, head dim up to 128. Its backward is not deterministic. (The public functions
-      count sequences of a single row as `varlen`, since cuDNN's backward does not take them.)
+    - `cudnn`: sequences of one length without a window, head dim up to 128, on sm90 256. Its backward is not deterministic. (The public
+      functions count sequences of a single row as `varlen`, since cuDNN's backward does not take them.)
     - `flash`: the rest; its backward has a deterministic mode.
     """
     if capability is None or capability < (8, 0) or dtype not in HALF_DTYPES:
@@ -56,7 +56,7 @@ def choose_backend(
     fa3 = fa3 and capability[0] == 9 and not deterministic
     if softcap is not None:
         return "fa3" if fa3 else "flex"
-    if not (deterministic or varlen or window is not None) and head_dim <= MAX_CUDNN_HEAD_DIM:
+    if not (deterministic or varlen or window is not None) and head_dim <= MAX_CUDNN_HEAD_DIM.get(capability, 128):
         return "cudnn"
     return "fa3" if fa3 else "flash"
 
@@ -231,7 +231,7 @@ def _problem(
         length=lengths_equal,
         scale=q_THd.shape[-1] ** -0.5 if scale is None else float(scale),
         causal=causal,
-        window=window if window is not None and window < max_seqlen else None,
+        window=window if window is not None and window < (lengths_equal or max_seqlen) else None,
         softcap=softcap,
         deterministic=deterministic,
     )

@@ -95,7 +95,7 @@ def check(backend: str, q_THd: torch.Tensor, problem: Problem) -> None:
         or (problem.length is None and "sequences of different lengths")
         or (problem.length == 1 and "sequences of a single row")
         or (problem.deterministic and "determinism")
-        or (head_dim > 128 and "a head dim over 128"),
+        or (head_dim > (256 if q_THd.is_cuda and torch.cuda.get_device_capability(q_THd.device) == (9, 0) else 128) and "the head dim"),
     }
     if backend not in reasons:
         raise UnsupportedError(f"backend is {backend!r}; one of cudnn, flash, fa3, flex and reference is wanted.")
