@@ -41,6 +41,8 @@ class Row:
     """Of the first warm-up step."""
     context_tokens: int | None = None
     """The longest row that trained, of a context workload."""
+    is_lower_bound: bool | None = None
+    """Whether the search for `context_tokens` ended for lack of time: longer ones may train."""
     load_s: float | None = None
     error: str | None = None
     gpu: str = ""
@@ -117,7 +119,8 @@ def shape_of(row: Row) -> str:
 
 
 def ratios(rows: Sequence[Row]) -> list[Ratio]:
-    """Ours against each peer's row of the same shape and run. Contexts are compared by length, everything else by speed."""
+    """Ours against each peer's row of the same shape and run. Contexts are compared by length, where the peer's is known to be its
+    longest; everything else by speed."""
     found: list[Ratio] = []
     for ours in rows:
         for peer in rows:
@@ -125,7 +128,7 @@ def ratios(rows: Sequence[Row]) -> list[Ratio]:
                 continue
             of = "context_tokens" if ours.workload.startswith("context ") else "tok_s"
             mine, theirs = getattr(ours, of), getattr(peer, of)
-            if mine and theirs:
+            if mine and theirs and not peer.is_lower_bound:
                 found.append(Ratio(ours.workload, peer.engine, mine / theirs, of, ours.run_id))
     return found
 
@@ -147,7 +150,7 @@ def table(rows: Sequence[Row]) -> str:
 def _figures(row: Row) -> tuple[str, str, str, str, str]:
     speed = (row.error or "")[:48] or (f"{row.tok_s:,.0f}" if row.tok_s else "–")
     if row.context_tokens:
-        speed = f"{row.context_tokens:,} tokens at {speed}"
+        speed = f"{'≥ ' if row.is_lower_bound else ''}{row.context_tokens:,} tokens at {speed}"
     allocated = _number(row.peak_alloc_gib, 2)
     if row.budget_gib is not None and row.peak_alloc_gib is not None:
         allocated += f" {'>' if row.peak_alloc_gib > row.budget_gib else '≤'} {row.budget_gib:g}"

@@ -98,6 +98,7 @@ def row_of(engine: Engine, workload: Workload, steps: Steps, *, tokens_per_step:
 def context(engine: Engine, workload: Workload, *, budget_s: float) -> Row:
     """The longest row that trains, one step each, while the allocator is held to the workload's card."""
     losses: dict[int, float] = {}
+    shortest_failed = [math.inf]
     used: dict[int, tuple[float | None, float | None]] = {}
 
     def train(num_tokens: int) -> float | None:
@@ -110,6 +111,7 @@ def context(engine: Engine, workload: Workload, *, budget_s: float) -> Row:
             if not is_out_of_memory(error):
                 raise
             print(f"{num_tokens} tokens: {error}", flush=True)
+            shortest_failed[0] = min(shortest_failed[0], num_tokens)
             return None
         finally:
             engine.release()
@@ -126,6 +128,7 @@ def context(engine: Engine, workload: Workload, *, budget_s: float) -> Row:
     return replace(
         row,
         context_tokens=num_tokens,
+        is_lower_bound=None if shortest_failed[0] <= num_tokens + max(2 * CONTEXT_STEP, num_tokens // 25) else True,
         tok_s=round(num_tokens / seconds, 1),
         step_s=round(seconds, 3),
         num_steps=1,

@@ -47,6 +47,11 @@ class Job:
     engine: str
     workloads: tuple[Workload, ...]
 
+    @property
+    def is_search(self) -> bool:
+        """Whether it looks for the longest contexts."""
+        return self.workloads[0].kind == "context"
+
 
 @dataclass
 class Output:
@@ -67,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plan(engines: Sequence[str], workloads: Sequence[Workload]) -> list[Job]:
-    """The processes to run: by engine, then by method; contexts apart, since they change the model's positions and the allocator's limit.
+    """The processes to run: by engine, then by method; contexts apart and last, since a search takes what time there is.
 
     Peers have no limit on memory to keep: they run an equal-memory workload's base, once. Packs of several rows are for engines that
     keep the rows apart.
@@ -80,7 +85,7 @@ def plan(engines: Sequence[str], workloads: Sequence[Workload]) -> list[Job]:
         for workload in mine:
             groups.setdefault((workload.method, workload.kind == "context"), []).append(workload)
         jobs += [Job(engine, tuple(sorted(group, key=lambda workload: workload.kind == "short"))) for group in groups.values()]
-    return jobs
+    return sorted(jobs, key=lambda job: job.is_search)
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -90,8 +95,10 @@ def bench(options: argparse.Namespace) -> int:
     stamp["command"] = command_of(options.rows, options.engines)
     rows: list[Row] = []
     is_whole = True
-    for job in plan(options.engines, options.rows):
-        measured = _run_job(job, options, stop_s)
+    jobs = plan(options.engines, options.rows)
+    for index, job in enumerate(jobs):
+        remaining_s = stop_s - time.monotonic()
+        measured = _run_job(job, options, remaining_s / (len(jobs) - index) if job.is_search else remaining_s)
         rows += [replace(row, **stamp) for row in measured]
         wanted = {workload.name for workload in job.workloads}
         is_whole &= wanted == {row.workload for row in measured if _is_result(row)}
@@ -107,7 +114,7 @@ def profile(options: argparse.Namespace) -> int:
     options.out.unlink(missing_ok=True)
     stop_s = time.monotonic() + options.limit_s
     for job in plan(options.engines, [workload for workload in options.rows if workload.kind == "fixed"]):
-        _run_job(job, options, stop_s, "--profile", str(options.out.resolve()))
+        _run_job(job, options, stop_s - time.monotonic(), "--profile", str(options.out.resolve()))
     if not options.out.exists():
         return 1
     print("\n".join(options.out.read_text().splitlines()[:45]))
@@ -172,8 +179,7 @@ def checkout_commit() -> str:
     return found
 
 
-def _run_job(job: Job, options: argparse.Namespace, stop_s: float, *more: str) -> list[Row]:
-    seconds = stop_s - time.monotonic()
+def _run_job(job: Job, options: argparse.Namespace, seconds: float, *more: str) -> list[Row]:
     names = ", ".join(workload.name for workload in job.workloads)
     if seconds < 1:
         print(f"{job.engine}: no time is left for {names}", flush=True)

@@ -92,13 +92,16 @@ def test_packed_steps_hold_whole_rows_up_to_the_packs():
     assert all(sum(map(len, step)) <= 2 * workloads.PACKED_TOKENS for step in steps)
 
 
-def test_a_plan_loads_each_engine_once_a_method_and_contexts_apart():
+def test_a_plan_loads_each_engine_once_a_method_and_contexts_last():
     work = parse_all("qlora short 2x4,qlora 1x8192,lora 1x8192,context qlora 24")
     jobs = train.plan(["finery", "hf"], work)
     assert [(job.engine, [one.name for one in job.workloads]) for job in jobs] == [
-        (engine, names)
-        for engine in ("finery", "hf")
-        for names in (["qlora 1x8192", "qlora short 2x4"], ["lora 1x8192"], ["context qlora 24"])
+        ("finery", ["qlora 1x8192", "qlora short 2x4"]),
+        ("finery", ["lora 1x8192"]),
+        ("hf", ["qlora 1x8192", "qlora short 2x4"]),
+        ("hf", ["lora 1x8192"]),
+        ("finery", ["context qlora 24"]),
+        ("hf", ["context qlora 24"]),
     ]
 
 
@@ -127,6 +130,13 @@ def test_an_equal_memory_row_is_compared_with_the_peers_unlimited_row():
 def test_contexts_are_compared_by_length():
     rows = [row("context qlora 24", "finery", 5, context_tokens=150), row("context qlora 24", "unsloth", 9, context_tokens=100)]
     assert [ratio.value for ratio in baselines.ratios(rows)] == [1.5]
+
+
+def test_a_peers_search_that_ran_out_of_time_gives_no_ratio():
+    peer = row("context qlora 24", "unsloth", 9, context_tokens=100, is_lower_bound=True)
+    rows = [row("context qlora 24", "finery", 5, context_tokens=150), peer]
+    assert baselines.ratios(rows) == []
+    assert "≥ 100 tokens" in baselines.table(rows)
 
 
 def test_a_peer_without_memory_gives_no_ratio():
@@ -256,6 +266,8 @@ def test_a_context_counts_what_does_not_fit_and_raises_what_is_wrong():
     found = measure.context(Small(), replace(parse("context qlora 24"), sequence_length=8192), budget_s=60)
     assert found.context_tokens is not None
     assert 8192 <= found.context_tokens <= 9000
+    assert found.is_lower_bound is None
+    assert measure.context(Small(), replace(parse("context qlora 24"), sequence_length=4096), budget_s=0).is_lower_bound
 
     class Broken(Fake):
         def step(self, rows):
