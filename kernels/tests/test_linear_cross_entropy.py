@@ -169,6 +169,13 @@ def test_autograd_agrees_with_torch_in_fp64(reduction, softcap, scale):
     assert torch.autograd.gradcheck(ours, (h, weight))
 
 
+def test_the_raw_function_records_no_graph():
+    h, weight, targets = inputs(7, 8, 11, torch.float32)
+    loss, dh = linear_cross_entropy_forward_backward(h.requires_grad_(), weight.requires_grad_(), targets, grad_scale=torch.ones(1))
+    assert not loss.requires_grad
+    assert not dh.requires_grad
+
+
 def test_a_frozen_weight_gets_no_gradient():
     h, weight, targets = inputs(7, 8, 11, torch.float32)
     linear_cross_entropy(h.requires_grad_(), weight, targets).backward()

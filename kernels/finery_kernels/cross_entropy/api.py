@@ -22,6 +22,7 @@ _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ANY_DTYPES = (*_CUDA_DTYPES, torch.float64)
 
 
+@torch.no_grad()
 def cross_entropy_forward_backward_(
     logits_TV: torch.Tensor,
     targets_T: torch.Tensor,

@@ -25,6 +25,7 @@ _ANY_DTYPES = (*_CUDA_DTYPES, torch.float64)
 _TILE_ELEMENTS = 2**27
 
 
+@torch.no_grad()
 def linear_cross_entropy_forward_backward(
     h_TD: torch.Tensor,
     weight_VD: torch.Tensor,

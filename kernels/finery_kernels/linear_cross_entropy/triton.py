@@ -84,8 +84,8 @@ def linear_cross_entropy_forward_backward(
 
 
 def _tile_buffers(num_rows: int, num_classes: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """fp32 logits and their gradient in one buffer; rows are padded to 16 bytes in either dtype."""
-    stride = (num_classes + 7) // 8 * 8
+    """fp32 logits and their gradient in one buffer; rows are padded to 16 elements, the alignment that Triton looks for."""
+    stride = (num_classes + 15) // 16 * 16
     buffer = torch.empty((num_rows, stride), dtype=torch.float32, device=device)
     logits_RV = buffer[:, :num_classes]
     if dtype == torch.float32:

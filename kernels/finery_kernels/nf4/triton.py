@@ -82,18 +82,22 @@ def words_kernel(
     out_ptr,
     width,
     out_stride,
+    STRIDE_UNIT: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Four words a thread, of one row whose width is a multiple of 8: one look-up for all four, and every code stays with its thread."""
+    """Four words a thread, of one row whose width is a multiple of 8: one look-up for all four, and every code stays with its thread.
+
+    The row stride is counted in STRIDE_UNIT elements, so that a multiple of 8 is seen to keep rows aligned.
+    """
     row = tl.program_id(1 if FLAT else 0).to(tl.int64)
     column = tl.program_id(0 if FLAT else 1).to(tl.int64) * (THREADS * 32)
     first = row * width + column
     num_words = (tl.minimum(width - column, THREADS * 32) // 8).to(tl.int32)
     words_ptr += first // 8
-    out_ptr += row * out_stride + column
+    out_ptr += row * out_stride * STRIDE_UNIT + column
     word_a = tl.arange(0, THREADS)
     word_b = word_a + THREADS
     word_c = word_a + 2 * THREADS
@@ -184,6 +188,7 @@ def dequantize(
     tile = num_warps * 32 * ELEMENTS_PER_THREAD // (1 if by_words else 4)
     num_tiles = triton.cdiv(width, tile)
     kernel, options = words_kernel if by_words else elements_kernel, {"num_warps": num_warps, "enable_fp_fusion": False}
+    unit = 8 if by_words and out.stride(0) % 8 == 0 else 1
     kernel[(num_tiles, 1) if flat else (num_rows, num_tiles)](
         packed.view(-1).view(torch.int32) if by_words else packed,
         code_16,
@@ -193,11 +198,11 @@ def dequantize(
         offset,
         out,
         width,
-        out.stride(0),
+        out.stride(0) // unit,
         FLAT=flat,
         BLOCKSIZE=blocksize,
         NESTED_BLOCKSIZE=nested_blocksize,
-        **({"THREADS": num_warps * 32} if by_words else {"ELEMENTS": tile}),
+        **({"THREADS": num_warps * 32, "STRIDE_UNIT": unit} if by_words else {"ELEMENTS": tile}),
         **options,
     )
     return out
