@@ -80,8 +80,20 @@ def test_the_quickstart_names_the_address_of_the_system_that_ran(tmp_path: Path,
     assert f"curl {RUNNING.http_url}/v1/models" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("option", "sent"), [([], {}), (["--deploy"], {"deploy": True}), (["--no-deploy"], {"deploy": False})])
-def test_whether_a_model_is_deployed_is_sent_only_where_given(option: list[str], sent: dict[str, bool], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("option", "sent"),
+    [
+        ([], {}),
+        (["--deploy"], {"deploy": True}),
+        (["--no-deploy"], {"deploy": False}),
+        (["--method", "dpo", "--quantization", "nf4"], {"spec": {"method": "dpo", "quantization": "nf4"}}),
+        (
+            ["--epochs", "2", "--learning-rate", "0.1", "--spec", '{"seed": 1}'],
+            {"spec": {"seed": 1, "num_epochs": 2, "optimizer": {"learning_rate": 0.1}}},
+        ),
+    ],
+)
+def test_what_is_not_given_is_not_sent(option: list[str], sent: dict[str, object], monkeypatch: pytest.MonkeyPatch):
     bodies: list[dict[str, object]] = []
 
     def create(*, extra_body: dict[str, object], **_: object) -> SimpleNamespace:

@@ -32,6 +32,7 @@ from finery_trainer.client import Assignment, Command
 from finery_trainer.launchers import work_dir
 from finery_trainer.launchers.local import STOPPED_EXIT_CODE
 from finery_trainer.link import AttemptOver, Link, ServerGone
+from finery_trainer.machine import check_this_machine
 from finery_trainer.publishing import MetricsTable, Publisher
 from finery_trainer.records import CheckpointReport, StepMetrics
 from finery_trainer.settings import WorkerSettings
@@ -96,6 +97,7 @@ class Worker:
         from finery_trainer import engine
 
         transformers_logging.disable_progress_bar()
+        check_this_machine(assignment.spec)
         store = ArtifactStore.connect(self._settings.s3())
         inputs = self._fetch(assignment, store)
         self._enter("loading the base model")

@@ -15,7 +15,7 @@ import pytest
 
 from finery.training.v1 import worker_pb2, worker_pb2_grpc
 from finery_common.artifacts import ArtifactRef
-from finery_common.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
+from finery_common.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ResourceExhaustedError
 from finery_common.rpc.server import RpcServer, Servicer, token_authenticator
 from finery_common.rpc.tokens import Principal, TokenSigner
 from finery_common.spec import TrainingSpec
@@ -25,6 +25,7 @@ from finery_trainer.engine.loop import Action, Outcome, StepReport
 from finery_trainer.launchers import work_dir
 from finery_trainer.launchers.local import LocalLauncher
 from finery_trainer.link import Link, ServerGone
+from finery_trainer.machine import check_machine
 from finery_trainer.records import StepMetrics
 from finery_trainer.worker import Inputs, _Run
 
@@ -168,3 +169,29 @@ async def test_an_orderly_end_is_also_that_of_workers_of_a_killed_service(tmp_pa
         for process in processes:
             process.kill()
             process.wait()
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_gpus", "has_bitsandbytes", "text"),
+    [
+        ({"gpus": 2}, 1, True, "gpus: got 2, but 1 is visible to the worker; lower it to 1"),
+        ({"gpus": 2}, 0, True, "got 2, but 0 are visible"),
+        ({"gpus": 8}, 4, True, "lower it to 4"),
+        ({"quantization": "nf4"}, 1, False, "got nf4, which needs the package bitsandbytes"),
+        ({"quantization": "int8"}, 0, False, "got int8"),
+    ],
+)
+def test_what_this_machine_lacks_is_named_before_anything_is_loaded(fields, num_gpus, has_bitsandbytes, text):
+    spec = TrainingSpec.parse({"base_model": "tiny", **fields})
+    with pytest.raises(FailedPreconditionError, match=text) as caught:
+        check_machine(spec, num_gpus=num_gpus, has_bitsandbytes=has_bitsandbytes)
+    assert caught.value.param == f"spec.{next(iter(fields))}"
+    assert check_machine(spec, num_gpus=8, has_bitsandbytes=True) is None
+
+
+async def test_a_job_that_this_machine_cannot_run_fails_with_the_reason(system):
+    async with system.started():
+        job = await system.create(spec={"gpus": 64}, deploy=False)
+        job = await system.wait(job.name, "FAILED")
+    assert "visible to the worker" in job.error.message
+    assert job.error.param == "spec.gpus"

@@ -13,6 +13,7 @@ from finery_cli.client import Gateway, connected
 from finery_cli.commands.options import Json, Limit, Settings, read_settings
 from finery_cli.output import fail, say, show
 from finery_cli.watch import watch_job
+from finery_common.spec import MethodType, Quantization
 
 COLUMNS = ("id", "status", "model", "fine_tuned_model", "trained_tokens", "created_at", "finished_at", "error")
 LIST_COLUMNS = ("id", "status", "model", "fine_tuned_model", "created_at")
@@ -28,6 +29,8 @@ def create(
     validation_file: Annotated[str | None, typer.Option(help="Id or path of a file that is only measured.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the new model's name: a-z, 0-9 and -.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed and data, same result.")] = None,
+    method: Annotated[MethodType | None, typer.Option(help="What is trained; dpo wants files of preferences. Default: lora.")] = None,
+    quantization: Annotated[Quantization | None, typer.Option(help="Of the frozen weights; lora with nf4 is QLoRA.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     spec: Settings = None,
@@ -39,7 +42,7 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Create a job."""
-    settings = _spec(spec, epochs=epochs, learning_rate=learning_rate)
+    settings = _spec(spec, method=method, quantization=quantization, num_epochs=epochs, learning_rate=learning_rate)
     with connected() as gateway:
         job = gateway.openai.fine_tuning.jobs.create(
             model=model,
@@ -126,10 +129,8 @@ def _steer(action: str, job_id: str, *, as_json: bool) -> None:
     show(job.to_dict(), columns=COLUMNS, as_json=as_json)
 
 
-def _spec(text: str | None, *, epochs: int | None, learning_rate: float | None) -> dict[str, object]:
-    settings = read_settings(text)
-    if epochs is not None:
-        settings["num_epochs"] = epochs
+def _spec(text: str | None, *, learning_rate: float | None, **given: object) -> dict[str, object]:
+    settings = read_settings(text) | {name: value for name, value in given.items() if value is not None}
     if learning_rate is not None:
         optimizer = settings.setdefault("optimizer", {})
         if isinstance(optimizer, dict):

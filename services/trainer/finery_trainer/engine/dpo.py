@@ -23,7 +23,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from finery_common.spec import TrainingSpec
-from finery_trainer.engine.data import IGNORE
+from finery_trainer.engine.packing import IGNORE
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 FLOAT32_BYTES = 4
 HEAD_TILE_ROWS = 1024
 """Rows whose logits are there at one time."""
+_DPO_TILE = (4096, 32768)
+"""Rows and vocabulary of TRL's tiles of logits."""
 _NF4_BLOCK, _NESTED_BLOCK, _STATE_BLOCK = 64, 256, 256
 _STATE_MIN_ELEMENTS = 4096
 _LIBRARIES_BYTES = 64 << 20
@@ -177,14 +179,17 @@ def _adapter_tensors(model: nn.Module, lora: LoraSpec) -> Iterator[int]:
 
 
 def _workspace_bytes(spec: TrainingSpec, config: PretrainedConfig, parameters: Parameters) -> int:
-    """The libraries' own, the largest weight dequantized, and the logits of a tile in float32 with their gradient in 16 bits.
-
-    DPO has the logits of whole pairs at once.
+    """The libraries' own, the largest weight dequantized, and the logits of a tile in float32 with their gradient in 16 bits; DPO's tiles
+    are of part of the vocabulary, in 16 bits alone.
     """
     largest = max((n * k for n, k in parameters.linears), default=0)
     dequantized = 0 if spec.quantization is Quantization.NONE else _element_bytes(spec) * largest
-    rows = _num_tokens(spec) if spec.method is MethodType.DPO else min(HEAD_TILE_ROWS, _num_tokens(spec))
-    return _LIBRARIES_BYTES + dequantized + rows * config.vocab_size * (FLOAT32_BYTES + _element_bytes(spec))
+    if spec.method is MethodType.DPO:
+        rows, columns = (min(size, limit) for size, limit in zip((_num_tokens(spec), config.vocab_size), _DPO_TILE, strict=True))
+        head = rows * columns * _element_bytes(spec)
+    else:
+        head = min(HEAD_TILE_ROWS, _num_tokens(spec)) * config.vocab_size * (FLOAT32_BYTES + _element_bytes(spec))
+    return _LIBRARIES_BYTES + dequantized + head
 
 
 def _num_tokens(spec: TrainingSpec) -> int:
