@@ -199,6 +199,20 @@ def test_a_gradient_may_come_in_any_layout():
     torch.testing.assert_close(q.grad.double(), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "longest", "message"),
+    [
+        ([0, 5, 3, 6], 6, "does not ascend from 0 to at most 6"),
+        ([1, 6], 6, "does not ascend from 0"),
+        ([0, 7], 7, "does not ascend from 0 to at most 6"),
+        ([0, 4, 6], 3, "has a sequence of 4 rows and max_seqlen is 3"),
+    ],
+)
+def test_the_reference_reads_the_bounds_and_refuses_wrong_ones(bounds, longest, message):
+    with pytest.raises(UnsupportedError, match=message):
+        op.attention_forward(*QKV.values(), cu_seqlens=torch.tensor(bounds, dtype=torch.int32), max_seqlen=longest)
+
+
 def test_a_window_as_long_as_the_sequence_is_none():
     case = Case(UNEVEN, window=20)
     tensors = case.draw()
@@ -268,10 +282,10 @@ def test_fused_calls_fit_the_operators_shapes(backend, equal, window):
         window=window,
         softcap=None,
     )
-    out, lse, saved = backends.forward(backend, q, k, v, problem)
+    out, lse = backends.forward(backend, q, k, v, problem)
     assert out.shape == q.shape
     assert out.is_contiguous()
-    grads = backends.backward(backend, dout, q, k, v, out, lse, saved, problem)
+    grads = backends.backward(backend, dout, q, k, v, out, lse, problem)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 
@@ -287,7 +301,7 @@ def test_flex_masks_and_caps_as_the_reference_does(monkeypatch, causal, window):
         with warnings.catch_warnings():
             # That it is slow without compilation.
             warnings.simplefilter("ignore")
-            out, lse, _ = backends.forward("flex", q, k, v, problem)
+            out, lse = backends.forward("flex", q, k, v, problem)
         want_out, want_lse = reference.forward(q, k, v, problem)
         torch.testing.assert_close(out, want_out, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(lse[0], want_lse, rtol=1e-5, atol=1e-5)

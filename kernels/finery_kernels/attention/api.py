@@ -76,7 +76,7 @@ def attention_forward(
     backend: Backend | None = None,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Output [T, H, d], the logsumexp in the backend's own form, and what else its backward wants (a few bytes).
+    """Output [T, H, d], the logsumexp in the backend's own form, and what else its backward wants: nothing, for the backends there are.
 
     q_THd, k_TKd, v_TKd: bf16, fp16, fp32 or fp64; views with unit last stride, such as the parts of a qkv row. H is a multiple of K.
     cu_seqlens: int32 [S+1] on the tensors' device, from 0 to T: rows past its end come out undefined. Sequences of no rows are
@@ -109,7 +109,8 @@ def attention_forward(
         return out_THd, lse_HT, ()
     from finery_kernels.attention import backends
 
-    return backends.forward(backend, q_THd, k_TKd, v_TKd, problem)
+    out_THd, lse = backends.forward(backend, q_THd, k_TKd, v_TKd, problem)
+    return out_THd, lse, ()
 
 
 def attention_backward(
@@ -133,7 +134,8 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (dq [T, H, d], dk [T, K, d], dv [T, K, d]) in the inputs' dtype, unit last stride.
 
-    Takes what `attention_forward` took and gave, with the same keyword arguments. Raises `UnsupportedError`.
+    Takes what `attention_forward` took and gave, with the same keyword arguments. Output and logsumexp may have been elsewhere meanwhile,
+    or come from a forward that was run again. Raises `UnsupportedError`.
     """
     problem = _problem(
         q_THd,
@@ -150,12 +152,13 @@ def attention_backward(
     )
     for name, tensor in (("dout", dout_THd), ("out", out_THd)):
         _check_like_q(name, tensor, q_THd)
+    assert not saved, "no backend gives anything to save"
     backend = _resolve(backend, q_THd, problem)
     if backend == "reference":
         return reference.backward(dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, problem)
     from finery_kernels.attention import backends
 
-    return backends.backward(backend, dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, saved, problem)
+    return backends.backward(backend, dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, problem)
 
 
 def attention(

@@ -23,8 +23,7 @@ import torch
 from finery_kernels.attention.problem import Problem
 from finery_kernels.errors import UnsupportedError
 
-Saved = tuple[torch.Tensor, ...]
-Forward = tuple[torch.Tensor, torch.Tensor, Saved]
+Forward = tuple[torch.Tensor, torch.Tensor]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # The arguments that torch 2.11 and 2.13 must both have, as the calls below pass them.
@@ -56,7 +55,7 @@ FA3_ABSENT = (
 
 
 def forward(backend: str, q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, problem: Problem) -> Forward:
-    """Output [T, H, d], contiguous, with the logsumexp in the backend's form and what its backward wants besides."""
+    """Output [T, H, d], contiguous, and the logsumexp in the backend's form."""
     calls: dict[str, Callable[..., Forward]] = {"cudnn": _cudnn, "flash": _flash, "fa3": _fa3, "flex": _flex}
     return calls[backend](q_THd, k_TKd, v_TKd, problem)
 
@@ -69,7 +68,6 @@ def backward(
     v_TKd: torch.Tensor,
     out_THd: torch.Tensor,
     lse: torch.Tensor,
-    saved: Saved,
     problem: Problem,
 ) -> Gradients:
     """Gradients of q, k and v, from what `forward` gave."""
@@ -80,7 +78,7 @@ def backward(
         "flex": _flex_backward,
     }
     # One layout always: cuDNN's plans of torch 2.11 are looked up by the layout of q, k and v alone.
-    return calls[backend](dout_THd.contiguous(), q_THd, k_TKd, v_TKd, out_THd.contiguous(), lse, saved, problem)
+    return calls[backend](dout_THd.contiguous(), q_THd, k_TKd, v_TKd, out_THd.contiguous(), lse, problem)
 
 
 def check(backend: str, q_THd: torch.Tensor, problem: Problem) -> None:
@@ -133,8 +131,8 @@ def _cudnn(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, proble
         False,
         scale=problem.scale,
     )
-    out_SHLd, lse, seed, offset = result[0], result[1], result[6], result[7]
-    return out_SHLd.transpose(1, 2).reshape(q_THd.shape).contiguous(), lse, (seed, offset)
+    out_SHLd, lse = result[0], result[1]
+    return out_SHLd.transpose(1, 2).reshape(q_THd.shape).contiguous(), lse
 
 
 def _cudnn_backward(
@@ -144,13 +142,12 @@ def _cudnn_backward(
     v_TKd: torch.Tensor,
     out_THd: torch.Tensor,
     lse: torch.Tensor,
-    saved: Saved,
     problem: Problem,
 ) -> Gradients:
     dout_SHLd, q_SHLd, k_SKLd, v_SKLd, out_SHLd = (
         _by_sequence(x, problem).transpose(1, 2) for x in (dout_THd, q_THd, k_TKd, v_TKd, out_THd)
     )
-    seed, offset = saved
+    no_seed = torch.empty((), dtype=torch.int64)
     dq_SHLd, dk_SKLd, dv_SKLd = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # noqa: SLF001
         dout_SHLd,
         q_SHLd,
@@ -158,8 +155,8 @@ def _cudnn_backward(
         v_SKLd,
         out_SHLd,
         lse,
-        seed,
-        offset,
+        no_seed,
+        no_seed,
         None,
         None,
         None,
@@ -188,7 +185,7 @@ def _flash(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, proble
     bounds = None if dense else problem.cu_seqlens_S
     longest = problem.length or problem.max_seqlen
     left, right = _windows(problem)
-    out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(  # noqa: SLF001
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(  # noqa: SLF001
         q,
         k,
         v,
@@ -203,7 +200,7 @@ def _flash(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, proble
         window_size_left=left,
         window_size_right=right,
     )
-    return out.reshape(q_THd.shape), lse, (rng_state, unused)
+    return out.reshape(q_THd.shape), lse
 
 
 def _flash_backward(
@@ -213,7 +210,6 @@ def _flash_backward(
     v_TKd: torch.Tensor,
     out_THd: torch.Tensor,
     lse: torch.Tensor,
-    saved: Saved,
     problem: Problem,
 ) -> Gradients:
     dense = problem.length is not None
@@ -221,7 +217,8 @@ def _flash_backward(
     bounds = None if dense else problem.cu_seqlens_S
     longest = problem.length or problem.max_seqlen
     left, right = _windows(problem)
-    rng_state, unused = saved
+    # Without dropout nobody reads them.
+    no_seed, unused = torch.empty(2, dtype=torch.uint64, device=q_THd.device), torch.empty(0, device=q_THd.device)
     with _determinism() if problem.deterministic else contextlib.nullcontext():
         dq, dk, dv = torch.ops.aten._flash_attention_backward(  # noqa: SLF001
             dout,
@@ -236,7 +233,7 @@ def _flash_backward(
             longest,
             0.0,
             problem.causal,
-            rng_state,
+            no_seed,
             unused,
             scale=problem.scale,
             window_size_left=left,
@@ -289,7 +286,7 @@ def _fa3(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, problem:
     absent = dict.fromkeys(FA3_ABSENT)
     # One split: more would be reduced in an order of its own.
     out, lse, *_ = _fa3_operators().fwd(q, k, v, num_splits=1, **absent, **_fa3_options(problem))
-    return out.reshape(q_THd.shape), lse, ()
+    return out.reshape(q_THd.shape), lse
 
 
 def _fa3_backward(
@@ -299,7 +296,6 @@ def _fa3_backward(
     v_TKd: torch.Tensor,
     out_THd: torch.Tensor,
     lse: torch.Tensor,
-    saved: Saved,
     problem: Problem,
 ) -> Gradients:
     dense = problem.length is not None
@@ -312,7 +308,7 @@ def _fa3_backward(
 def _flex(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, problem: Problem) -> Forward:
     with torch.no_grad():
         out_1HTd, lse_1HT = _flex_call(q_THd, k_TKd, v_TKd, problem)
-    return out_1HTd[0].transpose(0, 1).contiguous(), lse_1HT, ()
+    return out_1HTd[0].transpose(0, 1).contiguous(), lse_1HT
 
 
 def _flex_backward(
@@ -322,7 +318,6 @@ def _flex_backward(
     v_TKd: torch.Tensor,
     out_THd: torch.Tensor,
     lse: torch.Tensor,
-    saved: Saved,
     problem: Problem,
 ) -> Gradients:
     """Runs the forward again: FlexAttention has its backward behind autograd alone."""

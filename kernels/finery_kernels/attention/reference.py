@@ -1,7 +1,7 @@
 """Attention in plain torch, on any device and dtype: the oracle of the tests, and what runs where no fused backend does.
 
-Works one sequence and one block of queries at a time, so that no more than `SCORES_PER_BLOCK` scores exist at once. Reads the
-sequences' bounds on the host unless all have one length: on a GPU this synchronizes and cannot be captured in a CUDA graph.
+Works one sequence and one block of queries at a time, so that no more than `SCORES_PER_BLOCK` scores exist at once. Unless all sequences
+have one length, their bounds are read on the host, and checked: on a GPU this synchronizes and cannot be captured in a CUDA graph.
 
 Suffixes: T rows of the pack, H query heads, K key-value heads, G = H/K, d head dim, Q queries and N keys of a block, R = G*Q.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from finery_kernels.attention.problem import Problem
+from finery_kernels.errors import UnsupportedError
 
 SCORES_PER_BLOCK = 1 << 23
 
@@ -79,7 +80,12 @@ def _bounds(problem: Problem, num_rows: int) -> list[int]:
     if problem.length is not None:
         return list(range(0, num_rows + 1, problem.length))
     assert problem.cu_seqlens_S is not None
-    return problem.cu_seqlens_S.tolist()
+    bounds: list[int] = problem.cu_seqlens_S.tolist()
+    if bounds != sorted(bounds) or bounds[0] != 0 or bounds[-1] > num_rows:
+        raise UnsupportedError(f"cu_seqlens does not ascend from 0 to at most {num_rows}, the number of rows: {bounds[:20]}")
+    if (longest := max(end - start for start, end in itertools.pairwise(bounds))) > problem.max_seqlen:
+        raise UnsupportedError(f"cu_seqlens has a sequence of {longest} rows and max_seqlen is {problem.max_seqlen}; no less is wanted.")
+    return bounds
 
 
 def _blocks(problem: Problem, num_rows: int, num_heads: int) -> Iterator[tuple[slice, slice]]:
