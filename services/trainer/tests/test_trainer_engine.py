@@ -17,6 +17,8 @@ from finery_common.spec import OptimizerSpec, TrainingSpec
 from finery_trainer import engine
 from finery_trainer.engine.data import IGNORE, TokenDataset, epoch_order
 from finery_trainer.engine.loop import Action, steps_of
+from finery_trainer.engine.padded import PaddedPasses
+from finery_trainer.engine.passes import PackedPasses
 
 
 def spec_of(**fields) -> TrainingSpec:
@@ -36,11 +38,19 @@ def weights_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def gradients_of(model, data, rows, *, size):
-    num_labels = int(data.row_labels[rows].sum())
-    loss = engine.loop.accumulate(model, data.micro_batches(rows, size=size), num_labels=num_labels)
+def passes_of(path, model, **batch):
+    if path == "padded":
+        return PaddedPasses(model, spec_of(batch=batch))
+    return PackedPasses(model, spec_of(batch=batch), longest_row=64, mean_row=20.0, num_tokens=500)
+
+
+def gradients_of(path, model, data, rows, **batch):
+    passes = passes_of(path, model, **batch)
+    loss = passes.gradients([data.training_row(row) for row in rows]).item()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    model.zero_grad()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
     return loss, gradients
 
 
@@ -52,32 +62,33 @@ def data(tmp_path, write_rows, tiny_rows) -> TokenDataset:
 def test_rows_are_read_across_shards_with_targets_shifted_by_one(data, tiny_rows):
     assert data.num_rows == len(tiny_rows)
     assert data.num_tokens == sum(map(len, tiny_rows))
-    batch = data.batch([3, 20])
-    for position, row in enumerate((tiny_rows[3], tiny_rows[20])):
+    for index in (3, 20):
+        row, (ids, targets) = tiny_rows[index], data.training_row(index)
         length, middle = len(row), len(row) // 2
-        assert batch.input_ids_BT[position, :length].tolist() == row
-        wanted = [row[t + 1] if t + 1 >= middle else IGNORE for t in range(length - 1)]
-        assert batch.targets_BT[position].tolist() == wanted + [IGNORE] * (batch.targets_BT.shape[1] - len(wanted))
+        assert ids.tolist() == row
+        assert targets.tolist() == [*(row[t + 1] if t + 1 >= middle else IGNORE for t in range(length - 1)), IGNORE]
 
 
-def test_loss_and_gradient_equal_transformers_own(tiny_base_dir, data):
+@pytest.mark.parametrize("path", ["packed", "padded"])
+def test_loss_and_gradient_equal_transformers_own(tiny_base_dir, data, path):
     model = load(spec_of(), tiny_base_dir)
-    _, ours = gradients_of(model, data, [5], size=1)
-    batch = data.batch([5])
-    labels_BT = torch.full_like(batch.input_ids_BT, IGNORE)
-    labels_BT[:, 1:] = batch.targets_BT[:, :-1]
-    model(input_ids=batch.input_ids_BT, labels=labels_BT).loss.backward()
+    _, ours = gradients_of(path, copy.deepcopy(model), data, [5])
+    ids, targets = (torch.from_numpy(part)[None] for part in data.training_row(5))
+    labels_BT = torch.full_like(ids, IGNORE)
+    labels_BT[:, 1:] = targets[:, :-1]
+    model(input_ids=ids, labels=labels_BT).loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_any_split_of_the_same_rows_gives_the_same_gradient(tiny_base_dir, data, size):
+@pytest.mark.parametrize("split", [("padded", {"micro_batch_size": size}) for size in (1, 2, 3)] + [("packed", {"max_tokens": 64})])
+def test_any_split_of_the_same_rows_gives_the_same_gradient(tiny_base_dir, data, split):
+    path, batch = split
     model = load(spec_of(), tiny_base_dir)
     rows = list(range(8))
-    whole_loss, whole = gradients_of(model, data, rows, size=8)
-    loss, split = gradients_of(model, data, rows, size=size)
+    whole_loss, whole = gradients_of(path, copy.deepcopy(model), data, rows, **({"micro_batch_size": 8} if path == "padded" else {}))
+    loss, split = gradients_of(path, model, data, rows, **batch)
     assert loss == pytest.approx(whole_loss, rel=1e-6)
     for name, gradient in whole.items():
         torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-7)
@@ -87,8 +98,10 @@ def test_padding_changes_nothing(tiny_base_dir, data):
     model = load(spec_of(), tiny_base_dir)
     shortest, longest = int(np.argmin(data.row_lengths)), int(np.argmax(data.row_lengths))
     with torch.no_grad():
-        together = engine.loop.summed_loss(model, data.batch([shortest, longest]))
-        apart = engine.loop.summed_loss(model, data.batch([shortest])) + engine.loop.summed_loss(model, data.batch([longest]))
+        passes = passes_of("padded", model)
+        rows = [data.training_row(shortest), data.training_row(longest)]
+        together = passes.summed_loss(rows)
+        apart = passes.summed_loss(rows[:1]) + passes.summed_loss(rows[1:])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
 
 
@@ -223,10 +236,20 @@ def test_warm_up_is_never_longer_than_the_run():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_eight_bit_states_without_a_gpu_are_refused(tiny_base_dir, data):
-    spec = spec_of(optimizer={"type": "adamw_8bit"})
+def test_eight_bit_states_outside_the_engines_layers_without_a_gpu_are_refused(tiny_base_dir, data):
+    spec = spec_of(optimizer={"type": "adamw_8bit"}, lora={"dropout": 0.1})
     with pytest.raises(FailedPreconditionError, match="without a GPU"):
         engine.loop.train(load(spec, tiny_base_dir), data, spec, go_on)
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit", "adamw_bf16"])
+def test_small_optimizer_states_train_nearly_as_float32_ones(tiny_base_dir, data, kind):
+    losses = {}
+    for each in ("adamw", kind):
+        spec, losses[each] = spec_of(optimizer={"type": each, "learning_rate": 0.01}, num_epochs=3), []
+        engine.loop.train(load(spec, tiny_base_dir), data, spec, lambda r, to=losses[each]: (to.append(r.loss), Action.CONTINUE)[1])
+    assert losses[kind] != losses["adamw"]
+    assert losses[kind] == pytest.approx(losses["adamw"], rel=0.02)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tiny_base_dir, data):
@@ -285,10 +308,10 @@ def test_a_saved_adapter_is_peft_s_and_gives_the_same_logits(tiny_base_dir, data
     assert (config["base_model_name_or_path"], config["r"], config["inference_mode"]) == ("tiny", 16, True)
     assert str(tiny_base_dir) not in (tmp_path / "adapter_config.json").read_text()
     read = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base_dir), tmp_path)
-    batch = data.batch([0])
+    input_ids_BT = torch.from_numpy(data.training_row(0)[0])[None]
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(read(batch.input_ids_BT).logits, model(batch.input_ids_BT).logits)
+        torch.testing.assert_close(read(input_ids_BT).logits, model(input_ids_BT).logits)
 
 
 @pytest.mark.parametrize(

@@ -32,18 +32,13 @@ class Cursor:
 def save(folder: Path, *, model: torch.nn.Module, stepper: Stepper, cursor: Cursor) -> None:
     """Writes the state into `folder`, which must exist."""
     tensors = {f"weight.{name}": parameter.detach() for name, parameter in _trained(model).items()}
-    scalars: dict[str, float] = {}
-    for name, parameter in _trained(model).items():
-        for key, value in stepper.optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{key}.{name}"] = value
-            else:
-                scalars[f"optimizer.{key}.{name}"] = value
+    moments, numbers = stepper.optimizer.state()
+    tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
     tensors["rng.cpu"] = torch.get_rng_state()
     for index in range(torch.cuda.device_count()):
         tensors[f"rng.cuda.{index}"] = torch.cuda.get_rng_state(index)
     save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / _TENSORS)
-    (folder / _REST).write_text(json.dumps({"cursor": asdict(cursor), "scalars": scalars}))
+    (folder / _REST).write_text(json.dumps({"cursor": asdict(cursor), "optimizer": numbers}))
 
 
 def read_cursor(folder: Path) -> Cursor:
@@ -58,7 +53,7 @@ def restore(folder: Path, *, model: torch.nn.Module, stepper: Stepper) -> Cursor
     """Puts the state in `folder` into `model`, `stepper` and the random generators. Raises DataLossError where it does not fit."""
     cursor = read_cursor(folder)
     tensors = load_file(folder / _TENSORS)
-    scalars: dict[str, float] = json.loads((folder / _REST).read_text())["scalars"]
+    numbers: dict[str, float] = json.loads((folder / _REST).read_text())["optimizer"]
     trained = _trained(model)
     weights = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name.startswith("weight.")}
     if {name: tuple(p.shape) for name, p in trained.items()} != {name: tuple(w.shape) for name, w in weights.items()}:
@@ -66,10 +61,8 @@ def restore(folder: Path, *, model: torch.nn.Module, stepper: Stepper) -> Cursor
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-    for label, value in (tensors | scalars).items():
-        if label.startswith("optimizer."):
-            _, key, name = label.split(".", 2)
-            stepper.optimizer.state[trained[name]][key] = _placed(value, trained[name], key=key)
+    moments = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
+    stepper.optimizer.load_state((moments, numbers))
     stepper.step = cursor.step
     torch.set_rng_state(tensors["rng.cpu"])
     for index in range(torch.cuda.device_count()):
@@ -80,8 +73,3 @@ def restore(folder: Path, *, model: torch.nn.Module, stepper: Stepper) -> Cursor
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _placed(value: torch.Tensor | float, parameter: torch.nn.Parameter, *, key: str) -> torch.Tensor | float:
-    # AdamW keeps its step count on the CPU.
-    return value.to(parameter.device) if isinstance(value, torch.Tensor) and key != "step" else value

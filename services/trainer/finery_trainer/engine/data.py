@@ -1,42 +1,22 @@
-"""Prepared datasets: reading their shards, the order in which a run sees their rows, and padded micro-batches.
+"""Prepared datasets: reading their shards, and the order in which a run sees their rows.
 
 A dataset folder holds `shard-00000.safetensors`, …, each with `input_ids` (int32, all rows behind each other), `label_mask` (uint8 or
 bool, 1 where that token is a label) and `row_offsets` (int64, rows + 1); one of pairs has them twice (`preference`). Making them is
 dataprep's.
-
-Shapes: B rows of a micro-batch, T tokens of its longest row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors import SafetensorError, safe_open
 
 from finery_common.errors import InvalidArgumentError
-
-IGNORE = -100
+from finery_trainer.engine.packing import IGNORE
 
 IntArray = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch, padded on the right. `targets_BT[b, t]` is the token to predict after `input_ids_BT[b, t]`, or IGNORE."""
-
-    input_ids_BT: torch.Tensor
-    targets_BT: torch.Tensor
-    num_tokens: int
-    num_labels: int
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        return Batch(self.input_ids_BT.to(device), self.targets_BT.to(device), self.num_tokens, self.num_labels)
 
 
 class TokenDataset:
@@ -86,23 +66,12 @@ class TokenDataset:
         shard_index = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._shards[shard_index].row(index - int(self._starts[shard_index]))
 
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """The given rows as one micro-batch."""
-        width = int(self.row_lengths[list(rows)].max())
-        input_ids_BT = np.zeros((len(rows), width), dtype=np.int64)
-        targets_BT = np.full((len(rows), width), IGNORE, dtype=np.int64)
-        for position, row in enumerate(rows):
-            ids, mask = self.row(row)
-            input_ids_BT[position, : len(ids)] = ids
-            targets_BT[position, : len(ids) - 1] = np.where(mask[1:], ids[1:], IGNORE)
-        num_tokens, num_labels = int(self.row_lengths[list(rows)].sum()), int(self.row_labels[list(rows)].sum())
-        return Batch(torch.from_numpy(input_ids_BT), torch.from_numpy(targets_BT), num_tokens, num_labels)
-
-    def micro_batches(self, rows: Sequence[int], *, size: int) -> Iterator[Batch]:
-        """`rows` in micro-batches of `size`, neighbours in length together so that little is padding."""
-        by_length = sorted(rows, key=lambda row: (-int(self.row_lengths[row]), row))
-        for start in range(0, len(by_length), size):
-            yield self.batch(by_length[start : start + size])
+    def training_row(self, index: int) -> tuple[IntArray, IntArray]:
+        """(token ids, targets) of one row: `targets[t]` is the token to predict after token t, or IGNORE."""
+        ids, mask = self.row(index)
+        targets = np.full(len(ids), IGNORE, dtype=np.int64)
+        targets[:-1] = np.where(mask[1:], ids[1:], IGNORE)
+        return ids.astype(np.int64), targets
 
 
 def epoch_order(num_rows: int, *, seed: int, epoch: int) -> list[int]:

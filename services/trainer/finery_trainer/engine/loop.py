@@ -1,17 +1,13 @@
 """The supervised training loop: rows to gradients to steps, with a report after each step that may pause or cancel the run.
 
-Owns the order of things and the numbers reported. Where reports and checkpoints go is the caller's.
-
-Shapes: B rows of a micro-batch, T tokens, P positions that some row predicts from, V vocabulary.
+Owns the order of things and the numbers reported. How gradients come about is `passes`'s, where reports and checkpoints go the caller's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -19,17 +15,18 @@ from typing import TYPE_CHECKING, cast
 
 import psutil
 import torch
-from torch.nn import functional
 
 from finery_common.errors import DataLossError
 from finery_common.spec import TrainingSpec
 from finery_trainer.engine import checkpoint
-from finery_trainer.engine.data import IGNORE, Batch, TokenDataset, epoch_order
-from finery_trainer.engine.optim import Stepper, build_optimizer, non_finite
+from finery_trainer.engine.data import TokenDataset, epoch_order
+from finery_trainer.engine.optim import Stepper, non_finite
+from finery_trainer.engine.packing import Row
+from finery_trainer.engine.passes import passes_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Action(StrEnum):
@@ -73,7 +70,7 @@ OnCheckpoint = Callable[[StepReport, Callable[[Path], None]], None]
 
 
 def train(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     data: TokenDataset,
     spec: TrainingSpec,
     on_step: OnStep,
@@ -112,62 +109,28 @@ def steps_of(num_rows: int, spec: TrainingSpec) -> tuple[int, int]:
     return per_epoch, total if spec.max_steps is None else min(total, spec.max_steps)
 
 
-def accumulate(model: PeftModel, batches: Iterator[Batch], *, num_labels: int) -> float:
-    """Adds the gradients of `batches` to the parameters and answers their loss: its sum over labels, divided by `num_labels`.
-
-    However the same rows are split into batches, loss and gradient are the same up to rounding.
-    """
-    loss = 0.0
-    for batch in batches:
-        part = summed_loss(model, batch) / num_labels
-        part.backward()
-        loss += part.item()
-    return loss
-
-
-def summed_loss(model: PeftModel, batch: Batch) -> torch.Tensor:
-    """Cross-entropy summed over the batch's labels, in float32; a scalar.
-
-    There is no attention mask: padding stands to the right of every label, where causal attention does not look.
-    """
-    batch = batch.to(model.device)
-    positions_P = (batch.targets_BT != IGNORE).any(dim=0).nonzero().squeeze(1)
-    with _precision(model):
-        if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
-            logits_BPV = model(input_ids=batch.input_ids_BT, logits_to_keep=positions_P).logits
-        else:
-            logits_BPV = model(input_ids=batch.input_ids_BT).logits[:, positions_P]
-    targets_BP = batch.targets_BT[:, positions_P]
-    return functional.cross_entropy(logits_BPV.float().flatten(0, 1), targets_BP.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
-def mean_loss(model: PeftModel, data: TokenDataset, *, micro_batch_size: int) -> float:
-    """The loss over all labels of `data`, without dropout."""
-    model.eval()
-    with torch.no_grad():
-        batches = data.micro_batches(range(data.num_rows), size=micro_batch_size)
-        loss = math.fsum(summed_loss(model, batch).item() for batch in batches)
-    model.train()
-    return loss / int(data.row_labels.sum())
-
-
 class _Run:
-    def __init__(self, model: PeftModel, data: TokenDataset, spec: TrainingSpec, *, validation: TokenDataset | None) -> None:
+    def __init__(
+        self, model: PeftModel | PreTrainedModel, data: TokenDataset, spec: TrainingSpec, *, validation: TokenDataset | None
+    ) -> None:
         self._model, self._data, self._spec, self._validation = model, data, spec, validation
-        config = cast("PretrainedConfig", model.get_base_model().config)
+        config = cast("PretrainedConfig", model.config)
         limit = min(spec.max_sequence_length, getattr(config, "max_position_embeddings", None) or spec.max_sequence_length)
         for dataset in (data, validation):
             if dataset is not None:
                 dataset.check(vocab_size=config.vocab_size, max_sequence_length=limit)
         self._steps_per_epoch, self.num_steps = steps_of(data.num_rows, spec)
-        self.stepper: Stepper = build_optimizer(spec.optimizer, model.parameters(), self.num_steps)
+        self._passes = passes_of(model, spec, data)
+        self.stepper: Stepper = self._passes.stepper(self.num_steps)
         self._num_trained_tokens = 0
         self._order: tuple[int, list[int]] = (-1, [])
+        self._next: tuple[list[int], list[Row]] = ([], [])
         torch.manual_seed(spec.seed)
         model.train()
 
     def resume(self, folder: Path) -> None:
         cursor = checkpoint.restore(folder, model=self._model, stepper=self.stepper)
+        self._passes.refresh()
         if (cursor.num_steps, cursor.num_rows) != (self.num_steps, self._data.num_rows):
             raise DataLossError(
                 f"The checkpoint belongs to a run of {cursor.num_steps} steps over {cursor.num_rows} rows, "
@@ -186,21 +149,34 @@ class _Run:
     def step(self) -> StepReport:
         started_s = time.perf_counter()
         rows = self._rows(self.stepper.step)
-        num_tokens, num_labels = int(self._data.row_lengths[rows].sum()), int(self._data.row_labels[rows].sum())
-        loss = accumulate(self._model, self._data.micro_batches(rows, size=self._spec.batch.micro_batch_size), num_labels=num_labels)
+        num_tokens = int(self._data.row_lengths[rows].sum())
+        loss_0d = self._passes.gradients(self._read(rows))
+        self._prepare_next()
+        loss = loss_0d.item()
         if not math.isfinite(loss):
             raise non_finite("loss", loss, step=self.stepper.step + 1)
         grad_norm = self.stepper.apply()
+        self._passes.refresh()
         self._num_trained_tokens += num_tokens
         seconds = time.perf_counter() - started_s
         return self._report(loss, grad_norm, num_tokens=num_tokens, seconds=seconds)
+
+    def _read(self, rows: list[int]) -> list[Row]:
+        if self._next[0] != rows:
+            self._next = rows, [self._data.training_row(row) for row in rows]
+        return self._next[1]
+
+    def _prepare_next(self) -> None:
+        """The next step's batches, while the device computes this one's gradients."""
+        if self.stepper.step + 1 < self.num_steps:
+            self._passes.prepare(self._read(self._rows(self.stepper.step + 1)))
 
     def _report(self, loss: float, grad_norm: float, *, num_tokens: int, seconds: float) -> StepReport:
         step = self.stepper.step
         is_epoch_end = step % self._steps_per_epoch == 0 or step == self.num_steps
         validation_loss = None
         if is_epoch_end and self._validation is not None:
-            validation_loss = mean_loss(self._model, self._validation, micro_batch_size=self._spec.batch.micro_batch_size)
+            validation_loss = self._passes.mean_loss(self._validation)
         return StepReport(
             step=step,
             num_steps=self.num_steps,
@@ -227,10 +203,3 @@ class _Run:
 def memory_bytes(device: torch.device) -> int:
     """Peak of allocated VRAM on a GPU, resident set of this process on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-def _precision(model: PeftModel) -> contextlib.AbstractContextManager[object]:
-    """Adapters are float32 even on bfloat16 weights; autocast makes their products bfloat16, as the rest."""
-    if model.get_base_model().dtype is torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(model.device.type, dtype=torch.bfloat16)

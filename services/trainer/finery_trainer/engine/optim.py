@@ -9,12 +9,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from finery_common.errors import FailedPreconditionError
 from finery_common.spec import OptimizerSpec, OptimizerType, ScheduleType, TrainingSpec
+from finery_trainer.engine.flat_adamw import FlatAdamW
+from finery_trainer.engine.trained import FlatGroup
 
 _FACTOR = "rate_factor"
 _LORA_B = re.compile(r"\blora_(embedding_)?B\b")
@@ -40,11 +42,39 @@ class Schedule:
         return self.peak * (1 - done if self.type is ScheduleType.LINEAR else (1 + math.cos(math.pi * done)) / 2)
 
 
+State = tuple[dict[str, torch.Tensor], dict[str, float]]
+"""Tensors and numbers by name."""
+
+
+class Optimizer(Protocol):
+    """What a step does to the trained parameters."""
+
+    def clip_coefficient(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(L2 norm of all gradients, what they must be multiplied by to have at most `max_norm`)."""
+        ...
+
+    def step(self, *, learning_rate: float, step: int, clip_coef: torch.Tensor) -> None:
+        """Step number `step`, from 1, with the gradients times `clip_coef`."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Drops the gradients."""
+        ...
+
+    def state(self) -> State:
+        """What a resumed run needs, by names that depend on the model alone."""
+        ...
+
+    def load_state(self, state: State) -> None:
+        """Takes over what `state` of the same model and spec has answered."""
+        ...
+
+
 @dataclass
 class Stepper:
     """An optimizer, its schedule and its clipping, driven together. `step` counts the steps done."""
 
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     schedule: Schedule
     max_grad_norm: float
     step: int = 0
@@ -54,15 +84,13 @@ class Stepper:
 
         Raises FailedPreconditionError (code `non_finite_loss`) where that norm is not finite; the weights are then unchanged.
         """
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        norm, clip_coef = self.optimizer.clip_coefficient(self.max_grad_norm)
+        grad_norm = float(norm)
         if not math.isfinite(grad_norm):
             raise non_finite("gradient norm", grad_norm, step=self.step + 1)
         self.step += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * group[_FACTOR]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(learning_rate=self.learning_rate, step=self.step, clip_coef=clip_coef)
+        self.optimizer.zero_grad()
         return grad_norm
 
     @property
@@ -71,21 +99,76 @@ class Stepper:
         return self.schedule.learning_rate(self.step)
 
 
+class TorchOptimizer:
+    """One of torch's or bitsandbytes' optimizers over parameters that lie anywhere, for models outside the engine's flat buffers."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip_coefficient(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Optimizer."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def step(self, *, learning_rate: float, step: int, clip_coef: torch.Tensor) -> None:
+        """See Optimizer."""
+        del step
+        torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], clip_coef)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group[_FACTOR]
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """See Optimizer."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> State:
+        """See Optimizer."""
+        tensors: dict[str, torch.Tensor] = {}
+        numbers: dict[str, float] = {}
+        for index, parameter in enumerate(self._parameters):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                (tensors if isinstance(value, torch.Tensor) else numbers)[f"{index}.{key}"] = value
+        return tensors, numbers
+
+    def load_state(self, state: State) -> None:
+        """See Optimizer."""
+        tensors, numbers = state
+        for label, value in (tensors | numbers).items():
+            index, key = label.split(".", 1)
+            parameter = self._parameters[int(index)]
+            # AdamW keeps its step count on the CPU.
+            is_moved = isinstance(value, torch.Tensor) and key != "step"
+            self.optimizer.state[parameter][key] = value.to(parameter.device) if is_moved else value
+
+
 def build_optimizer(
     spec: OptimizerSpec, params: Iterable[torch.nn.Parameter], num_steps: int, *, factors: Mapping[torch.nn.Parameter, float] | None = None
 ) -> Stepper:
-    """The optimizer over `params` for a run of `num_steps`. Matrices decay, vectors (biases) do not.
+    """The optimizer over `params`, wherever they lie, for a run of `num_steps`. Matrices decay, vectors (biases) do not.
 
     `factors` (see `rate_factors`) multiply the learning rate of the parameters they name.
     Raises FailedPreconditionError where `adamw_8bit` is asked for without a GPU or without bitsandbytes.
     """
-    assert num_steps >= 1
     trainable = [p for p in params if p.requires_grad]
     kind = _optimizer_class(spec.type, on_gpu=bool(trainable) and trainable[0].is_cuda)
     groups = _groups(trainable, weight_decay=spec.weight_decay, factors=factors or {})
     optimizer = kind(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), eps=spec.epsilon)
+    return Stepper(TorchOptimizer(optimizer), _schedule(spec, num_steps), spec.max_grad_norm)
+
+
+def build_flat_optimizer(
+    spec: OptimizerSpec, groups: Sequence[FlatGroup], num_steps: int, *, factors: Mapping[torch.nn.Parameter, float] | None = None
+) -> Stepper:
+    """As `build_optimizer`, over the engine's flat buffers."""
+    return Stepper(FlatAdamW(groups, spec, factors=factors), _schedule(spec, num_steps), spec.max_grad_norm)
+
+
+def _schedule(spec: OptimizerSpec, num_steps: int) -> Schedule:
+    assert num_steps >= 1
     num_warmup_steps = min(num_steps, max(spec.min_warmup_steps, math.ceil(spec.warmup_ratio * num_steps)))
-    return Stepper(optimizer, Schedule(spec.schedule, spec.learning_rate, num_steps, num_warmup_steps), spec.max_grad_norm)
+    return Schedule(spec.schedule, spec.learning_rate, num_steps, num_warmup_steps)
 
 
 def rate_factors(model: torch.nn.Module, spec: TrainingSpec) -> dict[torch.nn.Parameter, float]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from finery_kernels.adamw.state import GROUP_BLOCK
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlatGroup:
@@ -33,14 +35,14 @@ class FlatGroup:
 
 
 def flatten(parameters: Sequence[nn.Parameter]) -> FlatGroup:
-    """Moves parameters of one dtype into one new buffer, each beginning at a multiple of 16 bytes; gradients are float32 zeros."""
+    """Moves parameters of one dtype into one new buffer, each beginning at a block of the optimizer's; gradients are float32 zeros."""
     dtype, device = parameters[0].dtype, parameters[0].device
     places: list[slice] = []
     end = 0
     for parameter in parameters:
         assert parameter.dtype == dtype and parameter.device == device
         places.append(slice(end, end + parameter.numel()))
-        end += -(-parameter.numel() // 8) * 8
+        end += -(-parameter.numel() // GROUP_BLOCK) * GROUP_BLOCK
     values_N = torch.zeros(end, dtype=dtype, device=device)
     grads_N = torch.zeros(end, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
     for parameter, place in zip(parameters, places, strict=True):

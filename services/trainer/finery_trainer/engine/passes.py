@@ -1,0 +1,197 @@
+"""Forward and backward passes of optimizer steps, by whichever path trains the model, with memory planned and batches prepared.
+
+    passes = PackedPasses(model, spec, longest_row=…, mean_row=…, num_tokens=…)
+    loss = passes.gradients(rows)              # summed over labels / the step's labels; gradients are added
+    passes.prepare(next_rows)                  # while the device works
+
+Owns which rows go through the model together, the memory plan of a run, and whether CUDA graphs are used. The model's arithmetic is
+`stack`'s, for models that it does not take `generic`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import psutil
+import structlog
+import torch
+
+from finery_common.spec import Quantization, TrainingSpec
+from finery_trainer.engine.graphs import GraphedPasses, in_buckets, token_bucket
+from finery_trainer.engine.optim import Stepper, build_flat_optimizer, rate_factors
+from finery_trainer.engine.packing import PackedBatch, Row, groups, pack
+from finery_trainer.engine.padded import PaddedPasses
+from finery_trainer.engine.planner import Plan, Ranks, Workload, keep_all, plan_step
+from finery_trainer.engine.stack import TrainingStack, unsupported
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from finery_trainer.engine.data import TokenDataset
+
+log = structlog.get_logger(__name__)
+
+_CPU_PACK_TOKENS = 4096
+_RESERVE_BYTES = 512 << 20
+"""Left free on a GPU: what fragments, and other libraries' workspaces."""
+
+
+class PackedPasses:
+    """Passes of the engine's own layers over packed batches.
+
+    `longest_row`, `mean_row` and `num_tokens` (of a step) describe the data for the plan. Raises FailedPreconditionError for a model that
+    the engine's layers do not take, ResourceExhaustedError where `spec.memory` is too little.
+    """
+
+    def __init__(
+        self, model: PeftModel | PreTrainedModel, spec: TrainingSpec, *, longest_row: int, mean_row: float, num_tokens: int
+    ) -> None:
+        self._model = model
+        self.stack = TrainingStack(model)
+        self._device = self.stack.device
+        is_gpu = self._device.type == "cuda"
+        self._is_deterministic = spec.deterministic if spec.deterministic is not None else not is_gpu
+        self._data = {"longest_row": longest_row, "mean_row": mean_row, "num_tokens": num_tokens}
+        self._max_tokens = _CPU_PACK_TOKENS if spec.batch.max_tokens is None else spec.batch.max_tokens
+        self._spec = spec
+        self._graphs = GraphedPasses(self.stack) if is_gpu else None
+        self._prepared: tuple[list[int], list[PackedBatch]] | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What is kept where."""
+        return self.stack.plan
+
+    def plan_memory(self, *, reserved_bytes: int = 0) -> None:
+        """Plans the run's memory on a GPU; called when everything else that stays, `reserved_bytes` besides, is allocated."""
+        if self._device.type != "cuda":
+            self.stack.follow(keep_all(len(self.stack.blocks)))
+            return
+        plan = plan_step(
+            self.stack.shape,
+            workload(self.stack, self._spec, **self._data),
+            card_bytes=_card_bytes(self._spec, self._device) - reserved_bytes,
+            host_bytes=_host_bytes(self._spec),
+            pack_tokens=self._spec.batch.max_tokens,
+        )
+        self._max_tokens = plan.pack_tokens
+        self.stack.follow(plan)
+        log.info("memory planned", pack_tokens=plan.pack_tokens, card_bytes=plan.card_bytes, host_bytes=plan.host_bytes)
+
+    def prepare(self, rows: Sequence[Row]) -> None:
+        """Builds the batches of these rows, in pinned memory beside a GPU; the next call of `gradients` with the same rows takes them."""
+        self._prepared = [id(ids) for ids, _ in rows], self._batches(rows)
+
+    def gradients(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Adds the gradients of the mean loss over the labels of `rows`, and answers it: float32, 0-dim, on the device."""
+        if self._prepared is None or self._prepared[0] != [id(ids) for ids, _ in rows]:
+            self.prepare(rows)
+        assert self._prepared is not None
+        batches, self._prepared = self._prepared[1], None
+        num_labels = sum(batch.num_labels for batch in batches)
+        losses = [self._forward_backward(batch, num_labels) for batch in batches]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def loss(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Cross-entropy summed over the labels of `rows`: float32, 0-dim, on the device."""
+        return torch.stack([self.stack.loss(batch.to(self._device)) for batch in self._batches(rows)]).sum()
+
+    def mean_loss(self, data: TokenDataset) -> float:
+        """The loss over all labels of `data`."""
+        members = groups([int(length) for length in data.row_lengths], max_tokens=self._max_tokens)
+        return math.fsum(self.loss([data.training_row(row) for row in rows]).item() for rows in members) / int(data.row_labels.sum())
+
+    def stepper(self, num_steps: int) -> Stepper:
+        """The optimizer of what is trained. Memory is planned when it is there."""
+        factors = rate_factors(self._model, self._spec)
+        stepper = build_flat_optimizer(self._spec.optimizer, self.stack.groups, num_steps, factors=factors)
+        self.plan_memory()
+        return stepper
+
+    def refresh(self) -> None:
+        """Takes over new values of the trained parameters."""
+        self.stack.refresh()
+
+    def _forward_backward(self, batch: PackedBatch, num_labels: int) -> torch.Tensor:
+        if self._graphs is None or any(self.plan.host):
+            return self.stack.forward_backward(batch.to(self._device), num_labels=num_labels)
+        return self._graphs.forward_backward(batch, num_labels=num_labels).clone()
+
+    def _batches(self, rows: Sequence[Row]) -> list[PackedBatch]:
+        lengths = [len(ids) for ids, _ in rows]
+        return [self._batch([rows[index] for index in members]) for members in groups(lengths, max_tokens=self._max_tokens)]
+
+    def _batch(self, rows: Sequence[Row]) -> PackedBatch:
+        if self._device.type != "cuda":
+            return pack(rows, is_deterministic=self._is_deterministic)
+        lengths = {len(ids) for ids, _ in rows}
+        num_tokens = sum(len(ids) for ids, _ in rows)
+        multiple = 1 if len(lengths) == 1 else token_bucket(num_tokens)
+        batch = pack(rows, token_multiple=multiple, label_multiple=128, is_deterministic=self._is_deterministic)
+        return in_buckets(batch).pinned()
+
+
+def workload(stack: TrainingStack, spec: TrainingSpec, *, longest_row: int, mean_row: float, num_tokens: int) -> Workload:
+    """The planner's view of a step."""
+    projections = stack.blocks[0].projections
+    return Workload(
+        num_tokens=num_tokens,
+        longest_row=longest_row,
+        mean_row=mean_row,
+        ranks=Ranks(**{name: projection.layout.num_ranks for name, projection in projections.items()}),
+        element_bytes=stack.dtype.itemsize,
+        is_quantized=spec.quantization is Quantization.NF4,
+        trains_weights=projections["qkv"].trains_weights,
+    )
+
+
+class Passes(Protocol):
+    """What the loop asks of a path through a model."""
+
+    def stepper(self, num_steps: int) -> Stepper:
+        """The optimizer of what is trained."""
+        ...
+
+    def prepare(self, rows: Sequence[Row]) -> None:
+        """Gets ready for `gradients` of these rows while the device is busy."""
+        ...
+
+    def gradients(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Adds the gradients of the mean loss over the labels of `rows`, and answers it: float32, 0-dim, on the device."""
+        ...
+
+    def mean_loss(self, data: TokenDataset) -> float:
+        """The loss over all labels of `data`, without dropout."""
+        ...
+
+    def refresh(self) -> None:
+        """Takes over new values of the trained parameters."""
+        ...
+
+
+def passes_of(model: PeftModel | PreTrainedModel, spec: TrainingSpec, data: TokenDataset) -> Passes:
+    """The engine's own layers where they take the model, transformers' otherwise; which one and why is logged."""
+    if (reason := unsupported(model)) is not None:
+        log.info("training by transformers' own modules", reason=reason)
+        return PaddedPasses(model, spec)
+    rows_per_step = spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps
+    longest = sorted((int(length) for length in data.row_lengths), reverse=True)[:rows_per_step]
+    return PackedPasses(model, spec, longest_row=longest[0], mean_row=float(data.row_lengths.mean()), num_tokens=sum(longest))
+
+
+def _card_bytes(spec: TrainingSpec, device: torch.device) -> int:
+    """What activations and workspace may take beside what is allocated now."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    ours = free + torch.cuda.memory_reserved(device) - _RESERVE_BYTES
+    return spec.memory.budget_bytes(ours) - allocated
+
+
+def _host_bytes(spec: TrainingSpec) -> int:
+    if spec.memory.host_budget_bytes is not None:
+        return spec.memory.host_budget_bytes
+    return math.floor(psutil.virtual_memory().available / 2)
