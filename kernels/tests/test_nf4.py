@@ -72,7 +72,7 @@ def test_code_is_that_of_bitsandbytes():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference_has_the_bits_of_bitsandbytes(dtype, nested):
     for shape in SHAPES:
-        for scale in (1.0, 3e4, 1e-7):
+        for scale in (1.0, 3e4, 1e-7, 1e-38):
             packed, state, want = quantized(shape, dtype, nested=nested, scale=scale)
             out = poisoned(*shape, dtype=dtype, row_stride=shape[1] + 3)
             assert dequantize(packed, state, out=out) is out
