@@ -121,8 +121,8 @@ def dequantize(packed: torch.Tensor, state: Nf4State, *, dtype: torch.dtype | No
     """The weight [N, K] of its packed bytes, bit-equal to `bitsandbytes.functional.dequantize_4bit`.
 
     A value is fp32(code[q] * absmax), rounded once to the dtype wanted; with double quantization absmax = fp32(fp32(code256[a] * absmax2) +
-    offset). bitsandbytes does these operations in this order on the CPU and on CUDA. In one thing its CUDA kernels differ from its CPU's and
-    from both implementations here: they flush products below 2**-126 to zero, where the others keep the subnormal number.
+    offset). bitsandbytes does these operations in this order on the CPU and on CUDA. In one thing its CUDA kernels differ from its CPU's
+    and from both implementations here: they flush products below 2**-126 to zero, where the others keep the subnormal number.
 
     Args:
         packed: (N * K + 1) // 2 bytes, uint8, contiguous, of any shape; the high nibble is the even element.
