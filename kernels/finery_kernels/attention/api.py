@@ -11,19 +11,14 @@ from typing import Any, Literal
 
 import torch
 
-from finery_kernels.attention import reference
+from finery_kernels.attention import backends, reference
+from finery_kernels.attention.backends import HALF_DTYPES, HEAD_DIM_MULTIPLE, MAX_CUDNN_HEAD_DIM, MAX_HEAD_DIM, MIN_FLEX_HEAD_DIM
 from finery_kernels.attention.problem import Problem
 from finery_kernels.errors import UnsupportedError
 
 Backend = Literal["cudnn", "flash", "fa3", "flex", "reference"]
 
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF_DTYPES, torch.float32, torch.float64)
-# cuDNN's and Flash's kernels load 16 bytes at a time.
-HEAD_DIM_MULTIPLE = 8
-MAX_HEAD_DIM = 256
-# cuDNN's backward takes 256 on sm90 alone (9.10 and later, as torch 2.11 has it).
-MAX_CUDNN_HEAD_DIM = {(9, 0): 256}
 
 
 def choose_backend(
@@ -42,7 +37,7 @@ def choose_backend(
     capability: of the CUDA device, None for any other device. varlen: the sequences' lengths differ or may differ. fa3: whether
     FlashAttention 3 is installed.
 
-    - `reference`: no GPU or one before sm80, fp32 and fp64, head dims over 256 or no multiple of 8.
+    - `reference`: no GPU or one before sm80, fp32 and fp64, head dims over 256 or no multiple of 8, a softcap with head dim 8.
     - `fa3`: where installed, on sm90, for everything but `deterministic`, and except what cuDNN does better: dense without a window.
     - `flex`: softcap.
     - `cudnn`: sequences of one length without a window, head dim up to 128, on sm90 256. Its backward is not deterministic. (The public
@@ -55,8 +50,8 @@ def choose_backend(
         return "reference"
     fa3 = fa3 and capability[0] == 9 and not deterministic
     if softcap is not None:
-        return "fa3" if fa3 else "flex"
-    if not (deterministic or varlen or window is not None) and head_dim <= MAX_CUDNN_HEAD_DIM.get(capability, 128):
+        return "fa3" if fa3 else "flex" if head_dim >= MIN_FLEX_HEAD_DIM else "reference"
+    if not (deterministic or varlen or window is not None) and head_dim <= MAX_CUDNN_HEAD_DIM.get(capability, MAX_CUDNN_HEAD_DIM[None]):
         return "cudnn"
     return "fa3" if fa3 else "flash"
 
@@ -107,8 +102,6 @@ def attention_forward(
     if backend == "reference":
         out_THd, lse_HT = reference.forward(q_THd, k_TKd, v_TKd, problem)
         return out_THd, lse_HT, ()
-    from finery_kernels.attention import backends
-
     out_THd, lse = backends.forward(backend, q_THd, k_TKd, v_TKd, problem)
     return out_THd, lse, ()
 
@@ -156,8 +149,6 @@ def attention_backward(
     backend = _resolve(backend, q_THd, problem)
     if backend == "reference":
         return reference.backward(dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, problem)
-    from finery_kernels.attention import backends
-
     return backends.backward(backend, dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, problem)
 
 
@@ -295,8 +286,6 @@ def _resolve(backend: Backend | None, q_THd: torch.Tensor, problem: Problem) -> 
         return "reference"
     if backend == "reference":
         return backend
-    from finery_kernels.attention import backends
-
     if backend is not None:
         backends.check(backend, q_THd, problem)
         return backend

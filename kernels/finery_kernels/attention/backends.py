@@ -47,6 +47,14 @@ OPERATOR_ARGUMENTS: dict[str, tuple[str, ...]] = {
 }
 
 
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+# The fused kernels load 16 bytes at a time.
+HEAD_DIM_MULTIPLE = 8
+MAX_HEAD_DIM = 256
+MIN_FLEX_HEAD_DIM = 16
+# By compute capability, None for any other: cuDNN's backward takes 256 on sm90 alone (9.10 and later, as torch 2.11 has it).
+MAX_CUDNN_HEAD_DIM: dict[tuple[int, int] | None, int] = {(9, 0): 256, None: 128}
+
 # What FlashAttention 3's forward takes for decoding and fp8.
 FA3_ABSENT = (
     *("k_new", "v_new", "q_v", "out", "cu_seqlens_k_new", "page_table", "kv_batch_idx", "leftpad_k"),
@@ -84,22 +92,23 @@ def backward(
 def check(backend: str, q_THd: torch.Tensor, problem: Problem) -> None:
     """Raises UnsupportedError where `backend`, asked for by name, cannot compute the case."""
     head_dim = q_THd.shape[-1]
+    capability = torch.cuda.get_device_capability(q_THd.device) if q_THd.is_cuda else None
     reasons = {
         "flash": problem.softcap is not None and "a softcap",
         "fa3": (problem.deterministic and "determinism") or (not fa3_installed() and "an installation without flash_attn_interface"),
-        "flex": False,
+        "flex": head_dim < MIN_FLEX_HEAD_DIM and "a head dim under 16",
         "cudnn": (problem.softcap is not None and "a softcap")
         or (problem.window is not None and "a window")
         or (problem.length is None and "sequences of different lengths")
         or (problem.length == 1 and "sequences of a single row")
         or (problem.deterministic and "determinism")
-        or (head_dim > (256 if q_THd.is_cuda and torch.cuda.get_device_capability(q_THd.device) == (9, 0) else 128) and "the head dim"),
+        or (head_dim > MAX_CUDNN_HEAD_DIM.get(capability, MAX_CUDNN_HEAD_DIM[None]) and f"head dim {head_dim} on this card"),
     }
     if backend not in reasons:
         raise UnsupportedError(f"backend is {backend!r}; one of cudnn, flash, fa3, flex and reference is wanted.")
     if reason := reasons[backend]:
         raise UnsupportedError(f"backend {backend} does not take {reason}; leave the backend unset, or name another.")
-    if q_THd.dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
+    if q_THd.dtype not in HALF_DTYPES or head_dim % HEAD_DIM_MULTIPLE or head_dim > MAX_HEAD_DIM:
         raise UnsupportedError(
             f"backend {backend} does not take {q_THd.dtype} with head dim {head_dim}; bf16 or fp16, and 8 to 256 by 8, are wanted."
         )
@@ -337,10 +346,12 @@ def _flex_call(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, pr
         q_1HTd,
         k_1KTd,
         v_1KTd,
-        score_mod=_soft_cap(problem.softcap),
+        score_mod=_score_mod(problem.scale, problem.softcap, q_THd.device),
         block_mask=_block_mask(q_THd, problem),
-        scale=problem.scale,
+        scale=1.0,
         enable_gqa=q_THd.shape[1] != k_TKd.shape[1],
+        # Otherwise packs under 128 rows take a kernel for decoding.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
         return_aux=AuxRequest(lse=True),
     )
     return out_1HTd, aux.lse
@@ -355,14 +366,19 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 @functools.cache
-def _soft_cap(cap: float | None) -> Callable[..., torch.Tensor] | None:
-    if cap is None:
-        return None
+def _score_mod(scale: float, softcap: float | None, device: torch.device) -> Callable[..., torch.Tensor]:
+    """Scale and cap. As tensors: a number that is another one at a later call would become a symbol, which FlexAttention refuses."""
+    factor = torch.full((), scale, device=device)
+    cap = None if softcap is None else torch.full((), softcap, device=device)
 
-    def score_mod(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        return cap * torch.tanh(score / cap)
+    def scaled(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return score * factor
 
-    return score_mod
+    def capped(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        assert cap is not None
+        return cap * torch.tanh(score * factor / cap)
+
+    return scaled if cap is None else capped
 
 
 def _block_mask(q_THd: torch.Tensor, problem: Problem) -> Any:
@@ -370,7 +386,9 @@ def _block_mask(q_THd: torch.Tensor, problem: Problem) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     num_rows, device = q_THd.shape[0], q_THd.device
-    mask_mod = _mask_mod(_sequence_of_row(num_rows, device, problem), causal=problem.causal, window=problem.window)
+    # As a tensor for the same reason; the pack's length is no limit.
+    window = torch.full((), problem.window or num_rows, device=device)
+    mask_mod = _mask_mod(_sequence_of_row(num_rows, device, problem), window, causal=problem.causal)
     return create_block_mask(mask_mod, None, None, num_rows, num_rows, device=device, _compile=device.type == "cuda")
 
 
@@ -382,13 +400,11 @@ def _sequence_of_row(num_rows: int, device: torch.device, problem: Problem) -> t
     return torch.searchsorted(problem.cu_seqlens_S[1:], row_T, right=True, out_int32=True)
 
 
-def _mask_mod(sequence_T: torch.Tensor, *, causal: bool, window: int | None) -> Callable[..., torch.Tensor]:
-    def mask_mod(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        seen = sequence_T[query] == sequence_T[key]
-        if causal:
-            seen = seen & (key <= query)
-        if window is not None:
-            seen = seen & (query - key < window) & (key - query < window)
-        return seen
+def _mask_mod(sequence_T: torch.Tensor, window: torch.Tensor, *, causal: bool) -> Callable[..., torch.Tensor]:
+    def seen(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (sequence_T[query] == sequence_T[key]) & (query - key < window) & (key - query < window)
 
-    return mask_mod
+    def seen_back(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (sequence_T[query] == sequence_T[key]) & (key <= query) & (query - key < window)
+
+    return seen_back if causal else seen
