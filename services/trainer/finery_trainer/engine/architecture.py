@@ -7,12 +7,13 @@ that has something the description cannot say, is not replaced: `describe` answe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "smollm3")
@@ -105,9 +106,27 @@ def describe(config: PretrainedConfig) -> ModelShape | str:
     )
 
 
+def base_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """The transformers model, below PEFT where that is around it."""
+    from peft import PeftModel
+
+    return cast("PreTrainedModel", model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The module with `embed_tokens`, `layers`, `norm` and `rotary_emb`."""
     return model.get_decoder()
+
+
+def norms_of(layer: nn.Module, shape: LayerShape) -> dict[str, torch.Tensor]:
+    """The weights of a layer's norms, by transformers' module names."""
+    names = ["input_layernorm", "post_attention_layernorm"]
+    names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if shape.has_post_norms else []
+    norms = {name: cast("torch.Tensor", getattr(layer, name).weight) for name in names}
+    if shape.has_qk_norm:
+        attention = cast("nn.Module", layer.self_attn)
+        norms |= {name: cast("torch.Tensor", getattr(attention, name).weight) for name in ("q_norm", "k_norm")}
+    return norms
 
 
 def rotary_tables(rotary: nn.Module, key: str, *, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ import torch
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError
 from finery_common.spec import LoraSpec, MethodType, Precision, Quantization, TrainingSpec
+from finery_trainer.engine.layers import replace_layers
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -25,7 +26,8 @@ def load(spec: TrainingSpec, base_dir: Path, *, device: torch.device | None = No
     """What `spec` trains of the base model in `base_dir`, on `device` (default: the GPU where there is one).
 
     Method full: the model itself, every parameter of it trained. Otherwise a PeftModel, its base frozen, with fresh adapters seeded by
-    `spec.seed`: float32 beside 16-bit and quantized weights. See `load_base` for what is quantized.
+    `spec.seed`: float32 beside 16-bit and quantized weights. See `load_base` for what is quantized. Decoder layers are replaced where
+    the engine has its own (`layers.bind_layers` puts them to use under other drivers than the engine's loop).
 
     Raises FailedPreconditionError where the folder holds no causal language model or a package for quantized weights is missing,
     InvalidArgumentError where a target module is not in the model.
@@ -35,6 +37,7 @@ def load(spec: TrainingSpec, base_dir: Path, *, device: torch.device | None = No
     device = device or default_device()
     base = load_base(base_dir, dtype=dtype_of(spec.precision, device), quantization=spec.quantization, device=device)
     base.config.use_cache = False
+    replace_layers(base)
     if spec.method is MethodType.FULL:
         base.requires_grad_(True)
         model = base
