@@ -41,7 +41,8 @@ def adamw_(
 ) -> None:
     """One step of AdamW (arXiv:1711.05101, torch's order of operations) in place, in one launch and without reading from the device.
 
-    params_N: fp32 or bf16, contiguous; fp64 off the GPU. Arithmetic is in fp32 (fp64), with one rounding of each result.
+    params_N: fp32 or bf16, contiguous; fp64 off the GPU. Arithmetic is in fp32 (fp64), with one rounding of each result. Where N is a
+        multiple of 16, the kernel moves 16 bytes at a time.
     grads_N: fp32, bf16 or fp16; multiplied by `clip_coef`, 0-dim fp32, where given.
     exp_avg_N, exp_avg_sq_N: both fp32 or both bf16. bf16 moments are rounded up or down at random, with the odds of the distances: to
         nearest, a second moment could not shrink, since 0.1 % of it is less than half a unit of bf16. The randomness is a
