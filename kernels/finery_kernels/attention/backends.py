@@ -156,7 +156,7 @@ def _cudnn_backward(
     dout_SHLd, q_SHLd, k_SKLd, v_SKLd, out_SHLd = (
         _by_sequence(x, problem).transpose(1, 2) for x in (dout_THd, q_THd, k_TKd, v_TKd, out_THd)
     )
-    no_seed = torch.empty((), dtype=torch.int64)
+    no_seed = torch.empty((), dtype=torch.int64, device=q_THd.device)
     dq_SHLd, dk_SKLd, dv_SKLd = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # noqa: SLF001
         dout_SHLd,
         q_SHLd,
