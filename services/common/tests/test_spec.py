@@ -96,6 +96,26 @@ def test_a_memory_budget_in_units_is_that_many_bytes(budget, num_bytes):
     assert MemorySpec.parse({"budget": budget}).budget_bytes(1 << 40) == num_bytes
 
 
+@pytest.mark.parametrize(("method", "rate"), [("lora", 2e-4), ("full", 2e-5), ("dpo", 5e-6)])
+def test_the_learning_rate_is_the_methods_unless_given(method, rate):
+    def rate_of(**fields) -> float:
+        return TrainingSpec.parse({"base_model": "m", "method": method, **fields}).optimizer.learning_rate
+
+    assert rate_of() == rate_of(optimizer={"beta1": 0.8}) == rate_of(optimizer=OptimizerSpec(beta1=0.8)) == rate
+    assert rate_of(optimizer={"learning_rate": 2e-4}) == rate_of(optimizer=OptimizerSpec(learning_rate=2e-4)) == 2e-4
+    spec = TrainingSpec.parse({"base_model": "m", "method": method})
+    assert TrainingSpec.from_proto(spec.to_proto(spec_pb2.TrainingSpec)) == spec == TrainingSpec.parse(spec.model_dump(mode="json"))
+    message = spec_pb2.TrainingSpec(base_model="m", method=f"METHOD_TYPE_{method.upper()}", optimizer=spec_pb2.OptimizerSpec(beta1=0.8))
+    assert TrainingSpec.from_proto(message).optimizer == OptimizerSpec(beta1=0.8, learning_rate=rate)
+
+
+@pytest.mark.parametrize(("fields", "param"), [({"method": ["dpo"]}, "method"), ({"method": "dpo", "optimizer": 3}, "optimizer")])
+def test_what_is_no_method_or_optimizer_is_named(fields, param):
+    with pytest.raises(InvalidArgumentError) as caught:
+        TrainingSpec.parse({"base_model": "m", **fields})
+    assert caught.value.param == param
+
+
 def test_every_kind_of_run_that_holds_survives_the_wire():
     for fields in (
         {"method": "full", "optimizer": {"embedding_learning_rate": 1e-5}},

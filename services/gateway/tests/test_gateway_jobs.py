@@ -63,7 +63,7 @@ async def test_preferences_are_a_method_with_a_beta(client, world):
     method = {"type": "dpo", "dpo": {"hyperparameters": given}}
     job = await _create(client, await world.upload(), method=method, extra_body=extra)
     spec = TrainingSpec.from_proto(world.training.job(job.id).spec)
-    assert (spec.method, spec.num_epochs, spec.optimizer.learning_rate) == (MethodType.DPO, 2, 1e-4)
+    assert (spec.method, spec.num_epochs, spec.optimizer.learning_rate) == (MethodType.DPO, 2, 2.5e-6)
     assert (spec.dpo.beta, spec.dpo.loss_type) == (0.3, DpoLossType.IPO)
     assert job.method.model_dump(exclude_none=True) == method
     assert await client.fine_tuning.jobs.retrieve(job.id) == job
@@ -103,6 +103,16 @@ async def test_fields_of_our_spec_and_deploy_go_through_extra_body(client, world
         ({"hyperparameters": {"batch_size": 4}, "extra_body": {"spec": {"batch": {"micro_batch_size": 4}}}}, ["spec.batch"], "spec.batch"),
         ({"seed": 1, "extra_body": {"spec": {"seed": 2}}}, ["spec.seed", "say it once"], "spec.seed"),
         ({"extra_body": {"spec": {"base_model": "other"}}}, ["spec.base_model"], "spec.base_model"),
+        (
+            {"hyperparameters": {"learning_rate_multiplier": 2.0}, "extra_body": {"spec": {"method": "nonsense"}}},
+            ["spec.method", "nonsense"],
+            "spec.method",
+        ),
+        (
+            {"hyperparameters": {"learning_rate_multiplier": 2.0}, "extra_body": {"spec": {"method": ["lora"]}}},
+            ["spec.method"],
+            "spec.method",
+        ),
         ({"model": "no-such-model"}, ["no-such-model", BASE], "base_model"),
         ({"suffix": "a/b"}, ["suffix", "a/b"], "suffix"),
         ({"suffix": "x" * 65}, ["suffix"], "suffix"),

@@ -5,7 +5,7 @@ How they meet:
 - `n_epochs` is `num_epochs`.
 - `batch_size` is the rows of one optimizer step: `micro_batch_size` is the largest divisor of it up to the spec's default, and
   `gradient_accumulation_steps` the rest.
-- `learning_rate_multiplier` is a factor on the spec's default `optimizer.learning_rate`.
+- `learning_rate_multiplier` is a factor on the spec's default `optimizer.learning_rate` for its method.
 - `"auto"`, or nothing, is the spec's default.
 - `spec` (in `extra_body`) holds any TrainingSpec field. What is said twice must agree.
 """
@@ -18,12 +18,11 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from finery_common.errors import InvalidArgumentError, UnimplementedError, Violation
-from finery_common.spec import BatchSpec, MethodType, OptimizerSpec, TrainingSpec
+from finery_common.spec import LEARNING_RATES, BatchSpec, MethodType, TrainingSpec
 
 MAX_METADATA_PAIRS = 16
 SUFFIX = re.compile(r"[a-z0-9-]{0,64}")
 _DEFAULT_MICRO_BATCH_SIZE = BatchSpec.model_validate({}).micro_batch_size
-_DEFAULT_LEARNING_RATE = OptimizerSpec.model_validate({}).learning_rate
 _SUPPORTED = "supported are method.type 'supervised' and 'dpo'"
 
 
@@ -124,7 +123,7 @@ class JobFields(Closed):
         if isinstance(given.batch_size, int):
             _merge(spec, "batch", _batch(given.batch_size), said_by="batch_size")
         if isinstance(given.learning_rate_multiplier, float):
-            rate = given.learning_rate_multiplier * _DEFAULT_LEARNING_RATE
+            rate = given.learning_rate_multiplier * _default_rate(spec)
             _merge_inside(spec, "optimizer", "learning_rate", rate, said_by="learning_rate_multiplier")
         if isinstance(given, DpoHyperparameters) and isinstance(given.beta, float):
             _merge_inside(spec, "dpo", "beta", given.beta, said_by="beta")
@@ -157,7 +156,7 @@ def shown_hyperparameters(spec: TrainingSpec) -> dict[str, Any]:
     return {
         "n_epochs": spec.num_epochs,
         "batch_size": spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps,
-        "learning_rate_multiplier": round(spec.optimizer.learning_rate / _DEFAULT_LEARNING_RATE, 9),
+        "learning_rate_multiplier": round(spec.optimizer.learning_rate / LEARNING_RATES[spec.method], 9),
     }
 
 
@@ -167,6 +166,12 @@ def shown_method(spec: TrainingSpec) -> dict[str, Any]:
     if spec.method is MethodType.DPO:
         return {"type": "dpo", "dpo": {"hyperparameters": {**hyperparameters, "beta": spec.dpo.beta}}}
     return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
+def _default_rate(spec: dict[str, Any]) -> float:
+    method = spec.get("method", MethodType.LORA)
+    # What is no method is refused when the spec is parsed.
+    return LEARNING_RATES[MethodType(method)] if method in list(MethodType) else 1.0
 
 
 def _merge_inside(spec: dict[str, Any], part: str, field: str, value: object, *, said_by: str) -> None:
