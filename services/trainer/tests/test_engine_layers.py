@@ -117,7 +117,7 @@ def _inputs(kind):
 def _loss(model, inputs):
     logits = model(**inputs).logits
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    weights = torch.linspace(-1, 1, logits.shape[-1], dtype=logits.dtype)
+    weights = torch.linspace(-1, 1, logits.shape[-1], dtype=logits.dtype, device=logits.device)
     return (logits * weights).tanh()[mask.bool()].square().sum()
 
 
@@ -451,3 +451,37 @@ def test_trls_sft_trainer_gives_the_same_losses_and_weights(tmp_path, passes):
     assert passes.count("backward") == 6
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     assert all(_error(b, a) < 1e-3 for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_bfloat16_layers_on_a_gpu_are_no_worse_than_the_familys_own(tmp_path, quantization):
+    from finery_trainer import engine
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    _model(replaced=False, head_dim=64, vocab_size=1024, **sizes).save_pretrained(tmp_path)
+    fields = {"base_model": "tiny", "quantization": quantization, "lora": {"rank": 8}}
+    exact, own, bound = (
+        engine.load(TrainingSpec.parse(fields | {"precision": precision}), tmp_path, device=torch.device("cuda"))
+        for precision in ("float32", "bfloat16", "bfloat16")
+    )
+    for model in (exact, own, bound):
+        _shake_on(model, like=exact)
+    assert layers.bind_layers(bound) is None
+    for kind in ("none", "right padding", "left padding", "packed"):
+        inputs = {name: x.repeat_interleave(8, dim=0).cuda() for name, x in _inputs(kind).items()}
+        _, wanted = _gradients(exact, inputs)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            (_, eager), (_, got) = _gradients(own, inputs), _gradients(bound, inputs)
+        for name, gradient in wanted.items():
+            assert _error(got[name], gradient) <= 1.5 * _error(eager[name], gradient) + 1e-3, (kind, name)
+
+
+def _shake_on(model, *, like):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.copy_(like.get_parameter(name))
+            elif "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)

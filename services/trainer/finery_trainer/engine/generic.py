@@ -1,0 +1,233 @@
+"""Any causal language model of transformers as the engine's loop drives it: its own modules, autograd, padded micro-batches.
+
+    stack = GenericStack(model)
+    loss = stack.forward_backward(rows, num_labels=n)      # adds gradients to stack.groups
+    stack.refresh()                                         # after an optimizer step
+
+The counterpart of `stack.TrainingStack` for models that it does not take, with the same names. Owns the loss of a padded micro-batch: where
+logits are nothing but hidden states times one matrix, scaled or softly capped, they are computed in tiles, in float32, for labelled
+tokens alone; whether they are is not taken from a list of families but tried on a few tokens. Which rows go together is the caller's.
+
+Shapes: B rows, T tokens of the longest, L labelled tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from finery_kernels.linear_cross_entropy import linear_cross_entropy
+from finery_trainer.engine.architecture import base_of
+from finery_trainer.engine.packing import IGNORE, Row
+from finery_trainer.engine.trained import FlatGroup, flatten, in_place
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+"""Names under which configurations keep a factor of the logits, or its inverse."""
+_NUM_PROBED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainHead:
+    """Logits = cap(scale * hidden @ weight.T), where cap(x) = softcap * tanh(x / softcap)."""
+
+    linear: nn.Linear
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """In float32, of hidden states [..., D]."""
+        logits = nn.functional.linear(hidden, self.linear.weight).float() * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def summed_loss(self, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy summed over labels; a float32 scalar."""
+        weight_VD = self.linear.weight
+        return linear_cross_entropy(
+            hidden_BTD.flatten(0, 1).to(weight_VD.dtype),
+            weight_VD,
+            targets_BT.flatten(),
+            softcap=self.softcap,
+            scale=self.scale,
+            reduction="sum",
+            ignore_index=IGNORE,
+        )
+
+
+class GenericStack:
+    """A model, its own `forward`, and flat buffers of what is trained.
+
+    `is_checkpointed` switches the model's gradient checkpointing, layer by layer, on or off; None leaves it as it is. A model that has none
+    stays without.
+    """
+
+    def __init__(self, model: PeftModel | PreTrainedModel, *, is_checkpointed: bool | None = None) -> None:
+        self._model, self._base = model, base_of(model)
+        self.dtype, self.device = self._base.dtype, self._base.device
+        if is_checkpointed is not None:
+            _checkpoint(self._base, wanted=is_checkpointed)
+        self.groups: list[FlatGroup] = _flat_groups(model)
+        self._gradients: dict[int, torch.Tensor] = {}
+        for group in self.groups:
+            for index, (parameter, _) in enumerate(group.members):
+                self._gradients[id(parameter)] = group.grad_of(index)
+        self.head = find_plain_head(model)
+        """What logits are computed with in tiles; None where the model's `forward` computes them all."""
+
+    def gradient_of(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Where the gradient of a trained parameter is added, in its shape."""
+        return self._gradients[id(parameter)]
+
+    def refresh(self) -> None:
+        """Takes over what others have written to the trained parameters: they are read where they stand."""
+
+    def zero_grad(self) -> None:
+        """Gradients to zero; whoever has taken `grad` off a parameter sees it again."""
+        for group in self.groups:
+            group.grads_N.zero_()
+            for index, (parameter, _) in enumerate(group.members):
+                parameter.grad = group.grad_of(index) if group.grads_N.dtype == parameter.dtype else None
+
+    def forward_backward(self, rows: Sequence[Row], *, num_labels: int | torch.Tensor) -> torch.Tensor:
+        """Adds the gradients of (summed cross-entropy / `num_labels`) and answers that loss, a float32 scalar on the device.
+
+        `rows` go through the model as one padded micro-batch. `num_labels` is the whole optimizer step's, so that it may be split into any.
+        """
+        loss = self._summed_loss(rows) / num_labels
+        if loss.requires_grad:
+            loss.backward()
+        self._collect_gradients()
+        return loss.detach()
+
+    def _collect_gradients(self) -> None:
+        """Adds 16-bit gradients to their float32 sums; the others are where they belong."""
+        for group in self.groups:
+            if group.grads_N.dtype != group.values_N.dtype:
+                for index, (parameter, _) in enumerate(group.members):
+                    if parameter.grad is not None:
+                        group.grad_of(index).add_(parameter.grad)
+                        parameter.grad = None
+
+    @torch.no_grad()
+    def loss(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Cross-entropy summed over the rows' labels without dropout, a float32 scalar on the device."""
+        with _evaluating(self._model):
+            return self._summed_loss(rows)
+
+    def _summed_loss(self, rows: Sequence[Row]) -> torch.Tensor:
+        """There is no attention mask: padding stands to the right of every label, where a causal model does not look."""
+        input_ids_BT, targets_BT = (torch.from_numpy(part).to(self.device) for part in padded(rows))
+        if not any((targets != IGNORE).any() for _, targets in rows):
+            return torch.zeros((), device=self.device)
+        if self.head is None:
+            return self._loss_of_logits(input_ids_BT, targets_BT)
+        with _precision(self._base):
+            hidden_BTD = _hidden_states(self._base, input_ids_BT)
+        assert hidden_BTD is not None
+        return self.head.summed_loss(hidden_BTD, targets_BT)
+
+    def _loss_of_logits(self, input_ids_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """By the model's own logits, of those positions that some row has a label at."""
+        positions_P = (targets_BT != IGNORE).any(dim=0).nonzero().squeeze(1)
+        with _precision(self._base):
+            if "logits_to_keep" in inspect.signature(self._base.forward).parameters:
+                logits_BPV = self._model(input_ids=input_ids_BT, use_cache=False, logits_to_keep=positions_P).logits
+            else:
+                logits_BPV = self._model(input_ids=input_ids_BT, use_cache=False).logits[:, positions_P]
+        is_label_BP = targets_BT[:, positions_P] != IGNORE
+        logits_LV = logits_BPV[is_label_BP].float() if logits_BPV.dtype != torch.float64 else logits_BPV[is_label_BP]
+        return nn.functional.cross_entropy(logits_LV, targets_BT[:, positions_P][is_label_BP], reduction="sum")
+
+
+def padded(rows: Sequence[Row]) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.int64]], np.ndarray[tuple[int, int], np.dtype[np.int64]]]:
+    """(token ids, targets) [B, T], padded on the right with 0 and IGNORE."""
+    width = max(len(ids) for ids, _ in rows)
+    input_ids_BT = np.zeros((len(rows), width), dtype=np.int64)
+    targets_BT = np.full((len(rows), width), IGNORE, dtype=np.int64)
+    for position, (ids, targets) in enumerate(rows):
+        input_ids_BT[position, : len(ids)], targets_BT[position, : len(ids)] = ids, targets
+    return input_ids_BT, targets_BT
+
+
+@torch.no_grad()
+def find_plain_head(model: PeftModel | PreTrainedModel) -> PlainHead | None:
+    """How the model makes logits of its decoder's hidden states, or None where it does that by more than a plain head.
+
+    That the model does so is seen on a few tokens; an adapter or a bias on the head rules it out.
+    """
+    base = base_of(model)
+    linear = base.get_output_embeddings()
+    if type(linear) is not nn.Linear or cast("object", linear.bias) is not None or base.get_decoder() is base:
+        return None
+    input_ids_BT = torch.arange(_NUM_PROBED, device=base.device)[None] % linear.out_features
+    with _evaluating(model), _precision(base):
+        wanted = base(input_ids=input_ids_BT, use_cache=False).logits.float()
+        hidden_BTD = _hidden_states(base, input_ids_BT)
+    if hidden_BTD is None or hidden_BTD.shape[-1] != linear.in_features:
+        return None
+    config = base.config.get_text_config()
+    softcap = cast("float | None", getattr(config, "final_logit_softcapping", None))
+    for scale in _scales(config):
+        head = PlainHead(linear=linear, scale=scale, softcap=softcap)
+        # The error of rounding logits, which the tiles do not have; a wrong form is off by far more.
+        budget = 4 * torch.finfo(wanted.dtype if base.dtype.itemsize > 2 else base.dtype).eps
+        if (head.logits(hidden_BTD.to(linear.weight.dtype)) - wanted).norm() <= budget * wanted.norm():
+            return head
+    return None
+
+
+def _scales(config: PretrainedConfig) -> Iterator[float]:
+    """Factors of the logits that a configuration may mean."""
+    values = [float(value) for name in _SCALES if isinstance(value := getattr(config, name, None), int | float) and value]
+    yield from (factor for value in values for factor in (value, 1 / value))
+    yield 1.0
+
+
+def _hidden_states(base: PreTrainedModel, input_ids_BT: torch.Tensor) -> torch.Tensor | None:
+    """What a head is given [B, T, D], where the decoder answers that."""
+    return getattr(base.get_decoder()(input_ids=input_ids_BT, use_cache=False), "last_hidden_state", None)
+
+
+def _flat_groups(model: nn.Module) -> list[FlatGroup]:
+    """What is trained: base weights where they stand, adapters and vectors moved behind each other, by type."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    stays = {name for name, p in trained.items() if p.dim() > 1 and "lora_" not in name and p.is_contiguous()}
+    groups = [in_place(parameter.data, [parameter]) for name, parameter in trained.items() if name in stays]
+    moved = [parameter for name, parameter in trained.items() if name not in stays]
+    by_type = [[p for p in moved if p.dtype == dtype] for dtype in sorted({p.dtype for p in moved}, key=str)]
+    return [*map(flatten, by_type), *groups]
+
+
+def _checkpoint(base: PreTrainedModel, *, wanted: bool) -> None:
+    if not wanted:
+        base.gradient_checkpointing_disable()
+    elif base.supports_gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, and then as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _precision(base: PreTrainedModel) -> contextlib.AbstractContextManager[object]:
+    """Adapters are float32 even on 16-bit weights; autocast makes their products 16-bit, as the rest."""
+    if base.dtype not in (torch.bfloat16, torch.float16):
+        return contextlib.nullcontext()
+    return torch.autocast(base.device.type, dtype=base.dtype)
