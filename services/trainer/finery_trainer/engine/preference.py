@@ -26,7 +26,8 @@ from finery_common.spec import MethodType, TrainingSpec
 from finery_trainer.engine import checkpoint
 from finery_trainer.engine.data import IntArray, TokenDataset, epoch_order
 from finery_trainer.engine.loop import Action, OnCheckpoint, OnStep, Outcome, StepReport, memory_bytes, steps_of
-from finery_trainer.engine.optim import Stepper, build_optimizer, non_finite, rate_factors
+from finery_trainer.engine.optim import Stepper, build_flat_optimizer, non_finite, rate_factors
+from finery_trainer.engine.trained import flatten
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -127,7 +128,8 @@ class _Run:
                 dataset.check(vocab_size=config.vocab_size, max_sequence_length=limit)
         self._steps_per_epoch, self.num_steps = steps_of(data.num_rows, spec)
         self._loss = pair_loss(model, spec)
-        self.stepper: Stepper = build_optimizer(spec.optimizer, model.parameters(), self.num_steps, factors=rate_factors(model, spec))
+        groups = [flatten([parameter for parameter in model.parameters() if parameter.requires_grad])]
+        self.stepper: Stepper = build_flat_optimizer(spec.optimizer, groups, self.num_steps, factors=rate_factors(model, spec))
         self._num_trained_tokens = 0
         self._order: tuple[int, list[int]] = (-1, [])
         torch.manual_seed(spec.seed)
