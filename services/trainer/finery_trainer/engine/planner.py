@@ -36,6 +36,10 @@ class Rates:
     memory_bytes: float = 3.6e12
     host_bytes: float = 44e9
     """Over the bus in one direction while the card computes."""
+    launch_s: float = 0.8e-3
+    """What the launches of a layer's forward and backward pass cost a card that is not kept busy by them."""
+    full_tokens: int = 256
+    """Tokens at which products reach half their rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +202,8 @@ class _Planner:
         computed_s = sum(layer.forward_s + layer.backward_s + sum(layer.saved_s.values()) for layer in self._layers) - placed.saved_s
         waited_s = 2 * max(0.0, placed.host_bytes / self._rates.host_bytes - sum(layer.forward_s for layer in self._layers))
         dequantized_s = self._dequantization_s() * (1 - num_resident / (4 * len(self._layers)))
-        step_s = self._num_packs * (computed_s + waited_s) + self._head_s()
+        launched_s = self._rates.launch_s * len(self._layers)
+        step_s = self._num_packs * (computed_s + waited_s + launched_s) + self._head_s()
         slower = 0.01 * max(0, (4096 // mlp_rows).bit_length() - 1) + (0.002 if head_rows < 1024 else 0.0)
         return step_s * (1 + slower) + dequantized_s
 
@@ -315,7 +320,7 @@ class _LayerCost:
         attention_s = tokens * 4 * layer.num_attention * seen / rates.attention_flop
 
         def gemm_s(name: str) -> float:
-            return 2 * tokens * gemms[name] / rates.gemm_flop
+            return 2 * (tokens + rates.full_tokens) * gemms[name] / rates.gemm_flop
 
         def traffic_s(*names: str) -> float:
             return sum(self.bytes[name] for name in names) / rates.memory_bytes
