@@ -292,11 +292,15 @@ def test_large_vocabularies_on_a_gpu(num_classes, logits_dtype, softcap):
     assert_within_budget(got, losses, plain_losses, factor=3, name="loss")
     assert_within_budget(out, gradient, plain_gradient.to(torch.bfloat16), factor=1.01, name="gradient")
     if logits_dtype == torch.float32:
+        # How rows are aligned decides the order of sums: what lies over the logits is compared with what lies beside logits so aligned.
+        row_stride = (num_classes + 7) // 8 * 8
+        aligned, beside = strided(logits, row_stride=row_stride), poisoned(70, num_classes, dtype=torch.bfloat16, device="cuda")
+        want = call(cross_entropy_forward_backward_, aligned, targets, softcap=softcap, out=beside)
         for _ in range(5):
-            rows = strided(logits, row_stride=(num_classes + 7) // 8 * 8)
+            rows = strided(logits, row_stride=row_stride)
             upper = whole(rows).view(torch.bfloat16)[:, rows.stride(0) : rows.stride(0) + num_classes]
-            assert torch.equal(call(cross_entropy_forward_backward_, rows, targets, softcap=softcap, out=upper), got)
-            assert torch.equal(upper, out)
+            assert torch.equal(call(cross_entropy_forward_backward_, rows, targets, softcap=softcap, out=upper), want)
+            assert torch.equal(upper, beside)
 
 
 @pytest.mark.gpu

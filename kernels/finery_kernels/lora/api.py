@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from finery_kernels.errors import UnsupportedError
 
@@ -144,7 +145,7 @@ def lora_backward_adapters(
     *,
     scale: float = 1.0,
 ) -> None:
-    """Adds dA [r, K] and dB [N, r] to the buffers in `grads`, in fp32, after `lora_backward_input` has filled the spare columns of `dy_ext`."""
+    """Adds dA [r, K] and dB [N, r] to the buffers in `grads`, in fp32; `lora_backward_input` has filled the spare columns of `dy_ext`."""
     for member, grad in enumerate(grads):
         if grad is None:
             continue
@@ -184,7 +185,14 @@ def lora_projection(
 
 class _LoraProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK, weights_NK, biases_N, scalings, *factors):  # pyright: ignore  # noqa: ANN001, ANN002, ANN205
+    def forward(
+        ctx: Any,
+        x_TK: torch.Tensor,
+        weights_NK: list[torch.Tensor],
+        biases_N: list[torch.Tensor | None],
+        scalings: list[float | None],
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
         adapters = _paired(factors, scalings)
         layout = StackedLayout(
             x_TK.shape[1], tuple(w.shape[0] for w in weights_NK), tuple(0 if a is None else a.a.shape[0] for a in adapters)
@@ -205,16 +213,18 @@ class _LoraProjection(torch.autograd.Function):
         return y_TN
 
     @staticmethod
-    def backward(ctx, dy_TN):  # pyright: ignore  # noqa: ANN001, ANN205
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        (dy_TN,) = grads
         x_ext, weight_ext, *factors = ctx.saved_tensors
         layout = ctx.layout
         dy_ext = dy_TN.new_empty(dy_TN.shape[0], weight_ext.shape[0])
         dy_ext[:, : layout.num_outputs] = dy_TN
         dx_TK = lora_backward_input(dy_ext, weight_ext, layout)
-        grads = [torch.zeros_like(factor, dtype=torch.float32 if factor.dtype != torch.float64 else None) for factor in factors]
+        totals = [torch.zeros_like(factor, dtype=None if factor.dtype == torch.float64 else torch.float32) for factor in factors]
         num_inputs = layout.in_features
-        lora_backward_adapters(dy_ext, x_ext[:, :num_inputs], x_ext[:, num_inputs:], layout, _paired(grads, ctx.scalings))
-        return dx_TK, None, None, None, *(grad.to(factor.dtype) for grad, factor in zip(grads, factors, strict=True))
+        lora_backward_adapters(dy_ext, x_ext[:, :num_inputs], x_ext[:, num_inputs:], layout, _paired(totals, ctx.scalings))
+        return dx_TK, None, None, None, *(total.to(factor.dtype) for total, factor in zip(totals, factors, strict=True))
 
 
 def _paired(factors: Sequence[torch.Tensor], scalings: Sequence[float | None]) -> list[Adapter | None]:
