@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from triton.testing import do_bench
 
-from benchmarks.rms_norm import print_table
 from finery_kernels.lora import Adapter, StackedLayout, lora_backward_adapters, lora_backward_input, lora_down, lora_forward
 from finery_kernels.testing import random_normal
 
@@ -58,13 +57,20 @@ def measured(name: str, layout: StackedLayout) -> list[dict[str, Any]]:
     flop = 2 * NUM_ROWS * num_inputs * num_outputs
     table: list[dict[str, Any]] = []
     for each, run, base in cases:
-        ms = do_bench(run, return_mode="median")
+        ms = _median_ms(run)
         row = {"op": f"{name} {each}", "shape": f"{NUM_ROWS}x{num_inputs}x{num_outputs}", "ms": ms}
         if base is not None:
-            row |= {"tflop_s": flop / ms / 1e9, "over_base": ms / do_bench(base, return_mode="median")}
+            row |= {"tflop_s": flop / ms / 1e9, "over_base": ms / _median_ms(base)}
         table.append(row)
     return table
 
 
+def _median_ms(call: Callable[[], object]) -> float:
+    return float(do_bench(call, return_mode="median"))  # pyright: ignore[reportArgumentType]
+
+
 if __name__ == "__main__":
-    print_table(rows())
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for row in rows():
+        speed = f"{row['tflop_s']:8.0f} TFLOP/s {row['over_base']:6.3f} x base" if "tflop_s" in row else ""
+        print(f"{row['op']:20} {row['shape']:20} {row['ms']:8.4f} ms {speed}")

@@ -214,8 +214,9 @@ class _LoraProjection(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        (dy_TN,) = grads
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dy_TN: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         x_ext, weight_ext, *factors = ctx.saved_tensors
         layout = ctx.layout
         dy_ext = dy_TN.new_empty(dy_TN.shape[0], weight_ext.shape[0])
