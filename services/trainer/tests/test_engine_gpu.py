@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from finery_common.spec import TrainingSpec
 from finery_trainer import engine
 from finery_trainer.engine.loop import Action, StepReport
+from finery_trainer.engine.trained import flatten
 
 pytestmark = pytest.mark.gpu
 
@@ -65,13 +66,13 @@ def test_the_loss_falls_in_bfloat16_with_8_bit_states(base_dir: Path, data: engi
 
 def test_the_default_optimizer_keeps_8_bit_states(base_dir: Path):
     model = engine.load(SPEC, base_dir)
-    stepper = engine.optim.build_optimizer(SPEC.optimizer, model.parameters(), num_steps=10)
+    groups = [flatten([parameter for parameter in model.parameters() if parameter.requires_grad])]
+    stepper = engine.optim.build_flat_optimizer(SPEC.optimizer, groups, num_steps=10)
     model(
         input_ids=torch.zeros(1, 8, dtype=torch.long, device="cuda"), labels=torch.zeros(1, 8, dtype=torch.long, device="cuda")
     ).loss.backward()
     stepper.apply()
-    kept = [value.dtype for state in stepper.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    assert torch.uint8 in kept
+    assert torch.uint8 in {tensor.dtype for tensor in stepper.optimizer.state()[0].values()}
 
 
 def test_a_run_goes_on_from_its_checkpoint(base_dir: Path, data: engine.data.TokenDataset, tmp_path: Path):

@@ -362,7 +362,7 @@ class Block:
         """The gradient of attention's output [T, H, d]."""
         dy_ext = self._post_norm_backward(g_ext, "post_attention_layernorm", "a", kept)
         dout_TD = self._input_gradient("o", dy_ext)
-        self._weight_gradients("o", dy_ext, kept["o"], kept["oa"] if "oa" in kept else None)
+        self._weight_gradients("o", dy_ext, kept["o"], kept["oa"] if "oa" in kept else None)  # noqa: SIM401 - `kept` is no dict
         return dout_TD.unflatten(1, (self.shape.num_heads, self.shape.head_dim))
 
     def _attention_backward(self, dout_THd: torch.Tensor, batch: PackedBatch, rotary: Rotary, kept: _Kept, tape: Tape) -> torch.Tensor:

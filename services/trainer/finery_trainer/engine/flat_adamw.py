@@ -1,13 +1,14 @@
 """AdamW over the engine's flat buffers: one launch a buffer, moments in float32, bfloat16 or 8 bits.
 
-Owns the moments and which parameters take what share of the learning rate and of the weight decay. The kernels are `finery_kernels.adamw`'s,
-schedule and clipping `optim`'s.
+Owns the moments and which parameters take what share of the learning rate and of the weight decay. The kernels are
+`finery_kernels.adamw`'s, schedule and clipping `optim`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -47,21 +48,21 @@ class FlatAdamW:
     def step(self, *, learning_rate: float, step: int, clip_coef: torch.Tensor) -> None:
         """Step number `step`, from 1."""
         for buffer in self._buffers:
-            options = {
-                "lr": learning_rate,
-                "beta1": self._spec.beta1,
-                "beta2": self._spec.beta2,
-                "eps": self._spec.epsilon,
-                "weight_decay": self._spec.weight_decay,
-                "step": step,
-                "clip_coef": clip_coef.to(torch.float32),
-                "groups": buffer.groups,
-            }
             values_N, grads_N = buffer.group.values_N, buffer.group.grads_N
             if isinstance(buffer.moments, State8bit):
-                adamw_8bit_(values_N, grads_N, buffer.moments, **options)
+                update = partial(adamw_8bit_, values_N, grads_N, buffer.moments)
             else:
-                adamw_(values_N, grads_N, *buffer.moments, **options)
+                update = partial(adamw_, values_N, grads_N, *buffer.moments)
+            update(
+                lr=learning_rate,
+                beta1=self._spec.beta1,
+                beta2=self._spec.beta2,
+                eps=self._spec.epsilon,
+                weight_decay=self._spec.weight_decay,
+                step=step,
+                clip_coef=clip_coef.to(torch.float32),
+                groups=buffer.groups,
+            )
 
     def zero_grad(self) -> None:
         """Gradients to zero."""

@@ -1,12 +1,11 @@
 """Any causal language model of transformers as the engine's loop drives it: its own modules, autograd, padded micro-batches.
 
-    stack = GenericStack(model)
-    loss = stack.forward_backward(rows, num_labels=n)      # adds gradients to stack.groups
-    stack.refresh()                                         # after an optimizer step
+    passes = GenericPasses(model, spec)
+    loss = passes.gradients(rows)              # summed over labels / the step's labels; gradients are added
 
-The counterpart of `stack.TrainingStack` for models that it does not take, with the same names. Owns the loss of a padded micro-batch: where
-logits are nothing but hidden states times one matrix, scaled or softly capped, they are computed in tiles, in float32, for labelled
-tokens alone; whether they are is not taken from a list of families but tried on a few tokens. Which rows go together is the caller's.
+The counterpart of `passes.PackedPasses` and `stack.TrainingStack` for models that these do not take, with the same names. Owns which rows
+share a micro-batch and its loss: where logits are nothing but hidden states times one matrix, scaled or softly capped, they are
+computed in tiles, in float32, for labelled tokens alone; whether they are is not taken from a list of families but tried on a few tokens.
 
 Shapes: B rows, T tokens of the longest, L labelled tokens, D hidden, V vocabulary.
 """
@@ -23,14 +22,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from finery_common.errors import FailedPreconditionError
+from finery_common.spec import TrainingSpec
 from finery_kernels.linear_cross_entropy import linear_cross_entropy
 from finery_trainer.engine.architecture import base_of
+from finery_trainer.engine.optim import Stepper, build_flat_optimizer, rate_factors
 from finery_trainer.engine.packing import IGNORE, Row
 from finery_trainer.engine.trained import FlatGroup, flatten, in_place
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from finery_trainer.engine.data import TokenDataset
 
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 """Names under which configurations keep a factor of the logits, or its inverse."""
@@ -62,6 +66,56 @@ class PlainHead:
             reduction="sum",
             ignore_index=IGNORE,
         )
+
+
+class GenericPasses:
+    """Passes of a model's own modules over padded micro-batches of `spec.batch.micro_batch_size` rows; see `passes.Passes`.
+
+    Raises FailedPreconditionError for what `spec` asks of the engine's own layers alone.
+    """
+
+    def __init__(self, model: PeftModel | PreTrainedModel, spec: TrainingSpec) -> None:
+        if spec.memory.offload_embeddings:
+            raise FailedPreconditionError(
+                "memory.offload_embeddings: got true for a model that trains by transformers' own modules, which look embeddings up "
+                "on the GPU; leave it out.",
+                param="memory.offload_embeddings",
+            )
+        self._model, self._spec = model, spec
+        self.stack = GenericStack(model)
+
+    def stepper(self, num_steps: int) -> Stepper:
+        """The optimizer of what is trained."""
+        return build_flat_optimizer(self._spec.optimizer, self.stack.groups, num_steps, factors=rate_factors(self._model, self._spec))
+
+    def prepare(self, rows: Sequence[Row]) -> None:
+        """Nothing to get ready."""
+
+    def gradients(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Adds the gradients of the mean loss over the labels of `rows`, and answers it: float32, 0-dim, on the device.
+
+        However the same rows are split into micro-batches, loss and gradient are the same up to rounding.
+        """
+        num_labels = sum(int((targets != IGNORE).sum()) for _, targets in rows)
+        losses = [self.stack.forward_backward(part, num_labels=num_labels) for part in self._micro_batches(rows)]
+        return torch.stack(losses).sum()
+
+    def mean_loss(self, data: TokenDataset) -> float:
+        """The loss over all labels of `data`, without dropout."""
+        rows = sorted(range(data.num_rows), key=lambda row: int(data.row_lengths[row]))
+        size = self._spec.batch.micro_batch_size
+        parts = [self.stack.loss([data.training_row(row) for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
+        return float(torch.stack(parts).double().sum()) / int(data.row_labels.sum())
+
+    def refresh(self) -> None:
+        """Takes over new values of the trained parameters."""
+        self.stack.refresh()
+
+    def _micro_batches(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """Neighbours in length together, so that little is padding."""
+        by_length = sorted(rows, key=lambda row: -len(row[0]))
+        size = self._spec.batch.micro_batch_size
+        yield from (by_length[start : start + size] for start in range(0, len(by_length), size))
 
 
 class GenericStack:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections import deque
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,7 +100,7 @@ def pinned_bytes(size_bytes: int) -> torch.Tensor:
     memory = mmap.mmap(-1, size_bytes)
     pinned = torch.frombuffer(memory, dtype=torch.uint8)
     address = pinned.data_ptr()
-    error = int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0))
+    error = int(_runtime().cudaHostRegister(address, size_bytes, 0))
     if error != 0:
         raise MemoryError(
             f"{size_bytes / 2**30:.2f} GiB of host memory could not be pinned (CUDA error {error}); lower memory.host_budget_bytes."
@@ -110,7 +111,13 @@ def pinned_bytes(size_bytes: int) -> torch.Tensor:
 
 def _unpin(address: int, _memory: mmap.mmap) -> None:
     torch.cuda.synchronize()
-    torch.cuda.cudart().cudaHostUnregister(address)
+    _runtime().cudaHostUnregister(address)
+
+
+def _runtime() -> ModuleType:
+    runtime = torch.cuda.cudart()
+    assert runtime is not None
+    return runtime
 
 
 def _with_lse(names: frozenset[str]) -> frozenset[str]:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from finery_common.errors import FailedPreconditionError
-from finery_common.spec import OptimizerSpec, OptimizerType, ScheduleType, TrainingSpec
+from finery_common.spec import OptimizerSpec, ScheduleType, TrainingSpec
 from finery_trainer.engine.flat_adamw import FlatAdamW
 from finery_trainer.engine.trained import FlatGroup
 
-_FACTOR = "rate_factor"
 _LORA_B = re.compile(r"\blora_(embedding_)?B\b")
 _EMBEDDING = re.compile(r"\b(embed_tokens|wte|embed_in|lm_head|embed_out)\b")
 
@@ -99,69 +98,13 @@ class Stepper:
         return self.schedule.learning_rate(self.step)
 
 
-class TorchOptimizer:
-    """One of torch's or bitsandbytes' optimizers over parameters that lie anywhere, for models outside the engine's flat buffers."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def clip_coefficient(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """See Optimizer."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)
-
-    def step(self, *, learning_rate: float, step: int, clip_coef: torch.Tensor) -> None:
-        """See Optimizer."""
-        del step
-        torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], clip_coef)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group[_FACTOR]
-        self.optimizer.step()
-
-    def zero_grad(self) -> None:
-        """See Optimizer."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state(self) -> State:
-        """See Optimizer."""
-        tensors: dict[str, torch.Tensor] = {}
-        numbers: dict[str, float] = {}
-        for index, parameter in enumerate(self._parameters):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                (tensors if isinstance(value, torch.Tensor) else numbers)[f"{index}.{key}"] = value
-        return tensors, numbers
-
-    def load_state(self, state: State) -> None:
-        """See Optimizer."""
-        tensors, numbers = state
-        for label, value in (tensors | numbers).items():
-            index, key = label.split(".", 1)
-            parameter = self._parameters[int(index)]
-            # AdamW keeps its step count on the CPU.
-            is_moved = isinstance(value, torch.Tensor) and key != "step"
-            self.optimizer.state[parameter][key] = value.to(parameter.device) if is_moved else value
-
-
-def build_optimizer(
-    spec: OptimizerSpec, params: Iterable[torch.nn.Parameter], num_steps: int, *, factors: Mapping[torch.nn.Parameter, float] | None = None
-) -> Stepper:
-    """The optimizer over `params`, wherever they lie, for a run of `num_steps`. Matrices decay, vectors (biases) do not.
-
-    `factors` (see `rate_factors`) multiply the learning rate of the parameters they name.
-    Raises FailedPreconditionError where `adamw_8bit` is asked for without a GPU or without bitsandbytes.
-    """
-    trainable = [p for p in params if p.requires_grad]
-    kind = _optimizer_class(spec.type, on_gpu=bool(trainable) and trainable[0].is_cuda)
-    groups = _groups(trainable, weight_decay=spec.weight_decay, factors=factors or {})
-    optimizer = kind(groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), eps=spec.epsilon)
-    return Stepper(TorchOptimizer(optimizer), _schedule(spec, num_steps), spec.max_grad_norm)
-
-
 def build_flat_optimizer(
     spec: OptimizerSpec, groups: Sequence[FlatGroup], num_steps: int, *, factors: Mapping[torch.nn.Parameter, float] | None = None
 ) -> Stepper:
-    """As `build_optimizer`, over the engine's flat buffers."""
+    """The optimizer of `groups` for a run of `num_steps`. Matrices decay, vectors (biases) do not.
+
+    `factors` (see `rate_factors`) multiply the learning rate of the parameters they name.
+    """
     return Stepper(FlatAdamW(groups, spec, factors=factors), _schedule(spec, num_steps), spec.max_grad_norm)
 
 
@@ -191,32 +134,3 @@ def non_finite(what: str, value: float, *, step: int) -> FailedPreconditionError
         f"The {what} became {value} at step {step}: training diverged. Lower optimizer.learning_rate, or lengthen the warm-up.",
         code="non_finite_loss",
     )
-
-
-def _groups(
-    trainable: Sequence[torch.nn.Parameter], *, weight_decay: float, factors: Mapping[torch.nn.Parameter, float]
-) -> list[dict[str, Any]]:
-    """Parameter groups, each of one decay and one factor on the learning rate."""
-    by_kind: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for parameter in sorted(trainable, key=lambda p: p.dim() < 2):
-        kind = weight_decay if parameter.dim() >= 2 else 0.0, factors.get(parameter, 1.0)
-        by_kind.setdefault(kind, []).append(parameter)
-    return [{"params": params, "weight_decay": decay, _FACTOR: factor} for (decay, factor), params in by_kind.items()]
-
-
-def _optimizer_class(kind: OptimizerType, *, on_gpu: bool) -> Callable[..., torch.optim.Optimizer]:
-    if kind is OptimizerType.ADAMW or (kind is OptimizerType.AUTO and not on_gpu):
-        return torch.optim.AdamW
-    if kind is OptimizerType.ADAMW_BF16:
-        raise FailedPreconditionError("optimizer.type: got adamw_bf16, which this engine has not yet; use adamw.", param="optimizer.type")
-    if not on_gpu:
-        raise FailedPreconditionError(
-            "optimizer.type: got adamw_8bit on a machine without a GPU; use adamw or auto.", param="optimizer.type"
-        )
-    try:
-        from bitsandbytes.optim.adamw import AdamW8bit
-    except ImportError as error:
-        raise FailedPreconditionError(
-            f"optimizer.type {kind.value} needs the package bitsandbytes on a GPU; install it or use adamw.", param="optimizer.type"
-        ) from error
-    return AdamW8bit

@@ -19,10 +19,10 @@ import structlog
 import torch
 
 from finery_common.spec import Quantization, TrainingSpec
+from finery_trainer.engine.generic import GenericPasses
 from finery_trainer.engine.graphs import GraphedPasses, in_buckets, token_bucket
 from finery_trainer.engine.optim import Stepper, build_flat_optimizer, rate_factors
 from finery_trainer.engine.packing import PackedBatch, Row, groups, pack
-from finery_trainer.engine.padded import PaddedPasses
 from finery_trainer.engine.planner import Plan, Ranks, Workload, keep_all, plan_step
 from finery_trainer.engine.stack import TrainingStack, unsupported
 
@@ -54,7 +54,7 @@ class PackedPasses:
         self._device = self.stack.device
         is_gpu = self._device.type == "cuda"
         self._is_deterministic = spec.deterministic if spec.deterministic is not None else not is_gpu
-        self._data = {"longest_row": longest_row, "mean_row": mean_row, "num_tokens": num_tokens}
+        self._longest_row, self._mean_row, self._num_tokens = longest_row, mean_row, num_tokens
         self._max_tokens = _CPU_PACK_TOKENS if spec.batch.max_tokens is None else spec.batch.max_tokens
         self._spec = spec
         self._graphs = GraphedPasses(self.stack) if is_gpu else None
@@ -72,7 +72,7 @@ class PackedPasses:
             return
         plan = plan_step(
             self.stack.shape,
-            workload(self.stack, self._spec, **self._data),
+            workload(self.stack, self._spec, longest_row=self._longest_row, mean_row=self._mean_row, num_tokens=self._num_tokens),
             card_bytes=_card_bytes(self._spec, self._device) - reserved_bytes,
             host_bytes=_host_bytes(self._spec),
             pack_tokens=self._spec.batch.max_tokens,
@@ -176,7 +176,7 @@ def passes_of(model: PeftModel | PreTrainedModel, spec: TrainingSpec, data: Toke
     """The engine's own layers where they take the model, transformers' otherwise; which one and why is logged."""
     if (reason := unsupported(model)) is not None:
         log.info("training by transformers' own modules", reason=reason)
-        return PaddedPasses(model, spec)
+        return GenericPasses(model, spec)
     rows_per_step = spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps
     longest = sorted((int(length) for length in data.row_lengths), reverse=True)[:rows_per_step]
     return PackedPasses(model, spec, longest_row=longest[0], mean_row=float(data.row_lengths.mean()), num_tokens=sum(longest))

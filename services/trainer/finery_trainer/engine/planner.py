@@ -1,7 +1,7 @@
 """The activation planner: what each layer keeps for its backward pass and where, under a memory budget.
 
-Every tensor of a layer may stay on the card, go to pinned host memory and come back, or be computed anew. The planner knows each one's bytes
-and the time that its recomputation costs, keeps on the card what costs most time a byte, sends to the host what the bus can carry
+Every tensor of a layer may stay on the card, go to pinned host memory and come back, or be computed anew. The planner knows each one's
+bytes and the time that its recomputation costs, keeps on the card what costs most time a byte, sends to the host what the bus can carry
 while the card computes, and leaves the rest to recomputation. It also chooses how many tokens go through a forward pass at once, the tiles
 of MLP and head, and which NF4 weights are worth keeping dequantized. All of it is arithmetic on the shape: nothing is loaded
 or measured, so the same numbers estimate a job before it starts. The result is exact whatever the plan.

@@ -22,7 +22,7 @@ from finery_common.errors import FailedPreconditionError
 from finery_kernels.linear_cross_entropy import linear_cross_entropy_forward_backward
 from finery_kernels.lora import Adapter
 from finery_kernels.rms_norm import rms_norm_backward, rms_norm_forward
-from finery_trainer.engine.architecture import LayerShape, ModelShape, decoder_of, describe, rotary_tables
+from finery_trainer.engine.architecture import LayerShape, ModelShape, base_of, decoder_of, describe, norms_of, rotary_tables
 from finery_trainer.engine.block import Block, Gradients, Rotary, Tape
 from finery_trainer.engine.offload import Offloader
 from finery_trainer.engine.packing import IGNORE, PackedBatch
@@ -32,6 +32,7 @@ from finery_trainer.engine.weights import Projection, Workspace, projections_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
 
 _ROTARY_STEP = 1024
@@ -46,7 +47,7 @@ class TrainingStack:
     def __init__(self, model: PeftModel | PreTrainedModel, *, plan: Plan | None = None) -> None:
         if (reason := unsupported(model)) is not None:
             raise FailedPreconditionError(f"The engine's own layers do not take this model: {reason}. Train it on the generic path.")
-        base = _base_of(model)
+        base = base_of(model)
         self.shape = cast("ModelShape", describe(base.config))
         decoder = decoder_of(base)
         self._embedding = cast("nn.Embedding", decoder.embed_tokens)
@@ -63,7 +64,7 @@ class TrainingStack:
         ]
         self.groups: list[FlatGroup] = self._flatten_trained(base, projections)
         self.blocks = [
-            Block(shape, projected, norms := _norms_of(layer, shape), self._gradients_of(projected, norms))
+            Block(shape, projected, norms := norms_of(layer, shape), self._gradients_of(projected, norms))
             for layer, shape, projected in zip(layers, self.shape.layers, projections, strict=True)
         ]
         self._spare = max(max(p["o"].layout.num_ranks, p["down"].layout.num_ranks) for p in projections)
@@ -244,7 +245,8 @@ class TrainingStack:
         for dtype in sorted({p.dtype for p in rest}, key=str):
             small = [p for p in rest if p.dtype == dtype and p is not self._embedding.weight and p is not self._head.weight]
             groups += [flatten(small)] if small else []
-        for weight in {id(w): w for w in (self._embedding.weight, self._head.weight) if w.requires_grad}.values():
+        ends = [cast("nn.Parameter", module.weight) for module in (self._embedding, self._head)]
+        for weight in {id(weight): weight for weight in ends if weight.requires_grad}.values():
             groups.append(in_place(weight.data, [weight]))
         for group in groups:
             for index, (parameter, _) in enumerate(group.members):
@@ -280,7 +282,7 @@ class TrainingStack:
 
 def unsupported(model: PeftModel | PreTrainedModel) -> str | None:
     """Why the engine's own layers can not train this model, or None where they can."""
-    base = _base_of(model)
+    base = base_of(model)
     shape = describe(base.config)
     if isinstance(shape, str):
         return shape
@@ -301,10 +303,7 @@ def unsupported(model: PeftModel | PreTrainedModel) -> str | None:
     return None
 
 
-def _unsupported_adapter(module: nn.Module) -> str | None:
-    from peft.tuners.lora import LoraLayer
-
-    assert isinstance(module, LoraLayer)
+def _unsupported_adapter(module: LoraLayer) -> str | None:
     active = module.active_adapters
     if len(active) != 1:
         return f"{len(active)} adapters are active, wanted one"
@@ -318,20 +317,6 @@ def _unsupported_adapter(module: nn.Module) -> str | None:
     if not isinstance(base, nn.Linear) or type(base).__name__ == "Linear8bitLt":
         return f"a base layer of type {type(base).__name__}"
     return None
-
-
-def _base_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    return cast("PreTrainedModel", model.get_base_model() if hasattr(model, "get_base_model") else model)
-
-
-def _norms_of(layer: nn.Module, shape: LayerShape) -> dict[str, torch.Tensor]:
-    names = ["input_layernorm", "post_attention_layernorm"]
-    names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if shape.has_post_norms else []
-    norms = {name: getattr(layer, name).weight for name in names}
-    if shape.has_qk_norm:
-        attention = cast("nn.Module", layer.self_attn)
-        norms |= {name: getattr(attention, name).weight for name in ("q_norm", "k_norm")}
-    return norms
 
 
 def _reciprocal(num_labels: int | torch.Tensor, *, device: torch.device) -> torch.Tensor:

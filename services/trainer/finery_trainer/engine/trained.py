@@ -1,13 +1,15 @@
 """What is trained, as flat buffers: parameters that lie behind each other, gradients that lie behind each other.
 
 A LoRA run has one buffer, float32; full training has one a projection and one for each parameter besides. The model's own parameters
-become views, so that names, saving and PEFT see nothing of it. Owns the buffers; who adds to the gradients and who steps is not its business.
+become views, so that names, saving and PEFT see nothing of it. Owns the buffers; who adds to the gradients and who steps is not its
+business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -40,7 +42,7 @@ def flatten(parameters: Sequence[nn.Parameter]) -> FlatGroup:
     places: list[slice] = []
     end = 0
     for parameter in parameters:
-        assert parameter.dtype == dtype and parameter.device == device
+        assert (parameter.dtype, parameter.device) == (dtype, device)
         places.append(slice(end, end + parameter.numel()))
         end += -(-parameter.numel() // GROUP_BLOCK) * GROUP_BLOCK
     values_N = torch.zeros(end, dtype=dtype, device=device)
@@ -60,7 +62,7 @@ def in_place(buffer: torch.Tensor, parameters: Sequence[nn.Parameter]) -> FlatGr
     for parameter in parameters:
         ends.append(ends[-1] + parameter.numel())
     assert ends[-1] == buffer.numel()
-    places = [slice(start, end) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    places = [slice(start, end) for start, end in pairwise(ends)]
     flat_N = buffer.view(-1)
     group = FlatGroup(values_N=flat_N, grads_N=torch.zeros_like(flat_N), members=tuple(zip(parameters, places, strict=True)))
     _offer_gradients(group)

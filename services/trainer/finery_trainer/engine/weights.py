@@ -215,9 +215,11 @@ def nf4_state(linear: nn.Linear) -> Nf4State | None:
 
 
 def _stacked_bias(members: Sequence[Member]) -> torch.Tensor | None:
-    biases = [member.linear.bias for member in members]
-    if all(bias is None for bias in biases):
+    found = [cast("nn.Parameter | None", member.linear.bias) for member in members]
+    biases = [bias for bias in found if bias is not None]
+    if not biases:
         return None
+    assert len(biases) == len(members)
     whole = torch.cat([bias.data for bias in biases])
     for bias, part in zip(biases, whole.split([bias.numel() for bias in biases]), strict=True):
         bias.data = part
