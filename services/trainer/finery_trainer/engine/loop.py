@@ -22,7 +22,7 @@ from finery_trainer.engine import checkpoint
 from finery_trainer.engine.data import TokenDataset, epoch_order
 from finery_trainer.engine.optim import Stepper, non_finite
 from finery_trainer.engine.packing import Row
-from finery_trainer.engine.passes import passes_of
+from finery_trainer.engine.passes import Passes, passes_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,15 +78,17 @@ def train(
     validation: TokenDataset | None = None,
     on_checkpoint: OnCheckpoint | None = None,
     resume_from: Path | None = None,
+    passes: Passes | None = None,
 ) -> Outcome:
     """Trains `model` in place on `data` and answers how the run ended.
 
     `on_step` is called after every step and obeyed at once. `on_checkpoint` is called at the end of every epoch, every
     `spec.checkpoint.interval_steps`, at the last step and before a pause takes effect. `resume_from` is a folder that it filled.
+    `passes` are made by `passes_of` where none are given.
     On a CPU the run is deterministic, and a resumed one is bit-equal to one never stopped.
     Raises FailedPreconditionError (`non_finite_loss`) where it diverges, InvalidArgumentError where data do not fit the model.
     """
-    run = _Run(model, data, spec, validation=validation)
+    run = _Run(model, data, spec, validation=validation, passes=passes)
     if resume_from is not None:
         run.resume(resume_from)
     report = None
@@ -111,7 +113,13 @@ def steps_of(num_rows: int, spec: TrainingSpec) -> tuple[int, int]:
 
 class _Run:
     def __init__(
-        self, model: PeftModel | PreTrainedModel, data: TokenDataset, spec: TrainingSpec, *, validation: TokenDataset | None
+        self,
+        model: PeftModel | PreTrainedModel,
+        data: TokenDataset,
+        spec: TrainingSpec,
+        *,
+        validation: TokenDataset | None,
+        passes: Passes | None,
     ) -> None:
         self._model, self._data, self._spec, self._validation = model, data, spec, validation
         config = cast("PretrainedConfig", model.config)
@@ -120,7 +128,7 @@ class _Run:
             if dataset is not None:
                 dataset.check(vocab_size=config.vocab_size, max_sequence_length=limit)
         self._steps_per_epoch, self.num_steps = steps_of(data.num_rows, spec)
-        self._passes = passes_of(model, spec, data)
+        self._passes = passes_of(model, spec, data) if passes is None else passes
         self.stepper: Stepper = self._passes.stepper(self.num_steps)
         self._num_trained_tokens = 0
         self._order: tuple[int, list[int]] = (-1, [])

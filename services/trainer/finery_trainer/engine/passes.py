@@ -74,7 +74,7 @@ class PackedPasses:
             self.stack.shape,
             workload(self.stack, self._spec, longest_row=self._longest_row, mean_row=self._mean_row, num_tokens=self._num_tokens),
             card_bytes=_card_bytes(self._spec, self._device) - reserved_bytes,
-            host_bytes=_host_bytes(self._spec),
+            host_bytes=host_bytes(self._spec),
             pack_tokens=self._spec.batch.max_tokens,
         )
         self._max_tokens = plan.pack_tokens
@@ -85,13 +85,17 @@ class PackedPasses:
         """Builds the batches of these rows, in pinned memory beside a GPU; the next call of `gradients` with the same rows takes them."""
         self._prepared = [id(ids) for ids, _ in rows], self._batches(rows)
 
-    def gradients(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Adds the gradients of the mean loss over the labels of `rows`, and answers it: float32, 0-dim, on the device."""
+    def gradients(self, rows: Sequence[Row], *, num_labels: int | None = None) -> torch.Tensor:
+        """Adds the gradients of the mean loss over the labels of `rows`, and answers it: float32, 0-dim, on the device.
+
+        `num_labels` is what the summed loss is divided by where `rows` are only a part of the step's.
+        """
         if self._prepared is None or self._prepared[0] != [id(ids) for ids, _ in rows]:
             self.prepare(rows)
         assert self._prepared is not None
         batches, self._prepared = self._prepared[1], None
-        num_labels = sum(batch.num_labels for batch in batches)
+        if num_labels is None:
+            num_labels = sum(batch.num_labels for batch in batches)
         losses = [self._forward_backward(batch, num_labels) for batch in batches]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
@@ -177,9 +181,16 @@ def passes_of(model: PeftModel | PreTrainedModel, spec: TrainingSpec, data: Toke
     if (reason := unsupported(model)) is not None:
         log.info("training by transformers' own modules", reason=reason)
         return GenericPasses(model, spec)
+    return packed_passes(model, spec, data)
+
+
+def packed_passes(model: PeftModel | PreTrainedModel, spec: TrainingSpec, data: TokenDataset, *, num_replicas: int = 1) -> PackedPasses:
+    """The engine's own layers, with memory for the longest steps of `data`, whose rows `num_replicas` share."""
     rows_per_step = spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps
     longest = sorted((int(length) for length in data.row_lengths), reverse=True)[:rows_per_step]
-    return PackedPasses(model, spec, longest_row=longest[0], mean_row=float(data.row_lengths.mean()), num_tokens=sum(longest))
+    # What `distributed.shares` gives to one of them at the most.
+    num_tokens = min(sum(longest), sum(longest) // num_replicas + longest[0])
+    return PackedPasses(model, spec, longest_row=longest[0], mean_row=float(data.row_lengths.mean()), num_tokens=num_tokens)
 
 
 def _card_bytes(spec: TrainingSpec, device: torch.device) -> int:
@@ -191,7 +202,8 @@ def _card_bytes(spec: TrainingSpec, device: torch.device) -> int:
     return spec.memory.budget_bytes(ours) - allocated
 
 
-def _host_bytes(spec: TrainingSpec) -> int:
+def host_bytes(spec: TrainingSpec) -> int:
+    """What of the host's memory a run may pin."""
     if spec.memory.host_budget_bytes is not None:
         return spec.memory.host_budget_bytes
     return math.floor(psutil.virtual_memory().available / 2)
