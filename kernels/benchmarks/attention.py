@@ -60,7 +60,7 @@ def _measured(shape: str, lengths: tuple[int, ...], options: dict[str, Any], cei
     bounds_S = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
     arguments: dict[str, Any] = {"cu_seqlens": bounds_S, "max_seqlen": max(lengths), **options}
     try:
-        out_THd, lse, saved = attention_forward(q_THd, k_TKd, v_TKd, **arguments)
+        out_THd, lse = attention_forward(q_THd, k_TKd, v_TKd, **arguments)
     except UnsupportedError:
         return
     window = options.get("window")
@@ -68,7 +68,7 @@ def _measured(shape: str, lengths: tuple[int, ...], options: dict[str, Any], cei
     name = f"{options['backend']}{' deterministic' if options['deterministic'] else ''}"
     calls: list[tuple[str, float, Callable[[], object]]] = [
         ("forward", 4.0, lambda: attention_forward(q_THd, k_TKd, v_TKd, **arguments)),
-        ("backward", 10.0, lambda: attention_backward(dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, saved, **arguments)),
+        ("backward", 10.0, lambda: attention_backward(dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, **arguments)),
     ]
     for direction, operations, call in calls:
         ms = _median_ms(call)

@@ -83,10 +83,10 @@ def eager(case, q, k, v, dout, dtype):
 def run(case, q, k, v, dout, backend=None, *, deterministic=False):
     """Forward and backward by the raw functions: out, dq, dk, dv."""
     options = case.options(q.device) | {"backend": backend, "deterministic": deterministic}
-    out, lse, saved = op.attention_forward(q, k, v, **options)
+    out, lse = op.attention_forward(q, k, v, **options)
     assert out.is_contiguous()
     assert out.dtype == q.dtype
-    grads = op.attention_backward(dout, q, k, v, out, lse, saved, **options)
+    grads = op.attention_backward(dout, q, k, v, out, lse, **options)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
     assert all(grad.stride(-1) == 1 and grad.dtype == q.dtype for grad in grads)
     return out, *grads
@@ -368,11 +368,11 @@ def test_unsupported_inputs_are_named(change, message):
 
 def test_unsupported_gradients_are_named():
     q, k, v = QKV.values()
-    out, lse, saved = op.attention_forward(q, k, v, cu_seqlens=BOUNDS, max_seqlen=6)
+    out, lse = op.attention_forward(q, k, v, cu_seqlens=BOUNDS, max_seqlen=6)
     with pytest.raises(UnsupportedError, match=r"dout is torch.float32 \(6, 2, 8\)"):
-        op.attention_backward(k, q, k, v, out, lse, saved, cu_seqlens=BOUNDS, max_seqlen=6)
+        op.attention_backward(k, q, k, v, out, lse, cu_seqlens=BOUNDS, max_seqlen=6)
     with pytest.raises(UnsupportedError, match=r"out is torch.float64"):
-        op.attention_backward(q, q, k, v, out.double(), lse, saved, cu_seqlens=BOUNDS, max_seqlen=6)
+        op.attention_backward(q, q, k, v, out.double(), lse, cu_seqlens=BOUNDS, max_seqlen=6)
 
 
 @pytest.mark.parametrize(
@@ -497,8 +497,8 @@ def test_a_captured_graph_takes_new_sequences(backend):
     options: dict[str, Any] = {"cu_seqlens": bounds, "max_seqlen": 512, "backend": backend}
 
     def step():
-        out, lse, saved = op.attention_forward(q, k, v, **options)
-        return out, *op.attention_backward(dout, q, k, v, out, lse, saved, **options)
+        out, lse = op.attention_forward(q, k, v, **options)
+        return out, *op.attention_backward(dout, q, k, v, out, lse, **options)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -520,8 +520,8 @@ def test_a_captured_graph_replays_dense_attention():
     options = case.options("cuda")
 
     def step():
-        out, lse, saved = op.attention_forward(q, k, v, **options)
-        return out, *op.attention_backward(dout, q, k, v, out, lse, saved, **options)
+        out, lse = op.attention_forward(q, k, v, **options)
+        return out, *op.attention_backward(dout, q, k, v, out, lse, **options)
 
     step()
     graph = torch.cuda.CUDAGraph()

@@ -70,8 +70,8 @@ def attention_forward(
     softcap: float | None = None,
     backend: Backend | None = None,
     deterministic: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Output [T, H, d], the logsumexp in the backend's own form, and what else its backward wants: nothing, for the backends there are.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [T, H, d], and the logsumexp in the backend's own form.
 
     q_THd, k_TKd, v_TKd: bf16, fp16, fp32 or fp64; views with unit last stride, such as the parts of a qkv row. H is a multiple of K.
     cu_seqlens: int32 [S+1] on the tensors' device, from 0 to T: rows past its end come out undefined. Sequences of no rows are
@@ -100,10 +100,8 @@ def attention_forward(
     )
     backend = _resolve(backend, q_THd, problem)
     if backend == "reference":
-        out_THd, lse_HT = reference.forward(q_THd, k_TKd, v_TKd, problem)
-        return out_THd, lse_HT, ()
-    out_THd, lse = backends.forward(backend, q_THd, k_TKd, v_TKd, problem)
-    return out_THd, lse, ()
+        return reference.forward(q_THd, k_TKd, v_TKd, problem)
+    return backends.forward(backend, q_THd, k_TKd, v_TKd, problem)
 
 
 def attention_backward(
@@ -113,7 +111,6 @@ def attention_backward(
     v_TKd: torch.Tensor,
     out_THd: torch.Tensor,
     lse: torch.Tensor,
-    saved: tuple[torch.Tensor, ...] = (),
     *,
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int,
@@ -145,7 +142,6 @@ def attention_backward(
     )
     for name, tensor in (("dout", dout_THd), ("out", out_THd)):
         _check_like_q(name, tensor, q_THd)
-    assert not saved, "no backend gives anything to save"
     backend = _resolve(backend, q_THd, problem)
     if backend == "reference":
         return reference.backward(dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, problem)
@@ -185,18 +181,18 @@ def attention(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-        out_THd, lse, saved = attention_forward(q_THd, k_TKd, v_TKd, **options)
-        ctx.save_for_backward(q_THd, k_TKd, v_TKd, out_THd, lse, *saved)
+        out_THd, lse = attention_forward(q_THd, k_TKd, v_TKd, **options)
+        ctx.save_for_backward(q_THd, k_TKd, v_TKd, out_THd, lse)
         ctx.options = options
         return out_THd
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         (dout_THd,) = grads
-        q_THd, k_TKd, v_TKd, out_THd, lse, *saved = ctx.saved_tensors
+        q_THd, k_TKd, v_TKd, out_THd, lse = ctx.saved_tensors
         if dout_THd.stride(-1) != 1:
             dout_THd = dout_THd.contiguous()
-        return (*attention_backward(dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, tuple(saved), **ctx.options), None)
+        return (*attention_backward(dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, **ctx.options), None)
 
 
 def _problem(

@@ -141,7 +141,7 @@ def _plans(num_layers):
     return {
         "keep all": keep_all(num_layers),
         "recompute all": Plan(card=nothing, host=nothing, head_rows=1024),
-        "mixed, tiled": Plan(card=some, host=nothing, mlp_rows=16, head_rows=5),
+        "mixed, tiled": Plan(card=some, host=nothing, mlp_rows=16, head_rows=5, head_groups=2),
     }
 
 

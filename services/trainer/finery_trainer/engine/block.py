@@ -38,13 +38,8 @@ RECOMPUTABLE = ("h1", "qkv", "o", "x2", "h2", "gate_up", "act")
 Rotary = tuple[torch.Tensor, torch.Tensor] | tuple[None, None]
 
 
-@dataclass
-class Tape:
-    """What one layer keeps from its forward pass."""
-
-    tensors: dict[str, torch.Tensor]
-    attention: tuple[torch.Tensor, ...] = ()
-    """What attention's backward pass wants besides its inputs and outputs: a few bytes."""
+Tape = dict[str, torch.Tensor]
+"""What one layer keeps from its forward pass, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +74,20 @@ class Block:
         keep: frozenset[str],
         tape: Tape,
         mlp_rows: int,
+        head_groups: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual, delta) after the layer. What `keep` names is on the tape afterwards; `delta_TD` is overwritten."""
-        kept = _Kept(tape.tensors, keep | ALWAYS_KEPT)
+        """(residual, delta) after the layer. What `keep` names is on the tape afterwards; `delta_TD` is overwritten.
+
+        `mlp_rows` rows go through the MLP at a time, and a `head_groups`-th of the key-value heads, with their queries, through attention.
+        """
+        kept = _Kept(tape, keep | ALWAYS_KEPT)
+        run = _Pass(batch, rotary, kept, head_groups)
         x_TD, h1_ext = self._normed(delta_TD, residual_TD, "input_layernorm", "qkv", kept, "rstd1")
         kept.put(x=x_TD, h1=h1_ext)
         qkv_ext = self._qkv(h1_ext)
         kept.drop("h1")
         del h1_ext
-        out_TD = self._attend(qkv_ext, batch, rotary, kept, tape)
+        out_TD = self._attend(qkv_ext, run)
         del qkv_ext
         attended_TD = self._add_attention(out_TD, kept)
         del out_TD
@@ -95,17 +95,20 @@ class Block:
         kept.put(x2=x2_TD, h2=h2_ext)
         return x2_TD, self._post_normed(self._mlp(h2_ext, kept, rows=mlp_rows), "post_feedforward_layernorm", "d", kept)
 
-    def backward(self, g_ext: torch.Tensor, batch: PackedBatch, rotary: Rotary, *, tape: Tape, mlp_rows: int) -> None:
-        """Turns the gradient of the stream after the layer, in the first D columns of `g_ext`, into that before it; adds the weights'."""
-        kept = _Kept(tape.tensors, frozenset(tape.tensors) | set(RECOMPUTABLE) | {"lse"} | ALWAYS_KEPT)
-        self._restore_attention(batch, rotary, kept, tape)
+    def backward(self, g_ext: torch.Tensor, batch: PackedBatch, rotary: Rotary, *, tape: Tape, mlp_rows: int, head_groups: int = 1) -> None:
+        """Turns the gradient of the stream after the layer, in the first D columns of `g_ext`, into that before it; adds the weights'.
+
+        `head_groups` must be the forward pass's, unless its attention is computed anew.
+        """
+        kept = _Kept(tape, frozenset(tape) | set(RECOMPUTABLE) | {"lse"} | ALWAYS_KEPT)
+        run = _Pass(batch, rotary, kept, head_groups)
+        self._restore_attention(run)
         self._mlp_backward(g_ext, kept, rows=mlp_rows)
         dout_THd = self._output_backward(g_ext, kept)
-        dqkv_ext = self._attention_backward(dout_THd, batch, rotary, kept, tape)
+        dqkv_ext = self._attention_backward(dout_THd, run)
         del dout_THd
         self._input_backward(dqkv_ext, g_ext, kept)
-        tape.tensors.clear()
-        tape.attention = ()
+        tape.clear()
 
     # Forward.
 
@@ -146,24 +149,44 @@ class Block:
     def _scale_of(self, name: str) -> float:
         return self.shape.residual_scale if name in ("o", "down") else 1.0
 
-    def _attend(self, qkv_ext: torch.Tensor, batch: PackedBatch, rotary: Rotary, kept: _Kept, tape: Tape) -> torch.Tensor:
+    def _attend(self, qkv_ext: torch.Tensor, run: _Pass) -> torch.Tensor:
         """Attention's output [T, H·d]. Without q/k norm the tape keeps q, k and v rotated, with it as the norm saw them."""
         rotated_TN = qkv_ext.clone() if self.shape.has_qk_norm else qkv_ext
-        kept.put(qkv=qkv_ext)
-        rstd_TG = self._rotate_(rotated_TN, batch, rotary)
+        run.kept.put(qkv=qkv_ext)
+        rstd_TG = self._rotate_(rotated_TN, run)
         if rstd_TG is not None:
-            kept.put(qk_rstd=rstd_TG)
-        out_THd, lse, tape.attention = attention_forward(*self._heads(rotated_TN), **self._attention_options(batch))
-        out_TD = out_THd.reshape(out_THd.shape[0], -1)
-        kept.put(o=out_TD, lse=lse)
+            run.kept.put(qk_rstd=rstd_TG)
+        return self._attention(rotated_TN, run)
+
+    def _attention(self, rotated_TN: torch.Tensor, run: _Pass) -> torch.Tensor:
+        """Attention's output [T, H·d] from rotated q, k and v; goes on the tape with its logsumexp, one a group of heads."""
+        options = self._attention_options(run.batch)
+        if run.head_groups == 1:
+            out_THd, lse = attention_forward(*self._heads(rotated_TN), **options)
+            out_TD, lses = out_THd.flatten(1), lse[None]
+        else:
+            out_TD = rotated_TN.new_empty(len(rotated_TN), self.shape.num_attention)
+            parts: list[torch.Tensor] = []
+            for heads, target in zip(self._head_groups(rotated_TN, run), out_TD.chunk(run.head_groups, dim=1), strict=True):
+                out_THd, lse = attention_forward(*heads, **options)
+                target.copy_(out_THd.flatten(1))
+                parts.append(lse)
+            lses = torch.stack(parts)
+        run.kept.put(o=out_TD, lse=lses)
         return out_TD
 
-    def _rotate_(self, qkv_ext: torch.Tensor, batch: PackedBatch, rotary: Rotary) -> torch.Tensor | None:
+    def _head_groups(self, qkv_TN: torch.Tensor, run: _Pass) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """q, k and v of every group of heads."""
+        q_THd, k_TKd, v_TKd = self._heads(qkv_TN)
+        parts = (x.chunk(run.head_groups, dim=1) for x in (q_THd, k_TKd, v_TKd))
+        return list(zip(*parts, strict=True))
+
+    def _rotate_(self, qkv_ext: torch.Tensor, run: _Pass) -> torch.Tensor | None:
         shape = self.shape
         return rope_qkv_forward_(
             qkv_ext[:, : shape.num_qkv],
-            *rotary,
-            batch.positions_T,
+            *run.rotary,
+            run.batch.positions_T,
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
@@ -241,20 +264,24 @@ class Block:
 
     # Backward.
 
-    def _restore_attention(self, batch: PackedBatch, rotary: Rotary, kept: _Kept, tape: Tape) -> None:
+    def _restore_attention(self, run: _Pass) -> None:
         """Computes what is missing up to the stream after attention."""
+        kept = run.kept
         if "o" not in kept and "qkv" not in kept:
-            self._attend(self._qkv(self._restored_h("h1", kept)), batch, rotary, kept, tape)
+            self._attend(self._qkv(self._restored_h("h1", kept)), run)
         elif "o" not in kept:
-            qkv_TN = kept["qkv"]
-            if self.shape.has_qk_norm:
-                qkv_TN = qkv_TN.clone()
-                self._rotate_(qkv_TN, batch, rotary)
-            out_THd, lse, tape.attention = attention_forward(*self._heads(qkv_TN), **self._attention_options(batch))
-            kept.put(o=out_THd.reshape(out_THd.shape[0], -1), lse=lse)
+            self._attention(self._rotated(run), run)
         if "x2" not in kept:
             delta_TD = self._add_attention(kept["o"], kept)
             kept.put(x2=delta_TD.add_(kept["x"]))
+
+    def _rotated(self, run: _Pass) -> torch.Tensor:
+        """q, k and v on the tape, as attention takes them: a copy where the tape keeps them as the norm saw them."""
+        qkv_TN = run.kept["qkv"]
+        if self.shape.has_qk_norm:
+            qkv_TN = qkv_TN.clone()
+            self._rotate_(qkv_TN, run)
+        return qkv_TN
 
     def _restored_h(self, name: str, kept: _Kept) -> torch.Tensor:
         """The normed stream before q/k/v (h1) or before the MLP (h2) with its spare columns filled, computed anew where it is missing."""
@@ -365,50 +392,48 @@ class Block:
         self._weight_gradients("o", dy_ext, kept["o"], kept["oa"] if "oa" in kept else None)  # noqa: SIM401 - `kept` is no dict
         return dout_TD.unflatten(1, (self.shape.num_heads, self.shape.head_dim))
 
-    def _attention_backward(self, dout_THd: torch.Tensor, batch: PackedBatch, rotary: Rotary, kept: _Kept, tape: Tape) -> torch.Tensor:
+    def _attention_backward(self, dout_THd: torch.Tensor, run: _Pass) -> torch.Tensor:
         """The gradient of q, k and v before norm and rotation, with spare columns [T, N + R]."""
+        kept, has_norm = run.kept, self.shape.has_qk_norm
         if "qkv" not in kept:
             qkv_TN = self._qkv(self._restored_h("h1", kept))
-            if not self.shape.has_qk_norm:
-                self._rotate_(qkv_TN, batch, rotary)
+            if not has_norm:
+                self._rotate_(qkv_TN, run)
             kept.put(qkv=qkv_TN)
-        qkv_TN = kept["qkv"]
-        rotated_TN = qkv_TN
-        if self.shape.has_qk_norm:
-            rotated_TN = qkv_TN.clone()
-            self._rotate_(rotated_TN, batch, rotary)
-        out_THd = kept["o"].unflatten(1, (self.shape.num_heads, self.shape.head_dim))
-        dq, dk, dv = attention_backward(
-            dout_THd, *self._heads(rotated_TN), out_THd, kept["lse"], tape.attention, **self._attention_options(batch)
-        )
-        del rotated_TN, out_THd
+        if run.head_groups > 1:
+            # Long packs: the norm is cheap to compute again.
+            kept.drop("h1", force=True)
+        rotated_TN = self._rotated(run)
+        out_THd, lses = kept["o"].unflatten(1, (self.shape.num_heads, self.shape.head_dim)), kept["lse"]
+        # A group's gradients take the place of what they are the gradients of.
+        dqkv_ext = torch.empty_like(rotated_TN) if has_norm else rotated_TN
+        douts, outs = dout_THd.chunk(run.head_groups, dim=1), out_THd.chunk(run.head_groups, dim=1)
+        groups, targets = self._head_groups(rotated_TN, run), self._head_groups(dqkv_ext, run)
+        for heads, target, dout, out, lse in zip(groups, targets, douts, outs, lses, strict=True):
+            gradients = attention_backward(dout, *heads, out, lse, **self._attention_options(run.batch))
+            if run.head_groups == 1:
+                self._unrotate(*gradients, dqkv_ext, run)
+            else:
+                for part, gradient in zip(target, gradients, strict=True):
+                    part.copy_(gradient)
+        del rotated_TN, out_THd, groups, outs
         kept.drop("o", "lse", force=True)
-        layout = self.projections["qkv"].layout
-        dqkv_ext = torch.empty_like(qkv_TN) if self.shape.has_qk_norm else qkv_TN
-        self._unrotate(dq, dk, dv, dqkv_ext[:, : layout.num_outputs], batch, rotary, kept)
+        if run.head_groups > 1:
+            self._unrotate(*self._heads(dqkv_ext), dqkv_ext, run)
         kept.drop("qkv", force=True)
         return dqkv_ext
 
-    def _unrotate(
-        self,
-        dq_THd: torch.Tensor,
-        dk_TKd: torch.Tensor,
-        dv_TKd: torch.Tensor,
-        out_TN: torch.Tensor,
-        batch: PackedBatch,
-        rotary: Rotary,
-        kept: _Kept,
-    ) -> None:
+    def _unrotate(self, dq_THd: torch.Tensor, dk_TKd: torch.Tensor, dv_TKd: torch.Tensor, out_ext: torch.Tensor, run: _Pass) -> None:
         has_norm = self.shape.has_qk_norm
         rope_qkv_backward(
             dq_THd,
             dk_TKd,
             dv_TKd,
-            *rotary,
-            batch.positions_T,
-            out_TN=out_TN,
-            pre_TN=kept["qkv"][:, : self.shape.num_qkv] if has_norm else None,
-            rstd_TG=kept["qk_rstd"] if has_norm else None,
+            *run.rotary,
+            run.batch.positions_T,
+            out_TN=out_ext[:, : self.shape.num_qkv],
+            pre_TN=run.kept["qkv"][:, : self.shape.num_qkv] if has_norm else None,
+            rstd_TG=run.kept["qk_rstd"] if has_norm else None,
             q_norm=self.norms.get("q_norm"),
             k_norm=self.norms.get("k_norm"),
             norm_offset=self.shape.norm_offset,
@@ -432,6 +457,16 @@ class _AttentionOptions(TypedDict):
     window: int | None
     softcap: float | None
     deterministic: bool
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass through a layer: what it works on, and what it keeps."""
+
+    batch: PackedBatch
+    rotary: Rotary
+    kept: _Kept
+    head_groups: int
 
 
 class _Kept:

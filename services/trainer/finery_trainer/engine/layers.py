@@ -131,7 +131,7 @@ class _OwnLayer(nn.Module):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *leaves)):
             return _LayerPass.apply(call, hidden_states, *leaves)
         with torch.no_grad():
-            return call.forward(hidden_states, Tape({}))
+            return call.forward(hidden_states, {})
 
 
 @functools.cache
@@ -400,10 +400,10 @@ class _LayerPass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, x_BSD: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The stream after the layer; `leaves` are there for autograd to know of them."""
-        tape = Tape({})
+        tape: Tape = {}
         y_BSD = call.forward(x_BSD, tape)
-        ctx.call, ctx.names, ctx.is_spent = call, list(tape.tensors), False
-        ctx.save_for_backward(*tape.tensors.values(), *tape.attention)
+        ctx.call, ctx.names, ctx.is_spent = call, list(tape), False
+        ctx.save_for_backward(*tape.values())
         return y_BSD
 
     @staticmethod
@@ -413,10 +413,7 @@ class _LayerPass(torch.autograd.Function):
         if ctx.is_spent:
             raise RuntimeError("A bound decoder layer runs backward once for each forward; retain_graph is not supported.")
         ctx.is_spent = True
-        saved = ctx.saved_tensors
-        num_names = len(ctx.names)
-        tape = Tape(dict(zip(ctx.names, saved[:num_names], strict=True)), attention=tuple(saved[num_names:]))
-        del saved
+        tape: Tape = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         dx_BSD, grads = ctx.call.backward(grad_outputs[0], tape, ctx.needs_input_grad[2:])
         return None, dx_BSD, *grads
 

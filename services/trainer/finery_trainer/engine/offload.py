@@ -44,8 +44,8 @@ class Offloader:
         compute = torch.cuda.current_stream(self._device)
         while len(self._leaving) >= _IN_FLIGHT:
             compute.wait_event(self._leaving.popleft()[0])
-        names = [name for name in sorted(_with_lse(self._host[index])) if name in tape.tensors]
-        tensors = [tape.tensors.pop(name) for name in names]
+        names = [name for name in sorted(_with_lse(self._host[index])) if name in tape]
+        tensors = [tape.pop(name) for name in names]
         self._out.wait_stream(compute)
         with torch.cuda.stream(self._out):
             for name, tensor in zip(names, tensors, strict=True):
@@ -70,7 +70,7 @@ class Offloader:
             self._start(index - 1)
         event, tensors = self._arriving.pop(index)
         torch.cuda.current_stream(self._device).wait_event(event)
-        tape.tensors.update(tensors)
+        tape.update(tensors)
 
     def _start(self, index: int) -> None:
         if index in self._arriving:

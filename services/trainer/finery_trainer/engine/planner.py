@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NEVER = 1 << 62
 _OFFLOADABLE = ("x", "o", "qkv", "x2", "h1", "h2", "gate_up", "act")
 _MIN_TILE = 1024
+_MIN_GROUPED_TOKENS = 32768
 _MAX_ROUNDS = 12
 _SMALL_BYTES = 32 << 20  # batches, rotary tables, cuBLAS's own workspace
 
@@ -77,6 +78,8 @@ class Plan:
     """Rows that go through an MLP at a time."""
     head_rows: int = 1024
     """Rows of logits at a time."""
+    head_groups: int = 1
+    """Into how many groups attention's heads are divided, one computed after the other."""
     pack_tokens: int = NEVER
     """Tokens that go through a forward pass at a time."""
     resident: frozenset[tuple[int, str]] = frozenset()
@@ -137,6 +140,13 @@ def _pack_sizes(work: Workload, fixed: int | None) -> Iterator[int]:
     yield work.longest_row
 
 
+@dataclass(frozen=True)
+class _Tiles:
+    mlp_rows: int
+    head_rows: int
+    head_groups: int
+
+
 class _Planner:
     """Plans for packs of `tokens` tokens."""
 
@@ -148,9 +158,10 @@ class _Planner:
     def best(self, card_bytes: int, host_bytes: int) -> Plan:
         """The fastest over the tile sizes; where nothing fits, the one that takes least."""
         plans = [
-            self._with_tiles(card_bytes, host_bytes, mlp_rows=mlp_rows, head_rows=head_rows)
+            self._with_tiles(card_bytes, host_bytes, tiles=_Tiles(mlp_rows, head_rows, head_groups))
             for mlp_rows in self._tiles()
             for head_rows in (1024, 256)
+            for head_groups in self._head_groups()
         ]
         fitting = [plan for plan in plans if plan.card_bytes <= card_bytes]
         return min(fitting, key=lambda plan: plan.step_s) if fitting else min(plans, key=lambda plan: plan.card_bytes)
@@ -163,68 +174,74 @@ class _Planner:
                 return
             rows = -(-rows // 2)
 
-    def _with_tiles(self, card_bytes: int, host_bytes: int, *, mlp_rows: int, head_rows: int) -> Plan:
+    def _head_groups(self) -> tuple[int, ...]:
+        """Groups that are large enough for a card each."""
+        return (1, self._shape.layers[0].num_kv_heads) if self._tokens >= _MIN_GROUPED_TOKENS else (1,)
+
+    def _with_tiles(self, card_bytes: int, host_bytes: int, *, tiles: _Tiles) -> Plan:
         """The plan for given tiles: placed into what a first guess of the workspace leaves, then into what the true peak leaves."""
         room = card_bytes
-        plan = self._placed(room, host_bytes, mlp_rows=mlp_rows, head_rows=head_rows)
+        plan = self._placed(room, host_bytes, tiles=tiles)
         for _ in range(_MAX_ROUNDS):
             excess = plan.card_bytes - card_bytes
             if excess <= 0 or room <= 0:
                 break
             room -= excess + (excess >> 3)
-            plan = self._placed(room, host_bytes, mlp_rows=mlp_rows, head_rows=head_rows)
+            plan = self._placed(room, host_bytes, tiles=tiles)
         return plan
 
-    def _placed(self, room: int, host_bytes: int, *, mlp_rows: int, head_rows: int) -> Plan:
-        is_tiled = mlp_rows < self._tokens
+    def _placed(self, room: int, host_bytes: int, *, tiles: _Tiles) -> Plan:
+        is_tiled = tiles.mlp_rows < self._tokens
         placed = _Placement(len(self._layers), room - sum(layer.fixed_bytes for layer in self._layers), host_bytes)
         self._place_streams(placed)
         self._place_rest(placed, is_tiled=is_tiled)
-        peak = self._peak(placed, mlp_rows=min(mlp_rows, self._tokens), head_rows=head_rows)
+        peak = self._peak(placed, tiles)
         kept = placed.card_bytes + sum(layer.fixed_bytes for layer in self._layers)
         resident, resident_bytes = self._place_weights(room - peak)
         return Plan(
             card=tuple(frozenset(names) for names in placed.card),
             host=tuple(frozenset(names) for names in placed.host),
-            mlp_rows=mlp_rows if is_tiled else NEVER,
-            head_rows=head_rows,
+            mlp_rows=tiles.mlp_rows if is_tiled else NEVER,
+            head_rows=tiles.head_rows,
+            head_groups=tiles.head_groups,
             pack_tokens=self._tokens,
             resident=resident,
             activation_bytes=kept,
             workspace_bytes=peak - kept,
             resident_bytes=resident_bytes,
             host_bytes=placed.host_bytes,
-            step_s=self._step_s(placed, len(resident), mlp_rows=min(mlp_rows, self._tokens), head_rows=head_rows),
+            step_s=self._step_s(placed, len(resident), tiles),
         )
 
-    def _step_s(self, placed: _Placement, num_resident: int, *, mlp_rows: int, head_rows: int) -> float:
+    def _step_s(self, placed: _Placement, num_resident: int, tiles: _Tiles) -> float:
         """What the bus cannot carry in time is waited for; small tiles are slower by a little."""
         computed_s = sum(layer.forward_s + layer.backward_s + sum(layer.saved_s.values()) for layer in self._layers) - placed.saved_s
         waited_s = 2 * max(0.0, placed.host_bytes / self._rates.host_bytes - sum(layer.forward_s for layer in self._layers))
         dequantized_s = self._dequantization_s() * (1 - num_resident / (4 * len(self._layers)))
         launched_s = self._rates.launch_s * len(self._layers)
         step_s = self._num_packs * (computed_s + waited_s + launched_s) + self._head_s()
-        slower = 0.01 * max(0, (4096 // mlp_rows).bit_length() - 1) + (0.002 if head_rows < 1024 else 0.0)
+        slower = 0.01 * max(0, (4096 // tiles.mlp_rows).bit_length() - 1) + (0.002 if tiles.head_rows < 1024 else 0.0)
+        slower += 0.01 if tiles.head_groups > 1 else 0.0
         return step_s * (1 + slower) + dequantized_s
 
-    def _peak(self, placed: _Placement, *, mlp_rows: int, head_rows: int) -> int:
+    def _peak(self, placed: _Placement, tiles: _Tiles) -> int:
         """The most bytes at a time, over all layers, forward and backward, and the head."""
         kept = [
             layer.fixed_bytes + sum(layer.bytes[name] for name in placed.card[i] | (set() if "x" in placed.host[i] else {"x"}))
             for i, layer in enumerate(self._layers)
         ]
         hosted = [sum(layer.bytes[name] for name in placed.host[i]) for i, layer in enumerate(self._layers)]
-        peak, below = 0, 0
+        peak, below, mlp_rows = 0, 0, min(tiles.mlp_rows, self._tokens)
         for i, layer in enumerate(self._layers):
             stored = kept[i] + hosted[i]
             before = hosted[i - 1] if i else 0
             names = placed.card[i] | placed.host[i]
             forward = below + before + stored + layer.forward_transient(names, mlp_rows)
-            backward = below + stored + before + layer.backward_transient(names, mlp_rows)
+            backward = below + stored + before + layer.backward_transient(names, mlp_rows, tiles.head_groups)
             peak = max(peak, forward, backward)
             below += kept[i]
         element = self._work.element_bytes
-        head = below + 5 * self._tokens * self._shape.hidden * element + min(head_rows, self._tokens) * self._shape.vocab_size * 4
+        head = below + 5 * self._tokens * self._shape.hidden * element + min(tiles.head_rows, self._tokens) * self._shape.vocab_size * 4
         weights = sum(self._layers[0].weight_bytes.values()) if self._work.is_quantized else 0
         return max(peak, head) + weights + _SMALL_BYTES
 
@@ -349,7 +366,7 @@ class _LayerCost:
         attention = self._missing(names, "h1", "qkv", "o") + 2 * stream
         return max(mlp, attention)
 
-    def backward_transient(self, names: set[str], mlp_rows: int) -> int:
+    def backward_transient(self, names: set[str], mlp_rows: int, head_groups: int) -> int:
         """Bytes beside what `names` keeps, at the backward pass's peak; the stream's gradient is among them."""
         stream = self.bytes["x"]
         inner = self.bytes["act"] * mlp_rows // self._tokens
@@ -360,7 +377,13 @@ class _LayerCost:
         # Attention's own: the gradients of q, k and v, of k and v by query head, and of q in float32.
         heads = self._tokens * self._layer.num_attention
         own = self._tokens * self._layer.num_qkv * self._element + heads * (2 * self._element + 4)
-        attention = self._missing(names, "h1", "qkv", "o") + 2 * stream + own
+        if head_groups == 1:
+            attention = self._missing(names, "h1", "qkv", "o") + 2 * stream + own
+        else:
+            # Group by group, with copies of what belongs to it; h1 comes again after attention.
+            copies = 2 * self.bytes["o"]
+            attention = self._missing(names, "qkv", "o") + 2 * stream + (own + copies) // head_groups
+            attention = max(attention, self._missing(names, "h1", "qkv") + 2 * stream)
         return max(mlp, attention)
 
     def _missing(self, names: set[str], *wanted: str) -> int:

@@ -108,14 +108,19 @@ class TrainingStack:
         `batch` is on the model's device. `num_labels` is the whole optimizer step's, so that it may be split into any batches.
         """
         self.workspace.forget()
-        tapes = [Tape({}) for _ in self.blocks]
+        tapes: list[Tape] = [{} for _ in self.blocks]
         residual_TD, delta_TD = self._forward(batch, tapes)
         loss, g_ext = self._loss_backward(residual_TD, delta_TD, batch, num_labels)
         del residual_TD, delta_TD
         for index in reversed(range(len(self.blocks))):
             self._offloader.fetched(index, tapes[index])
             self.blocks[index].backward(
-                g_ext, batch, self._rotary_of(self.shape.layers[index], batch), tape=tapes[index], mlp_rows=self.plan.mlp_rows
+                g_ext,
+                batch,
+                self._rotary_of(self.shape.layers[index], batch),
+                tape=tapes[index],
+                mlp_rows=self.plan.mlp_rows,
+                head_groups=self.plan.head_groups,
             )
         if self.trains_embedding:
             self._embedding_backward(batch, g_ext[:, : self.shape.hidden])
@@ -158,8 +163,9 @@ class TrainingStack:
                 batch,
                 self._rotary_of(block.shape, batch),
                 keep=self.plan.card[index] | self.plan.host[index] if tapes is not None else frozenset(),
-                tape=Tape({}) if tapes is None else tapes[index],
+                tape={} if tapes is None else tapes[index],
                 mlp_rows=self.plan.mlp_rows,
+                head_groups=self.plan.head_groups,
             )
             if tapes is not None:
                 self._offloader.stored(index, tapes[index])
