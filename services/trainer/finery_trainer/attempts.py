@@ -15,6 +15,7 @@ import structlog
 from finery_common.artifacts import ArtifactRef, ArtifactStore
 from finery_common.errors import AbortedError, DataLossError, FineryError, InvalidArgumentError
 from finery_common.jobs import Job, JobState, JobStore, Lease, Wanted
+from finery_common.spec import MethodType
 from finery_trainer import metrics
 from finery_trainer.client import Assignment, Command
 from finery_trainer.records import CheckpointReport, DeploymentState, StepMetrics, artifact_of, metrics_of, pace_after, request_of
@@ -101,10 +102,11 @@ class Attempts:
             await self._require(report.adapter, job=job, folder=f"adapters/{job.id}-{report.step}/")
             data["adapter"] = report.adapter.model_dump()
         what = "The checkpoint and adapter" if report.adapter is not None else "The checkpoint"
+        verb = "are" if report.adapter is not None else "is"
         job = await self._jobs.append_event(
             job.id,
             type="checkpoint",
-            message=f"{what} of step {report.step} are saved.",
+            message=f"{what} of step {report.step} {verb} saved.",
             data=data,
             result=result,
             progress={"reported_checkpoint": mark},
@@ -120,12 +122,13 @@ class Attempts:
         state: JobState,
         error: dict[str, object] | None,
         adapter: ArtifactRef | None,
+        model: ArtifactRef | None,
         metrics_file: ArtifactRef | None,
     ) -> None:
-        """Ends the attempt. A success needs its adapter to be published; what follows a pause's save is what is wanted by then."""
+        """Ends the attempt. A success needs its adapter or model to be published; what follows a pause's save is what is wanted by then."""
         job = await self._renew(lease)
         if state is JobState.SUCCEEDED:
-            await self._succeed(job, lease=lease, adapter=adapter, metrics_file=metrics_file)
+            await self._succeed(job, lease=lease, adapter=adapter, model=model, metrics_file=metrics_file)
         elif state is JobState.FAILED:
             error = error or {
                 "code": "internal_error",
@@ -142,20 +145,25 @@ class Attempts:
         metrics.forget_job(job.id)
         self._wake()
 
-    async def _succeed(self, job: Job, *, lease: Lease, adapter: ArtifactRef | None, metrics_file: ArtifactRef | None) -> None:
-        if adapter is None or metrics_file is None:
-            raise InvalidArgumentError("adapter, metrics_file: both are needed for SUCCEEDED", param="adapter")
-        last = metrics_of(job)
+    async def _succeed(
+        self, job: Job, *, lease: Lease, adapter: ArtifactRef | None, model: ArtifactRef | None, metrics_file: ArtifactRef | None
+    ) -> None:
+        request, last = request_of(job), metrics_of(job)
+        is_full = request.spec.method is MethodType.FULL
+        what, trained = ("model", model) if is_full else ("adapter", adapter)
+        if trained is None or metrics_file is None:
+            raise InvalidArgumentError(f"{what}, metrics_file: both are needed for SUCCEEDED", param=what)
         assert last is not None, "a job that succeeded has reported a step"
-        await self._require(adapter, job=job, folder=f"adapters/{job.id}-{last.num_steps}/")
+        name = f"models/{job.id}" if is_full else f"adapters/{job.id}-{last.num_steps}"
+        await self._require(trained, job=job, folder=f"{name}/")
         await self._require(metrics_file, job=job, folder=f"runs/{job.id}/metrics/")
-        deploys = self._serves and request_of(job).deploy is not False
+        deploys = self._serves and request.deploy is not False and not is_full
         await self._jobs.transition(
             job.id,
             JobState.SUCCEEDED,
-            message="The adapter is published.",
+            message=f"The {what} is published as {name}.",
             result={
-                "adapter": adapter.model_dump(),
+                what: trained.model_dump(),
                 "metrics_file": metrics_file.model_dump(),
                 "deployment_state": DeploymentState.PENDING if deploys else DeploymentState.NONE,
             },

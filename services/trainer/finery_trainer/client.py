@@ -179,12 +179,14 @@ class WorkerClient:
         *,
         error: dict[str, object] | None = None,
         adapter: ArtifactRef | None = None,
+        model: ArtifactRef | None = None,
         metrics_file: ArtifactRef | None = None,
     ) -> None:
         request = worker_pb2.FinishAttemptRequest(
             state=state_to_proto(state),
             error=error_to_proto(error),
             adapter=None if adapter is None else artifact_to_proto(adapter),
+            model=None if model is None else artifact_to_proto(model),
             metrics_file=None if metrics_file is None else artifact_to_proto(metrics_file),
         )
         await self._stub.FinishAttempt(request, metadata=self._metadata, timeout=_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""What a worker publishes: full states, adapters, the CSV of step metrics. Each is guarded by the attempt's epoch.
+"""What a worker publishes: full states, adapters or a model, the CSV of step metrics. Each is guarded by the attempt's epoch.
 
 An earlier attempt of the same job may have published the same step before it died; what it published is then taken as it is.
 """
@@ -69,6 +69,10 @@ class Publisher:
     def adapter(self, folder: Path, *, step: int) -> ArtifactRef:
         """An adapter in PEFT's format, for serving and conversion."""
         return self._publish(f"adapters/{self._assignment.job_id}-{step}/", kind="adapter", folder=folder, step=step)
+
+    def model(self, folder: Path, *, step: int) -> ArtifactRef:
+        """A whole model in Hugging Face's layout."""
+        return self._publish(f"models/{self._assignment.job_id}/", kind="model", folder=folder, step=step)
 
     def metrics(self, folder: Path, *, step: int) -> ArtifactRef:
         """The CSV of all steps."""

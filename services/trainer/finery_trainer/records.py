@@ -14,7 +14,7 @@ from typing import Any, cast
 from finery_common.artifacts import ArtifactRef
 from finery_common.jobs import Job, JobState
 from finery_common.resource_names import model_alias
-from finery_common.spec import TrainingSpec
+from finery_common.spec import MethodType, TrainingSpec
 
 
 class DeploymentState(StrEnum):
@@ -128,7 +128,8 @@ def deployment_of(job: Job) -> Deployment:
         return Deployment(DeploymentState.NONE)
     state = job.result.get("deployment_state")
     if state is None:
-        wanted = request_of(job).deploy is not False
+        request = request_of(job)
+        wanted = request.deploy is not False and request.spec.method is not MethodType.FULL
         return Deployment(DeploymentState.PENDING, alias_of(job)) if wanted else Deployment(DeploymentState.NONE)
     if state == DeploymentState.NONE:
         return Deployment(DeploymentState.NONE, message=text_of(job, "deployment_message"))

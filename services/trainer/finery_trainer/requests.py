@@ -90,7 +90,8 @@ def check_servable(spec: TrainingSpec) -> None:
     """Raises InvalidArgumentError for what vLLM cannot serve as an adapter, whatever its limits."""
     if spec.method is MethodType.FULL:
         raise InvalidArgumentError(
-            "spec.method: got 'full', whose result is a whole model and no adapter to serve; create the job with deploy false.",
+            "spec.method: got 'full', whose result is a whole model and no adapter to serve beside a base; "
+            "create the job with deploy false. To serve its model then, give the catalogue an entry whose s3_prefix is the job's model.",
             param="spec.method",
         )
     if spec.lora.use_dora:

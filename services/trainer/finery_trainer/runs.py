@@ -93,7 +93,7 @@ class Runs:
         return await self._jobs.get(project, job_id)
 
     async def delete(self, project: str, job_id: str) -> None:
-        """Removes a final job with its checkpoints, adapters and metrics.
+        """Removes a final job with its checkpoints, adapters, model and metrics.
 
         Raises FailedPreconditionError where it is not final or one of its adapters is deployed.
         """
@@ -174,8 +174,8 @@ class Runs:
 
     async def _prefixes(self, job: Job) -> list[str]:
         """Everything that the job has published."""
-        runs = f"projects/{job.project}/runs/{job.id}/"
-        refs = await asyncio.to_thread(lambda: list(self._artifacts.list(runs)))
+        folders = (f"projects/{job.project}/{kind}/{job.id}/" for kind in ("runs", "models"))
+        refs = await asyncio.to_thread(lambda: [ref for folder in folders for ref in self._artifacts.list(folder)])
         return [*(ref.prefix for ref in refs), *(item.adapter.prefix for item in await self._adapters(job))]
 
     async def _refuse_if_deployed(self, project: str, prefixes: list[str]) -> None:

@@ -164,6 +164,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             state=state_from_proto(request.state),
             error=error_from_proto(request.error) if request.HasField("error") else None,
             adapter=artifact_from_proto(request.adapter) if request.HasField("adapter") else None,
+            model=artifact_from_proto(request.model) if request.HasField("model") else None,
             metrics_file=artifact_from_proto(request.metrics_file) if request.HasField("metrics_file") else None,
         )
         return worker_pb2.FinishAttemptResponse()
@@ -180,7 +181,7 @@ def servicers(training: TrainingServicer, worker: WorkerServicer) -> list[Servic
 def job_to_proto(job: Job) -> training_pb2.Job:
     """A job as the wire has it."""
     request, metrics, deployment = request_of(job), metrics_of(job), deployment_of(job)
-    adapter, metrics_file = artifact_of(job, "adapter"), artifact_of(job, "metrics_file")
+    adapter, model, metrics_file = (artifact_of(job, key) for key in ("adapter", "model", "metrics_file"))
     return training_pb2.Job(
         name=f"projects/{job.project}/jobs/{job.id}",
         training_file=request.training_file,
@@ -205,6 +206,7 @@ def job_to_proto(job: Job) -> training_pb2.Job:
         estimated_finish_time=timestamp(estimated_finish_of(job)) if job.state == "RUNNING" else None,
         training_dataset=text_of(job, "training_dataset"),
         validation_dataset=text_of(job, "validation_dataset"),
+        model=None if model is None else artifact_to_proto(model),
     )
 
 

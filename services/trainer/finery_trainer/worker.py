@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import structlog
 
@@ -39,6 +39,7 @@ from finery_trainer.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
     from finery_trainer.engine import loop
 
@@ -138,7 +139,7 @@ class _Run:
 
     def __init__(
         self,
-        model: PeftModel,
+        model: PeftModel | PreTrainedModel,
         assignment: Assignment,
         inputs: Inputs,
         *,
@@ -149,6 +150,8 @@ class _Run:
     ) -> None:
         self._model = model
         self._assignment = assignment
+        self._is_full = assignment.spec.method is MethodType.FULL
+        self._base_dir = inputs.base_dir
         self._work_dir = work_dir
         self._publisher = publisher
         self._link = link
@@ -175,7 +178,7 @@ class _Run:
             save(Path(folder))
             self._table.write(Path(folder))
             state = self._publisher.state(Path(folder), step=report.step)
-        if report.is_epoch_end:
+        if report.is_epoch_end and not self._is_full:
             adapter = self._publish_adapter(report.step)
         done = CheckpointReport(report.step, state, adapter, _metrics_of(report))
         self._link.ask(lambda client: client.report_checkpoint(done))
@@ -193,12 +196,16 @@ class _Run:
             return
         self._link.phase = "publishing"
         step = self._last_step(outcome)
-        # The last step was an epoch's end, so this attempt, or one that died after that step, has published this adapter.
-        adapter = self._publish_adapter(step)
+        adapter, model = None, None
+        if self._is_full:
+            model = self._publish_model(step)
+        else:
+            # The last step was an epoch's end, so this attempt, or one that died after that step, has published this adapter.
+            adapter = self._publish_adapter(step)
         with tempfile.TemporaryDirectory(prefix="metrics-", dir=self._work_dir) as folder:
             self._table.write(Path(folder))
             metrics_file = self._publisher.metrics(Path(folder), step=step)
-        self._link.ask(lambda client: client.finish(JobState.SUCCEEDED, adapter=adapter, metrics_file=metrics_file))
+        self._link.ask(lambda client: client.finish(JobState.SUCCEEDED, adapter=adapter, model=model, metrics_file=metrics_file))
 
     def _last_step(self, outcome: loop.Outcome) -> int:
         from finery_trainer.engine.checkpoint import read_cursor
@@ -214,10 +221,17 @@ class _Run:
         if self._published is not None and self._published[0] == step:
             return self._published[1]
         with tempfile.TemporaryDirectory(prefix="adapter-", dir=self._work_dir) as folder:
-            adapter.save(self._model, Path(folder), base_model=self._assignment.spec.base_model)
+            adapter.save(cast("PeftModel", self._model), Path(folder), base_model=self._assignment.spec.base_model)
             ref = self._publisher.adapter(Path(folder), step=step)
         self._published = step, ref
         return ref
+
+    def _publish_model(self, step: int) -> ArtifactRef:
+        from finery_trainer.engine import full_model
+
+        with tempfile.TemporaryDirectory(prefix="model-", dir=self._work_dir) as folder:
+            full_model.save(cast("PreTrainedModel", self._model), Path(folder), base_dir=self._base_dir)
+            return self._publisher.model(Path(folder), step=step)
 
 
 def _method_of(spec: TrainingSpec, inputs: Inputs) -> Callable[..., loop.Outcome]:

@@ -108,7 +108,7 @@ def named(job):
         ({"spec": {"max_sequence_length": 65}}, InvalidArgumentError, "got 65, wanted at most 64"),
         ({"spec": {"lora": {"bias": "all"}}}, InvalidArgumentError, "deploy false"),
         ({"spec": {"lora": {"use_dora": True}}}, InvalidArgumentError, "use_dora: got true, .*deploy false"),
-        ({"spec": {"method": "full"}}, InvalidArgumentError, "whole model and no adapter"),
+        ({"spec": {"method": "full"}}, InvalidArgumentError, "whole model and no adapter.*deploy false.*catalogue"),
         ({"spec": {"lora": {"rank": 33}}}, InvalidArgumentError, "got 33, adapters up to rank 32"),
         ({"spec": {"base_model": "gone"}, "deploy": True}, FailedPreconditionError, "gone is not being served"),
         ({"training_file": "file-" + "0" * 24}, NotFoundError, "upload it first"),
@@ -504,6 +504,21 @@ async def succeed(system, launcher, wait_until, **fields):
     await client.close()
     await system.watched(job.name)
     return await system.get(job.name)
+
+
+async def test_a_success_is_what_its_method_makes(system, launcher, wait_until):
+    job = await system.create(spec={"method": "full"}, deploy=False)
+    client = await worker_client(launcher, await attempt_of(launcher, wait_until))
+    await client.report_step(metrics_of(6))
+    adapter, model = publish(system, f"adapters/{named(job)}-6/", "adapter"), publish(system, f"models/{named(job)}/", "model")
+    foreign, metrics_file = publish(system, f"models/{ANOTHER}/", "model"), publish(system, f"runs/{named(job)}/metrics/", "metrics")
+    for wrong in ({"adapter": adapter}, {"model": foreign}):
+        with pytest.raises(InvalidArgumentError, match="model"):
+            await client.finish(JobState.SUCCEEDED, **wrong, metrics_file=metrics_file)
+    await client.finish(JobState.SUCCEEDED, model=model, metrics_file=metrics_file)
+    await client.close()
+    job = await system.get(job.name)
+    assert (job.state, job.model.manifest_sha256) == (job_pb2.JOB_STATE_SUCCEEDED, model.manifest_sha256)
 
 
 async def test_a_deployment_that_fails_is_tried_again_and_the_job_stays_succeeded(system, launcher, wait_until):

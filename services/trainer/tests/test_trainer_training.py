@@ -226,6 +226,44 @@ async def test_a_file_of_preferences_becomes_a_deployed_adapter_too(system):
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
 
 
+async def test_a_model_trained_whole_is_published_as_one_and_goes_on_bit_equal(system, wait_until):
+    spec = {key: value for key, value in LONG.items() if key != "lora"} | {"method": "full", "num_epochs": 4}
+    async with system.started():
+        straight = await system.create(spec=spec, deploy=False)
+        straight = await system.wait(straight.name, "SUCCEEDED")
+        job = await system.create(spec=spec, deploy=False, training_file=straight.training_file)
+
+        async def has_steps() -> bool:
+            return len(await system.steps(job.name)) >= 5
+
+        await wait_until(has_steps, timeout_s=60)
+        await system.stub.PauseJob(training_pb2.PauseJobRequest(name=job.name), metadata=system.metadata())
+        await system.wait(job.name, "PAUSED")
+        await system.stub.ResumeJob(training_pb2.ResumeJobRequest(name=job.name), metadata=system.metadata())
+        job = await system.wait(job.name, "SUCCEEDED")
+        checkpoints = await system.stub.ListCheckpoints(training_pb2.ListCheckpointsRequest(parent=job.name), metadata=system.metadata())
+        events = await system.events(job.name)
+        ours, theirs = (system.store.fetch(artifact_from_proto(item.model), system.settings.artifact_cache_dir) for item in (job, straight))
+        manifest = system.store.manifest(artifact_from_proto(job.model))
+        await system.stub.DeleteJob(training_pb2.DeleteJobRequest(name=straight.name), metadata=system.metadata())
+
+    job_id = job.name.rpartition("/")[2]
+    assert job.model.prefix == f"projects/{system.project}/models/{job_id}/"
+    assert not job.HasField("adapter")
+    assert not checkpoints.checkpoints, "no epoch leaves a model"
+    assert job.deployment.state == training_pb2.DEPLOYMENT_STATE_NONE
+    assert manifest.kind == "model"
+    assert {entry.name for entry in manifest.objects} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert (manifest.metadata["job_id"], manifest.metadata["step"]) == (job_id, job.metrics.num_steps)
+    assert manifest.made_from["base_model"] == manifest.metadata["base_model_sha256"]
+    assert manifest.spec["method"] == "full"
+    assert losses_of(system, job)[0] > losses_of(system, job)[-1]
+    assert any(event["message"] == f"The model is published as models/{job_id}." for event in events)
+    assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    left = [ref.prefix for ref in system.store.list(f"projects/{system.project}/models/")]
+    assert left == [job.model.prefix], "deleting a job removes its model"
+
+
 @pytest.mark.slow
 async def test_a_run_on_preferences_is_paused_and_resumed(system, wait_until):
     async with system.started():

@@ -62,7 +62,7 @@ class StepMetrics(_message.Message):
     def __init__(self, step: _Optional[int] = ..., num_steps: _Optional[int] = ..., epoch: _Optional[float] = ..., loss: _Optional[float] = ..., learning_rate: _Optional[float] = ..., grad_norm: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., num_trained_tokens: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., validation_loss: _Optional[float] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("name", "training_file", "validation_file", "spec", "suffix", "metadata", "deploy", "state", "error", "metrics", "adapter", "metrics_file", "deployment", "create_time", "start_time", "finish_time", "estimated_finish_time", "training_dataset", "validation_dataset")
+    __slots__ = ("name", "training_file", "validation_file", "spec", "suffix", "metadata", "deploy", "state", "error", "metrics", "adapter", "metrics_file", "deployment", "create_time", "start_time", "finish_time", "estimated_finish_time", "training_dataset", "validation_dataset", "model")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class Job(_message.Message):
     ESTIMATED_FINISH_TIME_FIELD_NUMBER: _ClassVar[int]
     TRAINING_DATASET_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_DATASET_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     name: str
     training_file: str
     validation_file: str
@@ -108,7 +109,8 @@ class Job(_message.Message):
     estimated_finish_time: _timestamp_pb2.Timestamp
     training_dataset: str
     validation_dataset: str
-    def __init__(self, name: _Optional[str] = ..., training_file: _Optional[str] = ..., validation_file: _Optional[str] = ..., spec: _Optional[_Union[_spec_pb2.TrainingSpec, _Mapping]] = ..., suffix: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., deploy: _Optional[bool] = ..., state: _Optional[_Union[_job_pb2.JobState, str]] = ..., error: _Optional[_Union[_job_pb2.JobError, _Mapping]] = ..., metrics: _Optional[_Union[StepMetrics, _Mapping]] = ..., adapter: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., metrics_file: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., deployment: _Optional[_Union[JobDeployment, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., estimated_finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., training_dataset: _Optional[str] = ..., validation_dataset: _Optional[str] = ...) -> None: ...
+    model: _job_pb2.ArtifactRef
+    def __init__(self, name: _Optional[str] = ..., training_file: _Optional[str] = ..., validation_file: _Optional[str] = ..., spec: _Optional[_Union[_spec_pb2.TrainingSpec, _Mapping]] = ..., suffix: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., deploy: _Optional[bool] = ..., state: _Optional[_Union[_job_pb2.JobState, str]] = ..., error: _Optional[_Union[_job_pb2.JobError, _Mapping]] = ..., metrics: _Optional[_Union[StepMetrics, _Mapping]] = ..., adapter: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., metrics_file: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., deployment: _Optional[_Union[JobDeployment, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., estimated_finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., training_dataset: _Optional[str] = ..., validation_dataset: _Optional[str] = ..., model: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
     __slots__ = ("name", "step", "metrics", "adapter", "alias", "create_time")

@@ -73,16 +73,18 @@ class ReportCheckpointRequest(_message.Message):
     def __init__(self, step: _Optional[int] = ..., state: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., adapter: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., metrics: _Optional[_Union[_training_pb2.StepMetrics, _Mapping]] = ...) -> None: ...
 
 class FinishAttemptRequest(_message.Message):
-    __slots__ = ("state", "error", "adapter", "metrics_file")
+    __slots__ = ("state", "error", "adapter", "metrics_file", "model")
     STATE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     METRICS_FILE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     state: _job_pb2.JobState
     error: _job_pb2.JobError
     adapter: _job_pb2.ArtifactRef
     metrics_file: _job_pb2.ArtifactRef
-    def __init__(self, state: _Optional[_Union[_job_pb2.JobState, str]] = ..., error: _Optional[_Union[_job_pb2.JobError, _Mapping]] = ..., adapter: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., metrics_file: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ...) -> None: ...
+    model: _job_pb2.ArtifactRef
+    def __init__(self, state: _Optional[_Union[_job_pb2.JobState, str]] = ..., error: _Optional[_Union[_job_pb2.JobError, _Mapping]] = ..., adapter: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., metrics_file: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., model: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ...) -> None: ...
 
 class FinishAttemptResponse(_message.Message):
     __slots__ = ()

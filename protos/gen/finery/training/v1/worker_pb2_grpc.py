@@ -94,7 +94,7 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FinishAttempt(self, request, context):
-        """The adapter or the pause checkpoint is published, or the attempt failed.
+        """The adapter, the model or the pause checkpoint is published, or the attempt failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

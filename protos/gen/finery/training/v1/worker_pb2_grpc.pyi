@@ -41,7 +41,7 @@ class WorkerServiceStub:
     ReportStep: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ReportStepRequest, _worker_pb2.WorkerCommand]
     ReportCheckpoint: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ReportCheckpointRequest, _worker_pb2.WorkerCommand]
     FinishAttempt: _grpc.UnaryUnaryMultiCallable[_worker_pb2.FinishAttemptRequest, _worker_pb2.FinishAttemptResponse]
-    """The adapter or the pause checkpoint is published, or the attempt failed."""
+    """The adapter, the model or the pause checkpoint is published, or the attempt failed."""
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -56,7 +56,7 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     ReportStep: _aio.UnaryUnaryMultiCallable[_worker_pb2.ReportStepRequest, _worker_pb2.WorkerCommand]  # type: ignore[assignment]
     ReportCheckpoint: _aio.UnaryUnaryMultiCallable[_worker_pb2.ReportCheckpointRequest, _worker_pb2.WorkerCommand]  # type: ignore[assignment]
     FinishAttempt: _aio.UnaryUnaryMultiCallable[_worker_pb2.FinishAttemptRequest, _worker_pb2.FinishAttemptResponse]  # type: ignore[assignment]
-    """The adapter or the pause checkpoint is published, or the attempt failed."""
+    """The adapter, the model or the pause checkpoint is published, or the attempt failed."""
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """What a worker process tells the server. The caller's token names one attempt (job and epoch); a stale epoch is
@@ -98,6 +98,6 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.FinishAttemptRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.FinishAttemptResponse, _abc.Awaitable[_worker_pb2.FinishAttemptResponse]]:
-        """The adapter or the pause checkpoint is published, or the attempt failed."""
+        """The adapter, the model or the pause checkpoint is published, or the attempt failed."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
