@@ -28,6 +28,8 @@ NUM_TOKEN_IDS = 49152
 """Random token ids are below this, whatever the model's vocabulary."""
 PACKED_TOKENS = 2048
 """Length that short rows are packed to."""
+SHORT_GIB = 16.0
+"""What Finery may allocate for short rows: their target is set at this much."""
 RESERVED_GIB = 0.75
 """What the CUDA context and its libraries take of a card, beside the allocator's memory."""
 
@@ -111,10 +113,12 @@ class Workload:
 
     @property
     def budget_gib(self) -> float | None:
-        """Memory that the engine may allocate; None: what the card has."""
+        """Memory that Finery may allocate; None: what the card has."""
         if self.card_gib is not None:
             return self.card_gib - RESERVED_GIB
-        return PEER_PEAK_GIB[self.base.name] if self.is_equal_memory else None
+        if self.is_equal_memory:
+            return PEER_PEAK_GIB[self.base.name]
+        return SHORT_GIB if self.kind == "short" else None
 
     @property
     def num_steps(self) -> tuple[int, int]:
