@@ -103,7 +103,7 @@ def _rows(seed=0):
 
 def _transformers_loss(model, rows):
     """Summed over labels, each row on its own."""
-    total = 0.0
+    total = torch.zeros(())
     for ids, targets in rows:
         logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0]
         logits = logits.float() if logits.dtype != torch.float64 else logits

@@ -71,14 +71,14 @@ def small_model(*, nf4=False):
 
 
 def quantize(model):
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     for layer in model.model.layers:
         for block in (layer.self_attn, layer.mlp):
             for name, linear in list(block.named_children()):
                 if isinstance(linear, torch.nn.Linear):
-                    quantized = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4", device="cuda")
-                    quantized.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4").cuda()
+                    quantized = Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4", device="cuda")
+                    quantized.weight = Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4").cuda()
                     setattr(block, name, quantized)
 
 

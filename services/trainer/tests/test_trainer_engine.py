@@ -204,6 +204,7 @@ def test_the_step_is_adamw_with_clipping_and_decay_of_matrices_alone():
         [{"params": [expected_matrix], "weight_decay": 0.1}, {"params": [expected_bias], "weight_decay": 0.0}], lr=0.1, betas=(0.9, 0.999)
     )
     for parameter in (matrix, bias):
+        assert parameter.grad is not None
         parameter.grad.fill_(2.0)
     norm = math.sqrt(6 * 4.0)
     assert stepper.apply() == pytest.approx(norm)
