@@ -111,6 +111,8 @@ class Job(Named):
     error: JobError | None = None
     metrics: StepMetrics | None = None
     adapter: Artifact | None = None
+    model: Artifact | None = None
+    """What method full has trained, instead of an adapter."""
     metrics_file: Artifact | None = None
     deployment: JobDeployment = JobDeployment()
     create_time: datetime

@@ -148,6 +148,10 @@ async def test_what_cannot_be_deployed_is_refused(native, client, stranger, worl
     world.training.job(job_id).ClearField("adapter")
     assert (await native.post("/deployments", json={"job_id": job_id})).status_code == 409
     assert (await native.post("/deployments", json={"job_id": job_id, "alias": "a/b"})).status_code == 400
+    world.training.job(job_id).model.prefix = f"projects/{world.project}/models/{job_id}/"
+    whole = await native.post("/deployments", json={"job_id": job_id})
+    assert (whole.status_code, f"s3_prefix projects/{world.project}/models/{job_id}/" in whole.json()["error"]["message"]) == (409, True)
+    world.training.job(job_id).ClearField("model")
     foreign = await native.post("/deployments", json={"job_id": job_id}, headers={"authorization": f"Bearer {stranger.api_key}"})
     assert foreign.status_code == 404
 

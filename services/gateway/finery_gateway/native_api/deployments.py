@@ -84,6 +84,10 @@ async def delete_deployment(gateway: GatewayParts, project: Project, alias: str,
 async def _adapter(gateway: Gateway, project: str, fields: DeploymentFields) -> tuple[str, Artifact]:
     """The default alias and the adapter of a job or of one of its checkpoints."""
     job = await gateway.training.get_job(project, job_id=fields.job_id)
+    if job.model is not None:
+        raise FailedPreconditionError(
+            f"{job.id} has trained a whole model, no adapter; to serve it, give the catalogue an entry with s3_prefix {job.model.prefix}."
+        )
     if fields.step is None:
         if job.adapter is None:
             raise FailedPreconditionError(
