@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import structlog
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.numpy import save_file
@@ -17,6 +18,8 @@ pytest.importorskip("trl")
 from finery_common.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
 from finery_common.spec import TrainingSpec
 from finery_trainer import engine
+from finery_trainer.engine import preference
+from finery_trainer.engine.block import Block
 from finery_trainer.engine.data import TokenDataset
 from finery_trainer.engine.loop import Action
 from finery_trainer.engine.preference import PreferenceDataset, train
@@ -167,6 +170,41 @@ def test_every_kind_of_adapter_and_optimizer_learns_and_resumes(base_dir, tmp_pa
     _, after, _ = run(base_dir, data, spec, resume_from=state)
     assert [report.loss for report in before + after] == [report.loss for report in reports]
     assert reports[-2].loss < reports[0].loss
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[str]:
+    """Which passes went through the engine's own layers, in order."""
+    seen: list[str] = []
+    for name in ("forward", "backward"):
+        plain = getattr(Block, name)
+        monkeypatch.setattr(Block, name, lambda self, *a, _plain=plain, _name=name, **k: (seen.append(_name), _plain(self, *a, **k))[1])
+    return seen
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_policy_and_reference_run_through_the_engines_own_layers(base_dir, tmp_path, pairs, passes, monkeypatch, precision):
+    data, spec = write(tmp_path / "data", pairs), spec_of(precision=precision, dpo={"beta": 1.0}, num_epochs=2)
+    _, reports, _ = run(base_dir, data, spec)
+    # Two layers, for reference and policy, in 7 micro-batches an epoch.
+    assert (passes.count("forward"), passes.count("backward")) == (2 * 2 * 7 * 2, 2 * 7 * 2)
+    passes.clear()
+    monkeypatch.setattr(preference, "bind_layers", lambda _model: "they are not wanted")
+    _, plain, _ = run(base_dir, data, spec)
+    assert not passes
+    losses = [report.loss for report in reports]
+    assert losses == pytest.approx([report.loss for report in plain], rel=1e-3 if precision == "float32" else 5e-2)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6), "both see the same arithmetic"
+
+
+@pytest.mark.parametrize(("lora", "reason"), [({"dropout": 0.1}, "LoRA dropout"), ({"use_dora": True}, "lora_magnitude_vector")])
+def test_adapters_that_the_engines_layers_do_not_take_train_by_the_models_own_and_say_so(base_dir, tmp_path, pairs, passes, lora, reason):
+    spec = spec_of(lora={"rank": 4, **lora}, num_epochs=2)
+    with structlog.testing.capture_logs() as logs:
+        _, reports, _ = run(base_dir, write(tmp_path / "data", pairs), spec)
+    assert not passes
+    assert reports[-1].loss != reports[0].loss
+    assert [entry["reason"] for entry in logs if "transformers' own modules" in entry["event"] and reason in entry["reason"]]
 
 
 def test_reports_count_steps_epochs_and_the_tokens_of_both_rows(base_dir, tmp_path, pairs):

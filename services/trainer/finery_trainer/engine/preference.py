@@ -1,6 +1,7 @@
 """Training on preferences: pairs to gradients to steps, with the reports, pauses and checkpoints of the supervised loop.
 
-Owns reading datasets of pairs and the order of things. The loss of a pair is `dpo`'s, which is TRL's.
+Owns reading datasets of pairs and the order of things. The loss of a pair is `dpo`'s, which is TRL's; the decoder's layers are the engine's
+own (`layers`) where they take the model.
 
 A dataset folder's shards hold each pair twice over: `chosen_input_ids`, `chosen_label_mask`, `chosen_row_offsets`, and the same with
 `rejected_`. Making them is dataprep's.
@@ -19,19 +20,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import structlog
 import torch
 
 from finery_common.errors import DataLossError, InvalidArgumentError
 from finery_common.spec import MethodType, TrainingSpec
 from finery_trainer.engine import checkpoint
 from finery_trainer.engine.data import IntArray, TokenDataset, epoch_order
+from finery_trainer.engine.layers import bind_layers
 from finery_trainer.engine.loop import Action, OnCheckpoint, OnStep, Outcome, StepReport, memory_bytes, steps_of
 from finery_trainer.engine.optim import Stepper, build_flat_optimizer, non_finite, rate_factors
+from finery_trainer.engine.stack import unsupported
 from finery_trainer.engine.trained import flatten
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig
+
+log = structlog.get_logger(__name__)
 
 
 class PreferenceDataset:
@@ -130,6 +136,7 @@ class _Run:
         self._loss = pair_loss(model, spec)
         groups = [flatten([parameter for parameter in model.parameters() if parameter.requires_grad])]
         self.stepper: Stepper = build_flat_optimizer(spec.optimizer, groups, self.num_steps, factors=rate_factors(model, spec))
+        _bind(model)
         self._num_trained_tokens = 0
         self._order: tuple[int, list[int]] = (-1, [])
         torch.manual_seed(spec.seed)
@@ -206,6 +213,12 @@ class _Run:
             self._order = epoch, epoch_order(self._data.num_rows, seed=self._spec.seed, epoch=epoch)
         size = self._spec.batch.micro_batch_size * self._spec.batch.gradient_accumulation_steps
         return self._order[1][within * size : (within + 1) * size]
+
+
+def _bind(model: PeftModel) -> None:
+    """Lets the passes of policy and reference run through the engine's own layers, where those take the model as supervised runs do."""
+    if (reason := unsupported(model) or bind_layers(model)) is not None:
+        log.info("training by transformers' own modules", reason=reason)
 
 
 def _precision(model: PeftModel) -> contextlib.AbstractContextManager[object]:
