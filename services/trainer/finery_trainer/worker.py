@@ -235,13 +235,16 @@ class _Run:
 
 
 def _method_of(spec: TrainingSpec, inputs: Inputs) -> Callable[..., loop.Outcome]:
-    """The engine's loop for the spec's method, its data read; it wants the model and the two callbacks."""
+    """The engine's loop for the spec's method and GPUs, its data read; it wants the model and the two callbacks."""
     from finery_trainer import engine
 
     is_preference = spec.method is MethodType.DPO
     read = engine.preference.PreferenceDataset if is_preference else engine.data.TokenDataset
+    train = engine.preference.train if is_preference else engine.loop.train
+    if spec.gpus > 1:
+        train = partial(engine.distributed.train, base_dir=inputs.base_dir, training_dir=inputs.training_dir)
     return partial(
-        engine.preference.train if is_preference else engine.loop.train,
+        train,
         data=read(inputs.training_dir),
         spec=spec,
         validation=None if inputs.validation_dir is None else read(inputs.validation_dir),

@@ -17,6 +17,7 @@ from finery_trainer.engine import distributed
 from finery_trainer.engine.data import TokenDataset
 from finery_trainer.engine.distributed import ReplicaLostError, shares
 from finery_trainer.engine.loop import Action, StepReport
+from finery_trainer.worker import Inputs, _method_of
 
 CPU = torch.device("cpu")
 NUM_STEPS = 4
@@ -127,8 +128,9 @@ def test_a_replica_s_death_ends_the_run(case):
     assert not torch.distributed.is_initialized()
 
 
-def test_a_model_outside_the_families_is_refused_before_anything_starts(case):
+def test_a_worker_refuses_several_gpus_for_a_model_outside_the_families(case):
     case = case._replace(spec=spec_of(lora={"dropout": 0.5}, gpus=2))
+    inputs = Inputs(case.base_dir, "", case.training_dir, validation_dir=None, checkpoint_dir=None)
     with pytest.raises(FailedPreconditionError, match=r"gpus: got 2, wanted 1 .*LoRA dropout.*set gpus to 1") as caught:
-        case.train(case.model(), lambda _: Action.CONTINUE)
+        _method_of(case.spec, inputs)(case.model(), on_step=lambda _: Action.CONTINUE)
     assert caught.value.param == "spec.gpus"

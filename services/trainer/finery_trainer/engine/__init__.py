@@ -3,11 +3,11 @@
     model = engine.load(spec, base_dir)
     outcome = engine.loop.train(model, data, spec, on_step)
 
-`model` loads and adapts, `data` reads shards, `loop` drives, `preference` does on pairs, `optim` steps, `checkpoint` saves everything that
-a run needs to go on, `adapter` writes what serving reads, `full_model` what is trained whole.
+`model` loads and adapts, `data` reads shards, `loop` drives, `distributed` on several GPUs, `preference` on pairs, `optim` steps,
+`checkpoint` saves everything that a run needs to go on, `adapter` writes what serving reads, `full_model` what is trained whole.
 """
 
-from finery_trainer.engine import adapter, checkpoint, data, full_model, loop, optim, preference, stack
+from finery_trainer.engine import adapter, checkpoint, data, distributed, full_model, loop, optim, preference, stack
 from finery_trainer.engine.model import load
 
-__all__ = ["adapter", "checkpoint", "data", "full_model", "load", "loop", "optim", "preference", "stack"]
+__all__ = ["adapter", "checkpoint", "data", "distributed", "full_model", "load", "loop", "optim", "preference", "stack"]
