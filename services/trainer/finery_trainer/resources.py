@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from finery_common.artifacts import ArtifactStore
 from finery_common.catalogue import Catalogue, read_config
 from finery_common.errors import InvalidArgumentError
@@ -57,13 +59,15 @@ class ResourceEstimates:
 
 
 def _estimated(spec: TrainingSpec, config: Mapping[str, object], gpus: tuple[Gpu, ...], asked_bytes: int | None) -> ResourceEstimate:
-    from finery_trainer.engine.estimate import estimate
+    from finery_trainer.engine.estimate import allocatable_bytes, estimate
+
+    host_bytes = psutil.virtual_memory().available
 
     def of(free_bytes: int) -> Estimate:
-        return estimate(spec, config, device_memory_bytes=free_bytes)
+        return estimate(spec, config, device_memory_bytes=free_bytes, host_memory_bytes=host_bytes)
 
     def fits(free_bytes: int) -> bool:
-        return of(free_bytes).total_bytes <= spec.memory.budget_bytes(free_bytes)
+        return of(free_bytes).total_bytes <= allocatable_bytes(spec, free_bytes)
 
     return ResourceEstimate(
         parts=of(max((gpu.free_bytes for gpu in gpus), default=0) if asked_bytes is None else asked_bytes),

@@ -9,6 +9,7 @@ from finery_common.errors import InvalidArgumentError, NotFoundError, Permission
 from finery_common.spec import TrainingSpec
 from finery_trainer import service
 from finery_trainer.devices import Gpu, among, parse, visible_gpus
+from finery_trainer.engine.passes import RESERVE_BYTES
 
 CSV = """0, GPU-aaaa1111, NVIDIA H200, 143771, 143000
 1, GPU-bbbb2222, NVIDIA L4, 23034, 22563
@@ -73,9 +74,9 @@ async def test_a_run_is_estimated_by_part_before_anything_is_loaded(system, monk
 async def test_another_machines_gpu_can_be_asked_about(system, monkeypatch):
     monkeypatch.setattr(service, "visible_gpus", lambda _: ())
     async with system.started():
-        need = (await ask(system)).gpu_memory.total_bytes
+        need = (await ask(system)).gpu_memory.total_bytes + RESERVE_BYTES
         assert (await ask(system, device_memory_bytes=need)).fits
-        assert not (await ask(system, device_memory_bytes=need - 1)).fits
+        assert not (await ask(system, device_memory_bytes=need - 16 * MIB)).fits
         assert not (await ask(system, device_memory_bytes=need, memory={"budget": 0.5})).fits
         with pytest.raises(InvalidArgumentError, match="device_memory_bytes: got 0"):
             await ask(system, device_memory_bytes=0)

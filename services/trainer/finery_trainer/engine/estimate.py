@@ -1,34 +1,42 @@
 """What a run needs of a GPU, before anything is loaded: bytes by part, from the spec and the base model's `config.json`.
 
-Owns the counting of parameters and what is kept of each kind. Activations and workspace are what a run gets by with when it recomputes
-all it can; what it keeps beyond that, in memory to spare, is the planner's.
+Owns the counting of parameters and what is kept of each kind. Where the engine's own layers train the model, activations and workspace are
+the planner's for that memory; for other models, what a pass takes that keeps each layer's input and recomputes the rest.
 
-Shapes: D hidden size, F intermediate size, N outputs of a linear layer, K its inputs, V vocabulary, T tokens of a forward pass.
+Shapes: D hidden size, F intermediate size, N outputs of a linear layer, K its inputs, R ranks of its adapters, V vocabulary, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from finery_common.errors import FailedPreconditionError, InvalidArgumentError
+from finery_common.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from finery_common.spec import LoraBias, LoraSpec, MethodType, OptimizerType, Precision, Quantization, TrainingSpec
+from finery_kernels.adamw.state import GROUP_BLOCK, QUANTIZATION_BLOCK
+from finery_kernels.lora import StackedLayout
+from finery_trainer.engine.architecture import ModelShape, decoder_of, describe
+from finery_trainer.engine.host_embedding import not_offloaded
+from finery_trainer.engine.passes import RESERVE_BYTES
+from finery_trainer.engine.planner import Plan, Ranks, Workload, plan_step
+from finery_trainer.engine.weights import PROJECTIONS
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 FLOAT32_BYTES = 4
 HEAD_TILE_ROWS = 1024
 """Rows whose logits are there at one time."""
 _DPO_TILE = (4096, 32768)
 """Rows and vocabulary of TRL's tiles of logits."""
-_NF4_BLOCK, _NESTED_BLOCK, _STATE_BLOCK = 64, 256, 256
-_STATE_MIN_ELEMENTS = 4096
+_NF4_BLOCK, _NESTED_BLOCK = 64, 256
+_PRECISION_BYTES = 8 << 20
+"""To which the least memory of a plan is found, or to a 128th."""
 _LIBRARIES_BYTES = 64 << 20
 """Workspace of cuBLAS and cuDNN."""
 
@@ -39,6 +47,7 @@ class Estimate:
 
     weights_bytes: int
     adapters_bytes: int
+    """Their float32 values, and beside 16-bit weights the copies that the engine's own layers multiply with."""
     gradients_bytes: int
     optimizer_states_bytes: int
     activations_bytes: int
@@ -48,7 +57,7 @@ class Estimate:
 
     @property
     def total_bytes(self) -> int:
-        """Of the GPU's memory."""
+        """Allocated on the GPU, of which a run leaves `RESERVE_BYTES` free besides."""
         return (
             self.weights_bytes
             + self.adapters_bytes
@@ -69,33 +78,144 @@ class Parameters:
     """Of `others`, the input embeddings where they are not the head as well."""
     adapter_tensors: tuple[int, ...]
     """Elements of each tensor that an adapter trains."""
-    all_tensors: tuple[int, ...]
-    """Elements of each tensor of the base model."""
+    matrices: tuple[int, ...]
+    """Elements of each tensor of the base model with two dimensions or more."""
+    vectors: tuple[int, ...]
+    """Elements of each of the others."""
 
 
-def estimate(spec: TrainingSpec, config: Mapping[str, Any], *, device_memory_bytes: int) -> Estimate:
+def estimate(spec: TrainingSpec, config: Mapping[str, Any], *, device_memory_bytes: int, host_memory_bytes: int = 0) -> Estimate:
     """What a run of `spec` needs. `config` is the base model's `config.json`.
 
-    `device_memory_bytes` is what the GPU has free for the run; with 0 the answer is the least that the run gets by with, which is also
-    what this version answers whatever the memory.
-    Raises FailedPreconditionError where the configuration is of no causal language model, InvalidArgumentError where a target module
-    is not in it.
+    `device_memory_bytes` is what the GPU has free for the run, of which `spec.memory.budget` says how much it may take; with 0, and where
+    that is too little, the answer is the least that the run gets by with. `host_memory_bytes` is what the host has free: half of it may
+    be pinned unless `spec.memory.host_budget_bytes` says how much.
+    Raises FailedPreconditionError where the configuration is of no causal language model or its embeddings cannot be offloaded,
+    InvalidArgumentError where a target module is not in it.
     """
-    assert device_memory_bytes >= 0
+    assert min(device_memory_bytes, host_memory_bytes) >= 0
     read = _read(config)
-    parameters = count_parameters(spec, read)
-    trained = parameters.all_tensors if spec.method is MethodType.FULL else parameters.adapter_tensors
-    gradient_bytes = _element_bytes(spec) if spec.method is MethodType.FULL else FLOAT32_BYTES
-    moved = _element_bytes(spec) * parameters.embeddings if spec.memory.offload_embeddings else 0
-    return Estimate(
-        weights_bytes=weight_bytes(spec, parameters) - moved,
-        adapters_bytes=0 if spec.method is MethodType.FULL else FLOAT32_BYTES * sum(parameters.adapter_tensors),
-        gradients_bytes=gradient_bytes * sum(trained),
-        optimizer_states_bytes=sum(state_bytes(size, spec.optimizer.type) for size in trained),
-        activations_bytes=activation_bytes(spec, read, num_tokens=_num_tokens(spec)),
-        workspace_bytes=_workspace_bytes(spec, read, parameters),
-        host_bytes=moved,
+    model = _without_memory(read)
+    parameters = count_parameters(spec, model)
+    shape = describe(read) if _is_plain(spec, model) else "not plain"
+    if isinstance(shape, str):
+        if spec.memory.offload_embeddings:
+            raise not_offloaded("the model trains by transformers' own modules, which look embeddings up on the GPU")
+        return replace(
+            _kept(spec, parameters),
+            activations_bytes=activation_bytes(spec, read, num_tokens=_num_tokens(spec)),
+            workspace_bytes=_workspace_bytes(spec, read, parameters),
+        )
+    if spec.memory.offload_embeddings and shape.is_tied:
+        raise not_offloaded("this model's head is the same matrix, and multiplies with it on the GPU")
+    host_bytes = host_memory_bytes // 2 if spec.memory.host_budget_bytes is None else spec.memory.host_budget_bytes
+    work = _workload(spec, model)
+    kept = _kept(spec, parameters, copies_bytes=_copies_bytes(spec, shape, work.ranks))
+    plan = _plan(spec, shape, work, card_bytes=allocatable_bytes(spec, device_memory_bytes) - kept.total_bytes, host_bytes=host_bytes)
+    return replace(
+        kept,
+        activations_bytes=plan.activation_bytes,
+        workspace_bytes=plan.workspace_bytes + plan.resident_bytes,
+        host_bytes=kept.host_bytes + plan.host_bytes,
     )
+
+
+def allocatable_bytes(spec: TrainingSpec, device_memory_bytes: int) -> int:
+    """What a run of `spec` may take of a GPU that has `device_memory_bytes` free."""
+    return spec.memory.budget_bytes(max(0, device_memory_bytes - RESERVE_BYTES))
+
+
+def _kept(spec: TrainingSpec, parameters: Parameters, *, copies_bytes: int = 0) -> Estimate:
+    """What stays from step to step."""
+    is_full = spec.method is MethodType.FULL
+    moved_bytes = _element_bytes(spec) * parameters.embeddings if spec.memory.offload_embeddings else 0
+    in_place = parameters.matrices if is_full else ()
+    flat = [ceil(size / GROUP_BLOCK) * GROUP_BLOCK for size in (parameters.vectors if is_full else parameters.adapter_tensors)]
+    return Estimate(
+        weights_bytes=weight_bytes(spec, parameters) - moved_bytes,
+        adapters_bytes=0 if is_full else FLOAT32_BYTES * sum(flat) + copies_bytes,
+        gradients_bytes=_element_bytes(spec) * sum(in_place) + FLOAT32_BYTES * sum(flat),
+        optimizer_states_bytes=sum(state_bytes(size, spec.optimizer.type) for size in (*in_place, *flat)),
+        activations_bytes=0,
+        workspace_bytes=0,
+        host_bytes=moved_bytes,
+    )
+
+
+def _is_plain(spec: TrainingSpec, model: PreTrainedModel) -> bool:
+    """Whether the engine's own layers train what `spec` asks for, in a model of their families."""
+    lora = spec.lora
+    trains_biases = lora.bias is not LoraBias.NONE and any(name.endswith("bias") for name, _ in model.named_parameters())
+    has_plain_adapter = lora.dropout == 0 and not trains_biases and not lora.use_dora and "lm_head" not in lora.target_modules
+    return spec.method is not MethodType.DPO and spec.quantization is not Quantization.INT8 and has_plain_adapter
+
+
+def _workload(spec: TrainingSpec, model: PreTrainedModel) -> Workload:
+    """One step of the longest rows that the spec allows, on one of its GPUs."""
+    num_tokens = spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps * spec.max_sequence_length
+    return Workload(
+        # What `distributed.shares` gives to one GPU at the most.
+        num_tokens=min(num_tokens, num_tokens // spec.gpus + spec.max_sequence_length),
+        longest_row=spec.max_sequence_length,
+        mean_row=spec.max_sequence_length,
+        ranks=Ranks() if spec.method is MethodType.FULL else _ranks(spec.lora, model),
+        element_bytes=_element_bytes(spec),
+        is_quantized=spec.quantization is Quantization.NF4,
+        trains_weights=spec.method is MethodType.FULL,
+    )
+
+
+def _ranks(lora: LoraSpec, model: PreTrainedModel) -> Ranks:
+    """Of the first layer's projections, as `weights` stacks them."""
+    layer = cast("nn.ModuleList", decoder_of(model).layers)[0]
+    names = {module: name for name, module in model.named_modules()}
+    found: dict[str, int] = {}
+    for projection, (block_name, members) in PROJECTIONS.items():
+        block = cast("nn.Module", getattr(layer, block_name))
+        linears = [cast("nn.Linear", getattr(block, name)) for name in members if hasattr(block, name)]
+        linears = linears or [cast("nn.Linear", getattr(block, f"{projection}_proj"))]
+        ranks = tuple(lora.rank if any(_is_meant(names[linear], target) for target in lora.target_modules) else 0 for linear in linears)
+        found[projection] = StackedLayout(linears[0].in_features, tuple(linear.out_features for linear in linears), ranks).num_ranks
+    return Ranks(**found)
+
+
+def _copies_bytes(spec: TrainingSpec, shape: ModelShape, ranks: Ranks) -> int:
+    """What adapters add to weights that stay in the arithmetic's precision: R rows and R columns."""
+    if spec.quantization is not Quantization.NONE:
+        return 0
+    elements = 0
+    for layer in shape.layers:
+        sizes = (
+            (ranks.qkv, layer.num_qkv, layer.hidden),
+            (ranks.o, layer.hidden, layer.num_attention),
+            (ranks.gate_up, 2 * layer.intermediate, layer.hidden),
+            (ranks.down, layer.hidden, layer.intermediate),
+        )
+        elements += sum(rank * (rank + outputs + inputs) for rank, outputs, inputs in sizes)
+    return _element_bytes(spec) * elements
+
+
+def _plan(spec: TrainingSpec, shape: ModelShape, work: Workload, *, card_bytes: int, host_bytes: int) -> Plan:
+    """The run's plan for `card_bytes`, or the one for the least that there is a plan for."""
+
+    def planned(room: int) -> Plan | None:
+        try:
+            return plan_step(shape, work, card_bytes=room, host_bytes=host_bytes, pack_tokens=spec.batch.max_tokens)
+        except ResourceExhaustedError:
+            return None
+
+    if card_bytes > 0 and (plan := planned(card_bytes)) is not None:
+        return plan
+    too_little, enough = max(0, card_bytes), 2 * max(card_bytes, _PRECISION_BYTES)
+    while (least := planned(enough)) is None:
+        too_little, enough = enough, 2 * enough
+    while enough - too_little > max(_PRECISION_BYTES, enough // 128):
+        middle = (too_little + enough) // 2
+        if (plan := planned(middle)) is None:
+            too_little = middle
+        else:
+            least, enough = plan, plan.card_bytes
+    return least
 
 
 def weight_bytes(spec: TrainingSpec, parameters: Parameters) -> int:
@@ -116,12 +236,12 @@ def weight_bytes(spec: TrainingSpec, parameters: Parameters) -> int:
 
 
 def state_bytes(num_elements: int, optimizer: OptimizerType) -> int:
-    """AdamW's two moments of one tensor. In 8 bits each block of 256 has a float32 scale, and small tensors stay in float32."""
+    """AdamW's two moments of one buffer. In 8 bits each block of 256 has a float32 scale."""
     if optimizer is OptimizerType.ADAMW_BF16:
         return 2 * 2 * num_elements
-    if optimizer is OptimizerType.ADAMW or num_elements < _STATE_MIN_ELEMENTS:
+    if optimizer is OptimizerType.ADAMW:
         return 2 * FLOAT32_BYTES * num_elements
-    return 2 * (num_elements + FLOAT32_BYTES * ceil(num_elements / _STATE_BLOCK))
+    return 2 * (num_elements + FLOAT32_BYTES * ceil(num_elements / QUANTIZATION_BLOCK))
 
 
 def activation_bytes(spec: TrainingSpec, config: PretrainedConfig, *, num_tokens: int) -> int:
@@ -139,28 +259,28 @@ def activation_bytes(spec: TrainingSpec, config: PretrainedConfig, *, num_tokens
     return _element_bytes(spec) * num_tokens * (layers * hidden + one_layer)
 
 
-def count_parameters(spec: TrainingSpec, config: PretrainedConfig) -> Parameters:
-    """Numbers of parameters, from a model of this configuration that has shapes and no memory."""
-    model = _without_memory(config)
+def count_parameters(spec: TrainingSpec, model: PreTrainedModel) -> Parameters:
+    """Numbers of parameters of a model that has shapes and no memory."""
     head = model.get_output_embeddings()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
-    sizes = [parameter.numel() for parameter in model.parameters()]
+    tensors = list(model.parameters())
     num_weights = sum(module.weight.numel() for module in linears.values())
     embedding = cast("nn.Embedding", model.get_input_embeddings()).weight
     is_tied = isinstance(head, nn.Linear) and head.weight is embedding
     return Parameters(
         linears=tuple((module.out_features, module.in_features) for module in linears.values()),
-        others=sum(sizes) - num_weights,
+        others=sum(tensor.numel() for tensor in tensors) - num_weights,
         embeddings=0 if is_tied else embedding.numel(),
         adapter_tensors=() if spec.method is MethodType.FULL else tuple(_adapter_tensors(model, spec.lora)),
-        all_tensors=tuple(sizes),
+        matrices=tuple(tensor.numel() for tensor in tensors if tensor.dim() > 1),
+        vectors=tuple(tensor.numel() for tensor in tensors if tensor.dim() <= 1),
     )
 
 
 def _adapter_tensors(model: nn.Module, lora: LoraSpec) -> Iterator[int]:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in lora.target_modules:
-        found = [module for name, module in linears.items() if name == target or name.endswith("." + target)]
+        found = [module for name, module in linears.items() if _is_meant(name, target)]
         if not found:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
             raise InvalidArgumentError(
@@ -176,6 +296,11 @@ def _adapter_tensors(model: nn.Module, lora: LoraSpec) -> Iterator[int]:
                 yield bias.numel()
     if lora.bias is LoraBias.ALL:
         yield from (parameter.numel() for name, parameter in model.named_parameters() if name.endswith("bias"))
+
+
+def _is_meant(name: str, target: str) -> bool:
+    """Whether PEFT takes the module `name` for the target module `target`."""
+    return name == target or name.endswith("." + target)
 
 
 def _workspace_bytes(spec: TrainingSpec, config: PretrainedConfig, parameters: Parameters) -> int:
@@ -215,7 +340,7 @@ def _read(config: Mapping[str, Any]) -> PretrainedConfig:
     return read.get_text_config()
 
 
-def _without_memory(config: PretrainedConfig) -> Any:
+def _without_memory(config: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _CPU_PACK_TOKENS = 4096
-_RESERVE_BYTES = 512 << 20
+RESERVE_BYTES = 512 << 20
 """Left free on a GPU: what fragments, and other libraries' workspaces."""
 
 
@@ -198,7 +198,7 @@ def _card_bytes(spec: TrainingSpec, device: torch.device) -> int:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
-    ours = free + torch.cuda.memory_reserved(device) - _RESERVE_BYTES
+    ours = free + torch.cuda.memory_reserved(device) - RESERVE_BYTES
     return spec.memory.budget_bytes(ours) - allocated
 
 
