@@ -41,7 +41,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> engine.data.TokenDataset:
+def training_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows that repeat one pattern, which an adapter can learn."""
     pattern = np.random.default_rng(0).integers(0, VOCABULARY, ROW_TOKENS)
     folder = tmp_path_factory.mktemp("data")
@@ -51,7 +51,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> engine.data.TokenDataset:
         "row_offsets": np.arange(NUM_ROWS + 1, dtype=np.int64) * ROW_TOKENS,
     }
     save_file(tensors, folder / "shard-00000.safetensors")
-    return engine.data.TokenDataset(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(training_dir: Path) -> engine.data.TokenDataset:
+    return engine.data.TokenDataset(training_dir)
 
 
 def test_the_loss_falls_in_bfloat16_with_8_bit_states(base_dir: Path, data: engine.data.TokenDataset):
@@ -94,3 +99,22 @@ def test_a_run_goes_on_from_its_checkpoint(base_dir: Path, data: engine.data.Tok
     assert len(first + second) == len(whole)
     # Reruns on a GPU differ in summation order; a state that was lost would differ far more than this.
     assert np.allclose(first + second, whole, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("indices", [(0, 0), (0, 1)], ids=["one GPU, Gloo", "two GPUs, NCCL"])
+def test_two_replicas_take_the_steps_of_one(base_dir: Path, data: engine.data.TokenDataset, training_dir: Path, indices: tuple[int, int]):
+    if torch.cuda.device_count() <= max(indices):
+        pytest.skip("needs two GPUs")
+    alone, together = [], []
+    engine.loop.train(engine.load(SPEC, base_dir), data, SPEC, lambda report: alone.append(report.loss) or Action.CONTINUE)
+    engine.distributed.train(
+        engine.load(SPEC, base_dir),
+        data,
+        SPEC,
+        lambda report: together.append(report.loss) or Action.CONTINUE,
+        base_dir=base_dir,
+        training_dir=training_dir,
+        devices=[torch.device("cuda", index) for index in indices],
+    )
+    # As above: they differ in summation order.
+    assert np.allclose(together, alone, rtol=0.05, atol=0.02)
