@@ -7,6 +7,7 @@ import errno
 import secrets
 
 import pytest
+from transformers import LlamaConfig
 
 from finery.common.v1 import job_pb2
 from finery.training.v1 import training_pb2
@@ -22,9 +23,12 @@ from finery_common.errors import (
     UnavailableError,
 )
 from finery_common.jobs import JobState, JobStore
+from finery_common.rpc.messages import error_fields
 from finery_common.rpc.tokens import Principal
 from finery_common.spec import TrainingSpec
 from finery_trainer.client import Assignment, Command, WorkerClient
+from finery_trainer.engine.architecture import describe
+from finery_trainer.engine.planner import Ranks, Workload, plan_step
 from finery_trainer.launchers import Attempt, Exit
 from finery_trainer.link import AttemptOver, Link
 from finery_trainer.publishing import MetricsTable, Publisher
@@ -599,6 +603,20 @@ def test_what_ends_an_attempt_is_explained_without_the_inside(error, code):
     explained = explain(error, work)
     assert explained.code == code
     assert "the inside" not in explained.message
+    assert ("spec.memory.budget" in explained.message) == (code == "out_of_memory")
+
+
+async def test_what_the_planner_refuses_is_the_jobs_error_word_for_word(system, launcher, wait_until):
+    shape = describe(LlamaConfig())
+    assert not isinstance(shape, str), shape
+    with pytest.raises(ResourceExhaustedError) as caught:
+        plan_step(shape, Workload(num_tokens=64, longest_row=64, mean_row=20.0, ranks=Ranks(qkv=24)), card_bytes=1 << 20)
+    job = await system.create()
+    client = await worker_client(launcher, await attempt_of(launcher, wait_until))
+    await client.finish(JobState.FAILED, error=error_fields(explain(caught.value, await client.assignment())))
+    await client.close()
+    error = (await system.get(job.name)).error
+    assert (error.code, error.param, error.message) == ("out_of_memory", "spec.memory.budget", caught.value.message)
 
 
 async def test_a_validation_taken_up_by_another_process_goes_on(system, wait_until):
