@@ -106,7 +106,7 @@ def lora_forward(
     scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`scale * ([x, x·Aᵀ] @ [W, s·B]ᵀ) + bias` [T, N], for `x_ext` [T, K + R] whose spare columns `lora_down` has filled."""
+    """`scale * ([x, x·Aᵀ] @ [W, s·B]ᵀ + bias)` [T, N], for `x_ext` [T, K + R] whose spare columns `lora_down` has filled."""
     if out is None:
         out = x_ext.new_empty(x_ext.shape[0], layout.num_outputs)
     weight = weight_ext[: layout.num_outputs]
@@ -115,7 +115,7 @@ def lora_forward(
     else:
         torch.addmm(out, x_ext, weight.T, beta=0, alpha=scale, out=out)
     if bias_N is not None:
-        out.add_(bias_N)
+        out.add_(bias_N, alpha=scale)
     return out
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from finery_trainer.engine.architecture import describe
 from finery_trainer.engine.block import RECOMPUTABLE
 from finery_trainer.engine.packing import IGNORE, pack
 from finery_trainer.engine.planner import Plan, keep_all
@@ -69,7 +70,15 @@ def _configs():
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
         "phi3": Phi3Config(**SIZES, sliding_window=6, resid_pdrop=0.0, embd_pdrop=0.0, partial_rotary_factor=0.5),
-        "granite": GraniteConfig(**SIZES, embedding_multiplier=6.0, residual_multiplier=0.22, attention_multiplier=0.1, logits_scaling=4.0),
+        "granite": GraniteConfig(
+            **SIZES,
+            embedding_multiplier=6.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.1,
+            logits_scaling=4.0,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
         "smollm3": SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1]),
     }
 
@@ -98,6 +107,7 @@ def _rows(seed=0):
         targets[rng.random(length) < 0.3] = IGNORE
         rows.append((ids, targets))
     rows[0][1][2] = 5
+    rows[2][0][3] = SIZES["pad_token_id"]
     return rows
 
 
@@ -201,3 +211,13 @@ def test_any_plan_gives_the_same_bits(family, offset):
         got_loss, got = _stack_gradients(stack, model, rows)
         assert got_loss == loss
         assert all(torch.equal(got[name], wanted[name]) for name in wanted), card
+
+
+def test_models_that_are_not_replaced_are_told_why():
+    from transformers import GPT2Config, LlamaConfig
+
+    dynamic = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}
+    assert "model_type gpt2 is not among" in describe(GPT2Config())
+    assert "rope_type is dynamic" in describe(LlamaConfig(**SIZES, rope_parameters=dynamic))
+    assert "attention_dropout is 0.1" in describe(LlamaConfig(**SIZES, attention_dropout=0.1))
+    assert "activation relu" in describe(LlamaConfig(**SIZES, hidden_act="relu"))

@@ -7,7 +7,7 @@ that has something the description cannot say, is not replaced: `describe` answe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -92,6 +92,8 @@ def describe(config: PretrainedConfig) -> ModelShape | str:
     for key in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
         if getattr(config, key, 0.0):
             return f"{key} is {getattr(config, key)}; the engine's own layers have no dropout"
+    if "dynamic" in _rope_types(config):
+        return "rope_type is dynamic: its frequencies follow each sequence's length, which packed sequences do not share"
     layers = tuple(_layer(config, index) for index in range(config.num_hidden_layers))
     embedding_scale = float(getattr(config, "embedding_multiplier", 1.0))
     return ModelShape(
@@ -138,6 +140,13 @@ def rotary_tables(rotary: nn.Module, key: str, *, length: int, device: torch.dev
     positions = torch.arange(length, device=device)[None]
     cos, sin = rotary(like, positions) if key == "all" else rotary(like, positions, key)
     return cos[0].contiguous(), sin[0].contiguous()
+
+
+def _rope_types(config: PretrainedConfig) -> set[str]:
+    """Of all layers: the parameters are one dictionary, or one for each type of layer."""
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    return {str(each.get("rope_type", "default")) for each in nested}
 
 
 def _activation_name(config: PretrainedConfig) -> str:

@@ -353,7 +353,7 @@ class Block:
         if (weight := gradients.weights.get(name)) is not None:
             accumulate_(weight, dy_TN.T, x_TK, alpha=scale)
         if (bias := gradients.biases.get(name)) is not None:
-            bias.add_(dy_TN.sum(dim=0, dtype=torch.float32), alpha=scale if name == "o" else 1.0)
+            bias.add_(dy_TN.sum(dim=0, dtype=torch.float32), alpha=scale)
 
     def _norm_backward(self, dy_TD: torch.Tensor, x_TD: torch.Tensor, norm: str, rstd_T: torch.Tensor, g_TD: torch.Tensor) -> None:
         """Adds to the stream's gradient `g_TD` what comes back through a norm of the stream."""

@@ -223,7 +223,9 @@ class TrainingStack:
 
     def _embedding_backward(self, batch: PackedBatch, g_TD: torch.Tensor) -> None:
         grad_VD = self._gradients[id(self._embedding.weight)]
-        part_VD = torch.ops.aten.embedding_dense_backward(g_TD, batch.input_ids_T, self.shape.vocab_size, -1, False)
+        # As with torch's own embedding, the padding token's row is not trained.
+        padding = -1 if self._embedding.padding_idx is None else self._embedding.padding_idx
+        part_VD = torch.ops.aten.embedding_dense_backward(g_TD, batch.input_ids_T, self.shape.vocab_size, padding, False)
         grad_VD.add_(part_VD, alpha=self._embedding_scale if self.shape.embedding_scale != 1.0 else 1.0)
 
     def _rotary_of(self, shape: LayerShape, batch: PackedBatch) -> Rotary:
