@@ -21,8 +21,9 @@ import torch
 from finery_common.spec import Quantization, TrainingSpec
 from finery_trainer.engine.generic import GenericPasses
 from finery_trainer.engine.graphs import GraphedPasses, in_buckets, token_bucket
+from finery_trainer.engine.host_embedding import HostEmbedding
 from finery_trainer.engine.optim import Stepper, build_flat_optimizer, rate_factors
-from finery_trainer.engine.packing import PackedBatch, Row, groups, pack
+from finery_trainer.engine.packing import PackedBatch, Row, groups, pack, replaced
 from finery_trainer.engine.planner import Plan, Ranks, Workload, keep_all, plan_step
 from finery_trainer.engine.stack import TrainingStack, unsupported
 
@@ -43,7 +44,7 @@ class PackedPasses:
     """Passes of the engine's own layers over packed batches.
 
     `longest_row`, `mean_row` and `num_tokens` (of a step) describe the data for the plan. Raises FailedPreconditionError for a model that
-    the engine's layers do not take, ResourceExhaustedError where `spec.memory` is too little.
+    the engine's layers do not take or whose embeddings cannot stay on the host, ResourceExhaustedError where `spec.memory` is too little.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class PackedPasses:
         self._longest_row, self._mean_row, self._num_tokens = longest_row, mean_row, num_tokens
         self._max_tokens = _CPU_PACK_TOKENS if spec.batch.max_tokens is None else spec.batch.max_tokens
         self._spec = spec
+        self._embedding = HostEmbedding(model) if spec.memory.offload_embeddings else None
         self._graphs = GraphedPasses(self.stack) if is_gpu else None
+        self._has_graphs = False
         self._prepared: tuple[list[int], list[PackedBatch]] | None = None
 
     @property
@@ -70,15 +73,19 @@ class PackedPasses:
         if self._device.type != "cuda":
             self.stack.follow(keep_all(len(self.stack.blocks)))
             return
+        card_bytes = _card_bytes(self._spec, self._device) - reserved_bytes
         plan = plan_step(
             self.stack.shape,
             workload(self.stack, self._spec, longest_row=self._longest_row, mean_row=self._mean_row, num_tokens=self._num_tokens),
-            card_bytes=_card_bytes(self._spec, self._device) - reserved_bytes,
+            card_bytes=card_bytes,
             host_bytes=host_bytes(self._spec),
             pack_tokens=self._spec.batch.max_tokens,
         )
         self._max_tokens = plan.pack_tokens
         self.stack.follow(plan)
+        # Graphs keep the memory of their pass for themselves, beside that of passes which are not captured.
+        twice = 2 * (plan.activation_bytes + plan.workspace_bytes) + plan.resident_bytes
+        self._has_graphs = twice <= card_bytes and not any(plan.host)
         log.info("memory planned", pack_tokens=plan.pack_tokens, card_bytes=plan.card_bytes, host_bytes=plan.host_bytes)
 
     def prepare(self, rows: Sequence[Row]) -> None:
@@ -120,7 +127,7 @@ class PackedPasses:
         self.stack.refresh()
 
     def _forward_backward(self, batch: PackedBatch, num_labels: int) -> torch.Tensor:
-        if self._graphs is None or any(self.plan.host):
+        if self._graphs is None or not self._has_graphs:
             return self.stack.forward_backward(batch.to(self._device), num_labels=num_labels)
         return self._graphs.forward_backward(batch, num_labels=num_labels).clone()
 
@@ -130,12 +137,18 @@ class PackedPasses:
 
     def _batch(self, rows: Sequence[Row]) -> PackedBatch:
         if self._device.type != "cuda":
-            return pack(rows, is_deterministic=self._is_deterministic)
+            return self._embedded(pack(rows, is_deterministic=self._is_deterministic))
         lengths = {len(ids) for ids, _ in rows}
         num_tokens = sum(len(ids) for ids, _ in rows)
         multiple = 1 if len(lengths) == 1 else token_bucket(num_tokens)
         batch = pack(rows, token_multiple=multiple, label_multiple=128, is_deterministic=self._is_deterministic)
-        return in_buckets(batch).pinned()
+        return self._embedded(in_buckets(batch)).pinned()
+
+    def _embedded(self, batch: PackedBatch) -> PackedBatch:
+        if self._embedding is None:
+            return batch
+        is_pinned = self._device.type == "cuda"
+        return replaced(batch, {"embedded_TD": self._embedding.rows(batch.input_ids_T, is_pinned=is_pinned)})
 
 
 def workload(stack: TrainingStack, spec: TrainingSpec, *, longest_row: int, mean_row: float, num_tokens: int) -> Workload:
