@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing import connection as mp_connection
 from multiprocessing.connection import Connection
@@ -108,20 +108,18 @@ def train(
         )
     spec = _of_one(spec, num_replicas=len(devices))
     with tempfile.TemporaryDirectory(prefix="replicas-") as folder:
-        tasks = [
-            Task(
-                index=index,
-                devices=tuple(devices),
-                spec=spec,
-                base_dir=base_dir,
-                training_dir=training_dir,
-                resume_from=resume_from,
-                rendezvous=Path(folder) / "rendezvous",
-                num_threads=torch.get_num_threads(),
-            )
-            for index in range(len(devices))
-        ]
-        with _Others.started(tasks[1:]) as others, _joined(tasks[0]), others.explaining():
+        first = Task(
+            index=0,
+            devices=tuple(devices),
+            spec=spec,
+            base_dir=base_dir,
+            training_dir=training_dir,
+            resume_from=resume_from,
+            rendezvous=Path(folder) / "rendezvous",
+            num_threads=torch.get_num_threads(),
+        )
+        rest = [replace(first, index=index) for index in range(1, len(devices))]
+        with _Others.started(rest) as others, _joined(first), others.explaining():
             outcome = loop.train(
                 model,
                 data,

@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import time
 import traceback
 from multiprocessing.connection import Connection
 
 from finery_common.telemetry import configure_logging
 from finery_trainer.engine import distributed
+
+_DELAY_S = 2.0
 
 
 def main(descriptor: int) -> int:
@@ -26,6 +29,9 @@ def main(descriptor: int) -> int:
         try:
             distributed.follow(connection.recv(), connection)
         except Exception as error:  # noqa: BLE001 - whatever it is, the first replica must learn of it
+            if isinstance(error, distributed.ReplicaLostError):
+                # A consequence. The first replica, which ends this one, is to see the cause first.
+                time.sleep(_DELAY_S)
             connection.send(_sendable(error))
             return 1
         connection.send(distributed.DONE)
