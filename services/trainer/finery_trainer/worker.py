@@ -106,7 +106,7 @@ class Worker:
         model = engine.load(assignment.spec, inputs.base_dir)
         publisher = Publisher(store, assignment=assignment, base_sha256=inputs.base_sha256, confirm=self._link.confirm)
         run = _Run(model, assignment, inputs, work_dir=folder, publisher=publisher, link=self._link, was_stopped=self._was_stopped)
-        self._enter("training")
+        self._enter(f"training by {_path_of(model)}")
         run.finish(train(model, on_step=run.on_step, on_checkpoint=run.on_checkpoint))
 
     def _fetch(self, assignment: Assignment, store: ArtifactStore) -> Inputs:
@@ -250,6 +250,14 @@ def _method_of(spec: TrainingSpec, inputs: Inputs) -> Callable[..., loop.Outcome
         validation=None if inputs.validation_dir is None else read(inputs.validation_dir),
         resume_from=inputs.checkpoint_dir,
     )
+
+
+def _path_of(model: PeftModel | PreTrainedModel) -> str:
+    """Whose arithmetic trains the model, for people."""
+    from finery_trainer import engine
+
+    reason = engine.stack.unsupported(model)
+    return "the engine's own layers" if reason is None else f"transformers' own modules ({reason})"
 
 
 def _metrics_of(report: loop.StepReport) -> StepMetrics:

@@ -68,6 +68,7 @@ async def test_a_file_becomes_a_deployed_adapter(system):
     hexadecimal = job_id.removeprefix("ftjob-")
     alias = f"ft:tiny:{system.project}:mine:{hexadecimal}"
     assert (job.deployment.state, job.deployment.alias) == (training_pb2.DEPLOYMENT_STATE_READY, alias)
+    assert "The worker is training by the engine's own layers." in [event.message for event in events]
     assert [event.data["state"] for event in events if event.type == "deployment"] == ["PENDING", "READY"]
     assert system.serving.aliases[f"projects/{system.project}/aliases/{alias}"].adapter == job.adapter
 
@@ -166,6 +167,16 @@ async def test_a_failure_that_another_attempt_cannot_mend_ends_the_job_with_its_
     assert "got 'qkv_proj'" in modules.error.message
 
 
+async def test_a_job_says_why_transformers_own_modules_train(system):
+    async with system.started():
+        job = await system.create(spec={"method": "dpo", "max_steps": 1, "lora": {"dropout": 0.1}}, deploy=False)
+        job = await system.wait(job.name, "SUCCEEDED")
+        messages = [event["message"] for event in await system.events(job.name)]
+    assert any(text.startswith("The worker is training by transformers' own modules (") and "dropout" in text for text in messages), (
+        messages
+    )
+
+
 async def test_a_service_that_dies_or_restarts_leaves_its_workers_work_whole(system, tmp_path, wait_until):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -226,6 +237,7 @@ async def test_a_file_of_preferences_becomes_a_deployed_adapter_too(system):
     assert names == {"adapter_config.json", "adapter_model.safetensors"}
 
 
+@pytest.mark.slow
 async def test_a_model_trained_whole_is_published_as_one_and_goes_on_bit_equal(system, wait_until):
     spec = {key: value for key, value in LONG.items() if key != "lora"} | {"method": "full", "num_epochs": 4}
     async with system.started():
