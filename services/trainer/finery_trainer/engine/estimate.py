@@ -21,7 +21,7 @@ from finery_common.spec import LoraBias, LoraSpec, MethodType, OptimizerType, Pr
 from finery_kernels.adamw.state import GROUP_BLOCK, QUANTIZATION_BLOCK
 from finery_kernels.lora import StackedLayout
 from finery_trainer.engine.architecture import ModelShape, decoder_of, describe
-from finery_trainer.engine.host_embedding import not_offloaded
+from finery_trainer.engine.host_embedding import GENERIC, TIED, not_offloaded
 from finery_trainer.engine.passes import RESERVE_BYTES
 from finery_trainer.engine.planner import Plan, Ranks, Workload, plan_step
 from finery_trainer.engine.weights import PROJECTIONS
@@ -100,14 +100,14 @@ def estimate(spec: TrainingSpec, config: Mapping[str, Any], *, device_memory_byt
     shape = describe(read) if _is_plain(spec, model) else "not plain"
     if isinstance(shape, str):
         if spec.memory.offload_embeddings:
-            raise not_offloaded("the model trains by transformers' own modules, which look embeddings up on the GPU")
+            raise not_offloaded(GENERIC)
         return replace(
             _kept(spec, parameters),
             activations_bytes=activation_bytes(spec, read, num_tokens=_num_tokens(spec)),
             workspace_bytes=_workspace_bytes(spec, read, parameters),
         )
     if spec.memory.offload_embeddings and shape.is_tied:
-        raise not_offloaded("this model's head is the same matrix, and multiplies with it on the GPU")
+        raise not_offloaded(TIED)
     host_bytes = host_memory_bytes // 2 if spec.memory.host_budget_bytes is None else spec.memory.host_budget_bytes
     work = _workload(spec, model)
     kept = _kept(spec, parameters, copies_bytes=_copies_bytes(spec, shape, work.ranks))

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from finery_common.errors import FailedPreconditionError
 from finery_common.spec import TrainingSpec
 from finery_kernels.linear_cross_entropy import linear_cross_entropy
 from finery_trainer.engine.architecture import base_of
+from finery_trainer.engine.host_embedding import GENERIC, not_offloaded
 from finery_trainer.engine.optim import Stepper, build_flat_optimizer, rate_factors
 from finery_trainer.engine.packing import IGNORE, Row
 from finery_trainer.engine.trained import FlatGroup, flatten, in_place
@@ -76,11 +76,7 @@ class GenericPasses:
 
     def __init__(self, model: PeftModel | PreTrainedModel, spec: TrainingSpec) -> None:
         if spec.memory.offload_embeddings:
-            raise FailedPreconditionError(
-                "memory.offload_embeddings: got true for a model that trains by transformers' own modules, which look embeddings up "
-                "on the GPU; leave it out.",
-                param="memory.offload_embeddings",
-            )
+            raise not_offloaded(GENERIC)
         self._model, self._spec = model, spec
         self.stack = GenericStack(model)
 

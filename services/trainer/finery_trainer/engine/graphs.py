@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finery_trainer.engine.packing import TENSORS, PackedBatch, replaced
+from finery_trainer.engine.packing import PackedBatch, replaced
 
 if TYPE_CHECKING:
     from finery_trainer.engine.stack import TrainingStack
@@ -68,8 +68,9 @@ class GraphedPasses:
         if shape not in self._captured:
             self._captured[shape] = self._capture(batch, num_labels)
         captured = self._captured[shape]
-        for name in TENSORS:
-            getattr(captured.batch, name).copy_(getattr(batch, name), non_blocking=True)
+        given = batch.tensors()
+        for name, static in captured.batch.tensors().items():
+            static.copy_(given[name], non_blocking=True)
         captured.num_labels.fill_(num_labels)
         captured.graph.replay()
         return captured.loss

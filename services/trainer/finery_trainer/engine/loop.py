@@ -194,7 +194,7 @@ class _Run:
             grad_norm=grad_norm,
             tokens_per_second=num_tokens / seconds,
             num_trained_tokens=self._num_trained_tokens,
-            memory_bytes=memory_bytes(self._model.device),
+            memory_bytes=memory_bytes(next(p.device for p in self._model.parameters() if p.requires_grad)),
             validation_loss=validation_loss,
             is_epoch_end=is_epoch_end,
         )

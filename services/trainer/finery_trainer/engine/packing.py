@@ -46,18 +46,24 @@ class PackedBatch:
     """Without padding."""
     is_deterministic: bool = False
     """Whether attention must give the same bits in every run."""
+    embedded_TD: torch.Tensor | None = None
+    """The tokens' embeddings, where they were looked up beforehand."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a forward pass reads, by field."""
+        fields = {name: getattr(self, name) for name in _TENSORS}
+        return {name: value for name, value in fields.items() if value is not None}
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`; copied without waiting where it lies in pinned memory."""
-        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
-        return replaced(self, tensors)
+        return replaced(self, {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()})
 
     def pinned(self) -> PackedBatch:
         """The same batch in page-locked memory."""
-        return replaced(self, {name: getattr(self, name).pin_memory() for name in TENSORS})
+        return replaced(self, {name: tensor.pin_memory() for name, tensor in self.tensors().items()})
 
 
-TENSORS = ("input_ids_T", "positions_T", "cu_seqlens", "rows_L", "targets_L")
+_TENSORS = ("input_ids_T", "positions_T", "cu_seqlens", "rows_L", "targets_L", "embedded_TD")
 
 
 def pack(rows: Sequence[Row], *, token_multiple: int = 1, label_multiple: int = 1, is_deterministic: bool = False) -> PackedBatch:

@@ -55,7 +55,8 @@ class TrainingStack:
         self._norm = cast("nn.Module", decoder.norm)
         self._rotary_module = cast("nn.Module", decoder.rotary_emb)
         self._rotary: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self.dtype, self.device = self._embedding.weight.dtype, self._embedding.weight.device
+        # The embedding may be on the host.
+        self.dtype, self.device = self._embedding.weight.dtype, cast("torch.Tensor", self._norm.weight).device
         self.workspace = Workspace(dtype=self.dtype, device=self.device)
         self._gradients: dict[int, torch.Tensor] = {}
         layers = list(cast("nn.ModuleList", decoder.layers))
@@ -173,7 +174,9 @@ class TrainingStack:
         return residual_TD, delta_TD
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
-        embedded_TD = nn.functional.embedding(batch.input_ids_T, self._embedding.weight)
+        embedded_TD = batch.embedded_TD
+        if embedded_TD is None:
+            embedded_TD = nn.functional.embedding(batch.input_ids_T, self._embedding.weight)
         return embedded_TD if self.shape.embedding_scale == 1.0 else embedded_TD * self._embedding_scale
 
     @property
