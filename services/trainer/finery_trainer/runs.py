@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import Any, cast
 
 from finery_common.artifacts import ArtifactRef, ArtifactStore
+from finery_common.catalogue import Catalogue
 from finery_common.errors import FailedPreconditionError, FineryError, InvalidArgumentError
 from finery_common.jobs import Job, JobEvent, JobPage, JobState, JobStore, Wanted
 from finery_trainer.client import ServingClient
@@ -41,10 +42,18 @@ class Runs:
     """The jobs of all projects. `wake` tells the scheduler that there is something to do."""
 
     def __init__(
-        self, jobs: JobStore, *, artifacts: ArtifactStore, checks: RequestChecks, serving: ServingClient | None, wake: Callable[[], None]
+        self,
+        jobs: JobStore,
+        *,
+        artifacts: ArtifactStore,
+        catalogue: Catalogue,
+        checks: RequestChecks,
+        serving: ServingClient | None,
+        wake: Callable[[], None],
     ) -> None:
         self._jobs = jobs
         self._artifacts = artifacts
+        self._catalogue = catalogue
         self._checks = checks
         self._serving = serving
         self._wake = wake
@@ -95,7 +104,7 @@ class Runs:
     async def delete(self, project: str, job_id: str) -> None:
         """Removes a final job with its checkpoints, adapters, model and metrics.
 
-        Raises FailedPreconditionError where it is not final or one of its adapters is deployed.
+        Raises FailedPreconditionError where it is not final, one of its adapters is deployed, or its model is a base model.
         """
         job = await self._jobs.get(project, job_id)
         if not is_settled(job):
@@ -104,6 +113,7 @@ class Runs:
             )
         prefixes = await self._prefixes(job)
         await self._refuse_if_deployed(project, prefixes)
+        self._refuse_if_base(prefixes)
         for prefix in prefixes:
             await asyncio.to_thread(self._artifacts.delete, prefix)
         await self._jobs.delete(job_id)
@@ -183,6 +193,13 @@ class Runs:
             if alias.adapter is not None and alias.adapter.prefix in prefixes:
                 what = alias.adapter.prefix.split("/")[-2]
                 raise FailedPreconditionError(f"{what} is deployed as {alias.alias}; delete that model first.", code="still_deployed")
+
+    def _refuse_if_base(self, prefixes: list[str]) -> None:
+        for entry in self._catalogue.list():
+            if entry.s3_prefix in prefixes:
+                raise FailedPreconditionError(
+                    f"This job's model is the catalogue's base model {entry.name}; take the entry out first.", code="still_in_use"
+                )
 
 
 def _number(page_token: str) -> int | None:

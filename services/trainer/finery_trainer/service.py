@@ -76,7 +76,7 @@ async def running(settings: TrainerSettings, *, make_launcher: Callable[[str], L
             holder=f"trainer@{socket.gethostname()}:{os.getpid()}",
         )
         checks = RequestChecks(catalogue=catalogue, artifacts=artifacts, serving=serving)
-        runs = Runs(jobs, artifacts=artifacts, checks=checks, serving=serving, wake=scheduler.wake)
+        runs = Runs(jobs, artifacts=artifacts, catalogue=catalogue, checks=checks, serving=serving, wake=scheduler.wake)
         attempts = Attempts(jobs, artifacts=artifacts, lease_s=settings.lease_s, serves=serving is not None, wake=scheduler.wake)
         cache_dir = settings.artifact_cache_dir
         gpus = partial(visible_gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))

@@ -525,6 +525,30 @@ async def test_a_success_is_what_its_method_makes(system, launcher, wait_until):
     assert (job.state, job.model.manifest_sha256) == (job_pb2.JOB_STATE_SUCCEEDED, model.manifest_sha256)
 
 
+async def test_a_model_that_the_catalogue_names_is_not_deleted(system, wait_until):
+    launcher = FakeLauncher()
+    async with system.started(lambda _address: launcher) as service:
+        launcher.address = service.address
+        job = await system.create(spec={"method": "full"}, deploy=False)
+        client = await worker_client(launcher, await attempt_of(launcher, wait_until))
+        await client.report_step(metrics_of(6))
+        model, metrics_file = publish(system, f"models/{named(job)}/", "model"), publish(system, f"runs/{named(job)}/metrics/", "metrics")
+        await client.finish(JobState.SUCCEEDED, model=model, metrics_file=metrics_file)
+        await client.close()
+    catalogue = system.settings.catalogue
+    before = catalogue.read_text()
+    for text in (f"{before}  - {{name: mine, s3_prefix: {model.prefix}, max_sequence_length: 64}}\n", before):
+        catalogue.write_text(text)
+        async with system.started(lambda _address: launcher):
+            request = training_pb2.DeleteJobRequest(name=job.name)
+            if text != before:
+                with pytest.raises(FailedPreconditionError, match="base model mine"):
+                    await system.stub.DeleteJob(request, metadata=system.metadata())
+            else:
+                await system.stub.DeleteJob(request, metadata=system.metadata())
+        assert system.store.exists(model) == (text != before)
+
+
 async def test_a_deployment_that_fails_is_tried_again_and_the_job_stays_succeeded(system, launcher, wait_until):
     system.serving.failures = 1
     job = await succeed(system, launcher, wait_until)

@@ -18,6 +18,7 @@ import pytest
 from finery.common.v1 import job_pb2
 from finery.dataset.v1 import dataset_pb2
 from finery.training.v1 import training_pb2
+from finery_common.catalogue import BaseModelEntry, materialize
 from finery_common.rpc.messages import artifact_from_proto
 
 LONG = {
@@ -272,6 +273,8 @@ async def test_a_model_trained_whole_is_published_as_one_and_goes_on_bit_equal(s
     assert losses_of(system, job)[0] > losses_of(system, job)[-1]
     assert any(event["message"] == f"The model is published as models/{job_id}." for event in events)
     assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    entry = BaseModelEntry(name="mine", s3_prefix=job.model.prefix, max_sequence_length=64)
+    assert materialize(entry, cache_dir=system.settings.artifact_cache_dir, store=system.store) == ours, "it can be a base model"
     left = [ref.prefix for ref in system.store.list(f"projects/{system.project}/models/")]
     assert left == [job.model.prefix], "deleting a job removes its model"
 
