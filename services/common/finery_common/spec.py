@@ -141,8 +141,7 @@ class OptimizerSpec(Spec):
     """The optimizer and its learning-rate schedule."""
 
     type: OptimizerType = OptimizerType.AUTO
-    """auto: adamw_8bit on a GPU, adamw on a CPU. adamw_8bit and adamw_bf16 keep their two moments in 8 and 16 bits, adamw in 32.
-    adamw_8bit needs a GPU."""
+    """auto: adamw_8bit on a GPU, adamw on a CPU. adamw_8bit and adamw_bf16 keep their two moments in 8 and 16 bits, adamw in 32."""
     learning_rate: float = Field(default=2e-4, gt=0, le=1, strict=True)
     """Peak learning rate. In a TrainingSpec the default is its method's: 2e-4 with lora, 2e-5 with full, 5e-6 with dpo."""
     weight_decay: float = Field(default=0.01, ge=0, le=1, strict=True)

@@ -43,7 +43,7 @@ _LIBRARIES_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes of one run on one GPU, and in pinned host memory."""
+    """Bytes of one run on each of its GPUs, and on the host."""
 
     weights_bytes: int
     adapters_bytes: int
@@ -53,7 +53,7 @@ class Estimate:
     activations_bytes: int
     workspace_bytes: int
     host_bytes: int
-    """Pinned host memory; no part of the total."""
+    """The host's memory, of all GPUs together: what is pinned, and embeddings; no part of the total."""
 
     @property
     def total_bytes(self) -> int:
@@ -111,12 +111,13 @@ def estimate(spec: TrainingSpec, config: Mapping[str, Any], *, device_memory_byt
     host_bytes = host_memory_bytes // 2 if spec.memory.host_budget_bytes is None else spec.memory.host_budget_bytes
     work = _workload(spec, model)
     kept = _kept(spec, parameters, copies_bytes=_copies_bytes(spec, shape, work.ranks))
-    plan = _plan(spec, shape, work, card_bytes=allocatable_bytes(spec, device_memory_bytes) - kept.total_bytes, host_bytes=host_bytes)
+    card_bytes = allocatable_bytes(spec, device_memory_bytes) - kept.total_bytes
+    plan = _plan(spec, shape, work, card_bytes=card_bytes, host_bytes=host_bytes // spec.gpus)
     return replace(
         kept,
         activations_bytes=plan.activation_bytes,
         workspace_bytes=plan.workspace_bytes + plan.resident_bytes,
-        host_bytes=kept.host_bytes + plan.host_bytes,
+        host_bytes=spec.gpus * (kept.host_bytes + plan.host_bytes),
     )
 
 
