@@ -144,7 +144,7 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteJob(self, request, context):
-        """Deletes a final job's checkpoints, adapters and model; refused while one of them is deployed.
+        """Deletes a final job's checkpoints, adapters and model; refused while one of them is deployed or a base model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,7 @@ class TrainingServiceStub:
     ResumeJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.ResumeJobRequest, _training_pb2.Job]
     """Goes on from the last checkpoint."""
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.DeleteJobRequest, _empty_pb2.Empty]
-    """Deletes a final job's checkpoints, adapters and model; refused while one of them is deployed."""
+    """Deletes a final job's checkpoints, adapters and model; refused while one of them is deployed or a base model."""
     WatchJob: _grpc.UnaryStreamMultiCallable[_training_pb2.WatchJobRequest, _job_pb2.JobEvent]
     """Every event after `after_sequence`, then new ones until the job and its deployment are final."""
     ListEvents: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListEventsRequest, _training_pb2.ListEventsResponse]
@@ -73,7 +73,7 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     ResumeJob: _aio.UnaryUnaryMultiCallable[_training_pb2.ResumeJobRequest, _training_pb2.Job]  # type: ignore[assignment]
     """Goes on from the last checkpoint."""
     DeleteJob: _aio.UnaryUnaryMultiCallable[_training_pb2.DeleteJobRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes a final job's checkpoints, adapters and model; refused while one of them is deployed."""
+    """Deletes a final job's checkpoints, adapters and model; refused while one of them is deployed or a base model."""
     WatchJob: _aio.UnaryStreamMultiCallable[_training_pb2.WatchJobRequest, _job_pb2.JobEvent]  # type: ignore[assignment]
     """Every event after `after_sequence`, then new ones until the job and its deployment are final."""
     ListEvents: _aio.UnaryUnaryMultiCallable[_training_pb2.ListEventsRequest, _training_pb2.ListEventsResponse]  # type: ignore[assignment]
@@ -139,7 +139,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.DeleteJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes a final job's checkpoints, adapters and model; refused while one of them is deployed."""
+        """Deletes a final job's checkpoints, adapters and model; refused while one of them is deployed or a base model."""
 
     @_abc_1.abstractmethod
     def WatchJob(
