@@ -25,7 +25,7 @@ _OFFLOADABLE = ("x", "o", "qkv", "x2", "h1", "h2", "gate_up", "act")
 _MIN_TILE = 1024
 _MIN_GROUPED_TOKENS = 32768
 _MAX_ROUNDS = 12
-_SMALL_BYTES = 32 << 20  # batches, rotary tables, cuBLAS's own workspace
+_SMALL_BYTES = 32 << 20  # batches, cuBLAS's own workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,12 @@ class _Planner:
         element = self._work.element_bytes
         head = below + 5 * self._tokens * self._shape.hidden * element + min(tiles.head_rows, self._tokens) * self._shape.vocab_size * 4
         weights = sum(self._layers[0].weight_bytes.values()) if self._work.is_quantized else 0
-        return max(peak, head) + weights + _SMALL_BYTES
+        return max(peak, head) + weights + self._rotary_bytes() + _SMALL_BYTES
+
+    def _rotary_bytes(self) -> int:
+        """cos and sin in float32, for the longest row."""
+        tables = {layer.rope for layer in self._shape.layers} - {None}
+        return len(tables) * 2 * self._work.longest_row * self._shape.layers[0].head_dim * 4
 
     def _place_streams(self, placed: _Placement) -> None:
         """The layers' inputs: on the card while there is room for all of them, else on the host, the first layers first."""
