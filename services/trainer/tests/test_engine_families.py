@@ -214,10 +214,13 @@ def test_any_plan_gives_the_same_bits(family, offset):
 
 
 def test_models_that_are_not_replaced_are_told_why():
-    from transformers import GPT2Config, LlamaConfig
+    from transformers import GPT2Config, LlamaConfig, Phi3Config
 
     dynamic = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}
     assert "model_type gpt2 is not among" in str(describe(GPT2Config()))
     assert "rope_type is dynamic" in str(describe(LlamaConfig(**SIZES, rope_parameters=dynamic)))
+    longrope = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    phi3 = Phi3Config(**SIZES, original_max_position_embeddings=32, rope_parameters=longrope, resid_pdrop=0.0, embd_pdrop=0.0)
+    assert "rope_type is longrope" in str(describe(phi3))
     assert "attention_dropout is 0.1" in str(describe(LlamaConfig(**SIZES, attention_dropout=0.1)))
     assert "activation relu" in str(describe(LlamaConfig(**SIZES, hidden_act="relu")))

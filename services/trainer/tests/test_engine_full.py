@@ -129,3 +129,15 @@ def test_a_base_without_settings_of_generate_stays_without(base_dir, tmp_path):
     (base_dir / "generation_config.json").unlink()
     folder = saved(engine.load(spec_of(), base_dir, device=CPU), tmp_path / "model", base_dir)
     assert not (folder / "generation_config.json").exists()
+
+
+def test_bfloat16_weights_move_as_float32_ones_at_small_rates(base_dir, data):
+    moved = {}
+    for precision in ("float32", "bfloat16"):
+        spec = spec_of(precision=precision, num_epochs=3, optimizer={"learning_rate": 3e-5, "schedule": "constant", "min_warmup_steps": 0})
+        before = engine.load(spec, base_dir, device=CPU).state_dict()
+        after = run(base_dir, data, spec)[0].state_dict()
+        moved[precision] = torch.cat([(after[name].float() - before[name].float()).flatten() for name in before])
+    # Rounding makes noise, but must not eat what is smaller than it: along the way of the float32 run it goes as far.
+    exact = moved["float32"]
+    assert float(moved["bfloat16"] @ exact / (exact @ exact)) == pytest.approx(1, abs=0.15)

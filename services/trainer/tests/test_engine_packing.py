@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finery_common.errors import InvalidArgumentError
-from finery_trainer.engine.graphs import in_buckets, token_bucket
-from finery_trainer.engine.packing import IGNORE, groups, pack
+from finery_trainer.engine.graphs import in_buckets
+from finery_trainer.engine.packing import IGNORE, groups, pack, padded_tokens
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -34,8 +34,9 @@ def test_a_pack_holds_every_row_once_and_padding_has_no_labels(lengths, token_mu
     bounds = batch.cu_seqlens.tolist()
     assert bounds[-1] == len(batch.input_ids_T) == len(batch.positions_T)
     for (ids, _), start, stop in zip(rows, bounds[:-1], bounds[1:], strict=False):
-        assert batch.input_ids_T[start:stop].tolist() == ids.tolist()
-        assert batch.positions_T[start:stop].tolist() == list(range(len(ids)))
+        assert batch.input_ids_T[start : start + len(ids)].tolist() == ids.tolist()
+        assert batch.positions_T[start:stop].tolist() == list(range(stop - start))
+        assert stop - start == (len(ids) if len(rows) > 1 else len(batch.input_ids_T))
     targets = np.full(bounds[-1], IGNORE)
     kept = batch.targets_L != IGNORE
     targets[batch.rows_L[kept]] = batch.targets_L[kept]
@@ -56,11 +57,11 @@ def test_groups_hold_every_row_once_within_the_budget_but_for_a_longer_row_alone
 
 
 @given(st.integers(1, 1 << 20))
-def test_token_buckets_waste_an_eighth_at_most(num_tokens):
-    bucket = token_bucket(num_tokens)
-    assert bucket % 128 == 0
-    assert num_tokens <= bucket <= max(num_tokens * 9 / 8 + 1, num_tokens + 128)
-    assert token_bucket(bucket) == bucket
+def test_padding_beside_a_gpu_is_an_eighth_at_most_and_little_for_large_packs(num_tokens):
+    padded = padded_tokens(num_tokens)
+    most = max(num_tokens * 9 / 8 + 1, num_tokens + 128) if num_tokens <= 8192 else num_tokens + 7
+    assert num_tokens <= padded <= most
+    assert padded_tokens(padded) == padded
 
 
 def test_bounds_in_buckets_end_with_empty_sequences():

@@ -128,7 +128,7 @@ def test_a_replayed_graph_gives_what_the_launches_give():
 
     stack = TrainingStack(small_model())
     passes = GraphedPasses(stack)
-    for lengths in ((100, 30, 57), (90, 50, 20), (64, 64, 3), (120, 7, 60)):
+    for lengths in ((100, 30, 57), (90, 50, 20), (64, 64, 3), (120, 7, 60), (10, 70, 80)):
         batch = in_buckets(batches(lengths, token_multiple=256, label_multiple=128)).pinned()
         loss, wanted = gradients(stack, batch)
         stack.zero_grad()

@@ -336,3 +336,13 @@ def test_a_row_longer_than_the_limit_is_refused(tiny_base_dir, tmp_path, write_r
 def test_an_empty_folder_is_no_dataset(tmp_path):
     with pytest.raises(InvalidArgumentError, match="has no rows"):
         TokenDataset(tmp_path)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_before_anything_is_changed(tiny_base_dir, data, tmp_path):
+    spec, other = spec_of(max_steps=1), spec_of(max_steps=1, optimizer={"type": "adamw_8bit"})
+    engine.loop.train(load(spec, tiny_base_dir), data, spec, go_on, on_checkpoint=lambda _, save: save(tmp_path))
+    model = load(other, tiny_base_dir)
+    before = weights_of(model)
+    with pytest.raises(DataLossError, match="not those of this optimizer.type"):
+        engine.loop.train(model, data, other, go_on, resume_from=tmp_path)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())

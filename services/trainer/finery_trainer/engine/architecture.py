@@ -92,8 +92,8 @@ def describe(config: PretrainedConfig) -> ModelShape | str:
     for key in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
         if getattr(config, key, 0.0):
             return f"{key} is {getattr(config, key)}; the engine's own layers have no dropout"
-    if "dynamic" in _rope_types(config):
-        return "rope_type is dynamic: its frequencies follow each sequence's length, which packed sequences do not share"
+    if by_length := _rope_types(config) & {"dynamic", "longrope"}:
+        return f"rope_type is {by_length.pop()}: its frequencies follow each sequence's length, which packed sequences do not share"
     layers = tuple(_layer(config, index) for index in range(config.num_hidden_layers))
     embedding_scale = float(getattr(config, "embedding_multiplier", 1.0))
     return ModelShape(
@@ -132,9 +132,9 @@ def norms_of(layer: nn.Module, shape: LayerShape) -> dict[str, torch.Tensor]:
 
 
 def rotary_tables(rotary: nn.Module, key: str, *, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [length, rotary size] in float32, from transformers' own rotary module: every `rope_type` is honoured.
+    """cos and sin [length, rotary size] in float32, from transformers' own rotary module.
 
-    The types that depend on the sequence's length (dynamic, longrope) are asked for a sequence of `length`.
+    Every `rope_type` is honoured whose frequencies are the same for all lengths.
     """
     like = torch.empty(1, dtype=torch.float32, device=device)
     positions = torch.arange(length, device=device)[None]

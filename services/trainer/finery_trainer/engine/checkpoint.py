@@ -58,10 +58,12 @@ def restore(folder: Path, *, model: torch.nn.Module, stepper: Stepper) -> Cursor
     weights = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name.startswith("weight.")}
     if {name: tuple(p.shape) for name, p in trained.items()} != {name: tuple(w.shape) for name, w in weights.items()}:
         raise DataLossError("The checkpoint's weights are not those of this model and LoRA shape; start the job anew.")
+    moments = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
+    if _forms(moments) != _forms(stepper.optimizer.state()[0]):
+        raise DataLossError("The checkpoint's optimizer states are not those of this optimizer.type and model; start the job anew.")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-    moments = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
     stepper.optimizer.load_state((moments, numbers))
     stepper.step = cursor.step
     torch.set_rng_state(tensors["rng.cpu"])
@@ -73,3 +75,7 @@ def restore(folder: Path, *, model: torch.nn.Module, stepper: Stepper) -> Cursor
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _forms(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

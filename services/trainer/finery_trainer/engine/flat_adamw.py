@@ -62,6 +62,8 @@ class FlatAdamW:
                 step=step,
                 clip_coef=clip_coef.to(torch.float32),
                 groups=buffer.groups,
+                # To nearest, a bf16 weight would not see updates under a 500th of its size.
+                stochastic_rounding=values_N.dtype == torch.bfloat16,
             )
 
     def zero_grad(self) -> None:

@@ -1,31 +1,27 @@
 """CUDA graphs of whole forward and backward passes, for packs so small that launching kernels takes longer than running them.
 
-Packs are padded to few shapes; a shape that comes a second time is captured, and replayed from then on. Owns the shapes, the static
+Packs are padded to few shapes; a shape that keeps coming is captured, and replayed from then on. Owns the shapes, the static
 inputs and the graphs; the pass itself is the stack's.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from finery_trainer.engine.packing import PackedBatch, replaced
+from finery_trainer.engine.packing import SMALL_TOKENS, PackedBatch, replaced
 
 if TYPE_CHECKING:
     from finery_trainer.engine.stack import TrainingStack
 
-MAX_TOKENS = 8192
-"""Above, a card is busy for so much longer than the launches take that a graph gains nothing and its memory is better used."""
-
 _Shape = tuple[int, int, int, int, int | None]
 
-
-def token_bucket(num_tokens: int) -> int:
-    """`num_tokens` rounded up to an eighth of the power of two below it, 128 at least: at most an eighth is padding."""
-    step = max(128, 1 << max(0, (num_tokens - 1).bit_length() - 4))
-    return -(-num_tokens // step) * step
+_MAX_GRAPHS = 64
+_SEEN_BEFORE = 2
+"""A shape is captured when it comes after as many times as this."""
 
 
 def in_buckets(batch: PackedBatch) -> PackedBatch:
@@ -55,17 +51,17 @@ class GraphedPasses:
 
     def __init__(self, stack: TrainingStack) -> None:
         self._stack = stack
-        self._seen: set[_Shape] = set()
+        self._seen: Counter[_Shape] = Counter()
         self._captured: dict[_Shape, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def forward_backward(self, batch: PackedBatch, *, num_labels: int) -> torch.Tensor:
         """As the stack's. `batch` may be in pinned host memory; the answer is valid until the next call."""
         shape = _shape_of(batch)
-        if len(batch.input_ids_T) > MAX_TOKENS or shape not in self._seen:
-            self._seen.add(shape)
-            return self._stack.forward_backward(batch.to(self._stack.device), num_labels=num_labels)
         if shape not in self._captured:
+            if not self._is_worth_it(shape):
+                self._seen[shape] += 1
+                return self._stack.forward_backward(batch.to(self._stack.device), num_labels=num_labels)
             self._captured[shape] = self._capture(batch, num_labels)
         captured = self._captured[shape]
         given = batch.tensors()
@@ -74,6 +70,9 @@ class GraphedPasses:
         captured.num_labels.fill_(num_labels)
         captured.graph.replay()
         return captured.loss
+
+    def _is_worth_it(self, shape: _Shape) -> bool:
+        return shape[0] <= SMALL_TOKENS and len(self._captured) < _MAX_GRAPHS and self._seen[shape] >= _SEEN_BEFORE
 
     def _capture(self, batch: PackedBatch, num_labels: int) -> _Captured:
         static = batch.to(self._stack.device)

@@ -19,6 +19,10 @@ from finery_common.errors import InvalidArgumentError
 
 IGNORE = -100
 
+SMALL_TOKENS = 8192
+"""A pack of up to so many tokens may be captured in a CUDA graph. Above, a card is busy for so much longer than launches take that a graph
+gains nothing and its memory is better used."""
+
 Row = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """(token ids, targets), both [tokens]: `targets[t]` is the token to predict after token t, or IGNORE."""
 
@@ -69,6 +73,8 @@ _TENSORS = ("input_ids_T", "positions_T", "cu_seqlens", "rows_L", "targets_L", "
 def pack(rows: Sequence[Row], *, token_multiple: int = 1, label_multiple: int = 1, is_deterministic: bool = False) -> PackedBatch:
     """The rows as one batch, in the order given; T and L are padded up to multiples, so that few shapes occur.
 
+    Padding is a sequence of its own, but behind a single row, which does not see it and so stays one sequence.
+
     Raises InvalidArgumentError for no rows, an empty row, or rows without a single label: the loss would be undefined.
     """
     lengths = [len(ids) for ids, _ in rows]
@@ -82,7 +88,7 @@ def pack(rows: Sequence[Row], *, token_multiple: int = 1, label_multiple: int = 
     labelled = np.flatnonzero(targets != IGNORE)
     if not len(labelled):
         raise InvalidArgumentError("targets: got none that the loss is taken on, wanted at least 1 in a batch; check the rows' labels.")
-    padded = [*lengths, padding] if padding else lengths
+    padded = [num_tokens + padding] if len(rows) == 1 else [*lengths, padding] if padding else lengths
     label_padding = np.zeros(-len(labelled) % label_multiple, dtype=np.int64)
     return PackedBatch(
         input_ids_T=torch.from_numpy(np.concatenate([*(ids for ids, _ in rows), np.zeros(padding, dtype=np.int64)])),
@@ -96,6 +102,15 @@ def pack(rows: Sequence[Row], *, token_multiple: int = 1, label_multiple: int = 
         num_labels=len(labelled),
         is_deterministic=is_deterministic,
     )
+
+
+def padded_tokens(num_tokens: int) -> int:
+    """The tokens that a pack of `num_tokens` is padded to beside a GPU.
+
+    Small packs go up to an eighth of the power of two below, 128 at least, so that shapes repeat; larger ones to a multiple of 8.
+    """
+    step = max(128, 1 << max(0, (num_tokens - 1).bit_length() - 4)) if num_tokens <= SMALL_TOKENS else 8
+    return -(-num_tokens // step) * step
 
 
 def groups(lengths: Sequence[int], *, max_tokens: int) -> Iterator[list[int]]:

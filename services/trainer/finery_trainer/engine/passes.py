@@ -19,11 +19,12 @@ import structlog
 import torch
 
 from finery_common.spec import Quantization, TrainingSpec
+from finery_kernels.attention import choose_backend
 from finery_trainer.engine.generic import GenericPasses
-from finery_trainer.engine.graphs import GraphedPasses, in_buckets, token_bucket
+from finery_trainer.engine.graphs import GraphedPasses, in_buckets
 from finery_trainer.engine.host_embedding import HostEmbedding
 from finery_trainer.engine.optim import Stepper, build_flat_optimizer, rate_factors
-from finery_trainer.engine.packing import PackedBatch, Row, groups, pack, replaced
+from finery_trainer.engine.packing import PackedBatch, Row, groups, pack, padded_tokens, replaced
 from finery_trainer.engine.planner import Plan, Ranks, Workload, keep_all, plan_step
 from finery_trainer.engine.stack import TrainingStack, unsupported
 
@@ -59,9 +60,8 @@ class PackedPasses:
         self._max_tokens = _CPU_PACK_TOKENS if spec.batch.max_tokens is None else spec.batch.max_tokens
         self._spec = spec
         self._embedding = HostEmbedding(model) if spec.memory.offload_embeddings else None
-        self._graphs = GraphedPasses(self.stack) if is_gpu else None
-        self._has_graphs = False
-        self._prepared: tuple[list[int], list[PackedBatch]] | None = None
+        self._graphs: GraphedPasses | None = None
+        self._prepared: tuple[list[Row], list[PackedBatch]] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -73,7 +73,7 @@ class PackedPasses:
         if self._device.type != "cuda":
             self.stack.follow(keep_all(len(self.stack.blocks)))
             return
-        card_bytes = _card_bytes(self._spec, self._device) - reserved_bytes
+        card_bytes = _card_bytes(self._spec, self._device, is_fixed=self._is_deterministic) - reserved_bytes
         plan = plan_step(
             self.stack.shape,
             workload(self.stack, self._spec, longest_row=self._longest_row, mean_row=self._mean_row, num_tokens=self._num_tokens),
@@ -85,19 +85,36 @@ class PackedPasses:
         self.stack.follow(plan)
         # Graphs keep the memory of their pass for themselves, beside that of passes which are not captured.
         twice = 2 * (plan.activation_bytes + plan.workspace_bytes) + plan.resident_bytes
-        self._has_graphs = twice <= card_bytes and not any(plan.host)
+        self._graphs = GraphedPasses(self.stack) if twice <= card_bytes and not any(plan.host) and self._is_capturable() else None
         log.info("memory planned", pack_tokens=plan.pack_tokens, card_bytes=plan.card_bytes, host_bytes=plan.host_bytes)
+
+    def _is_capturable(self) -> bool:
+        """Whether no layer's attention waits for the device."""
+        capability = torch.cuda.get_device_capability(self._device)
+        return all(
+            choose_backend(
+                capability=capability,
+                dtype=self.stack.dtype,
+                head_dim=layer.head_dim,
+                window=layer.window,
+                softcap=layer.softcap,
+                varlen=True,
+                deterministic=self._is_deterministic,
+            )
+            != "reference"
+            for layer in self.stack.shape.layers
+        )
 
     def prepare(self, rows: Sequence[Row]) -> None:
         """Builds the batches of these rows, in pinned memory beside a GPU; the next call of `gradients` with the same rows takes them."""
-        self._prepared = [id(ids) for ids, _ in rows], self._batches(rows)
+        self._prepared = list(rows), self._batches(rows)
 
     def gradients(self, rows: Sequence[Row], *, num_labels: int | None = None) -> torch.Tensor:
         """Adds the gradients of the mean loss over the labels of `rows`, and answers it: float32, 0-dim, on the device.
 
         `num_labels` is what the summed loss is divided by where `rows` are only a part of the step's.
         """
-        if self._prepared is None or self._prepared[0] != [id(ids) for ids, _ in rows]:
+        if self._prepared is None or not _are_same(self._prepared[0], rows):
             self.prepare(rows)
         assert self._prepared is not None
         batches, self._prepared = self._prepared[1], None
@@ -127,7 +144,7 @@ class PackedPasses:
         self.stack.refresh()
 
     def _forward_backward(self, batch: PackedBatch, num_labels: int) -> torch.Tensor:
-        if self._graphs is None or not self._has_graphs:
+        if self._graphs is None:
             return self.stack.forward_backward(batch.to(self._device), num_labels=num_labels)
         return self._graphs.forward_backward(batch, num_labels=num_labels).clone()
 
@@ -138,9 +155,9 @@ class PackedPasses:
     def _batch(self, rows: Sequence[Row]) -> PackedBatch:
         if self._device.type != "cuda":
             return self._embedded(pack(rows, is_deterministic=self._is_deterministic))
-        lengths = {len(ids) for ids, _ in rows}
         num_tokens = sum(len(ids) for ids, _ in rows)
-        multiple = 1 if len(lengths) == 1 else token_bucket(num_tokens)
+        are_equal = len(rows) > 1 and len({len(ids) for ids, _ in rows}) == 1
+        multiple = 1 if are_equal else padded_tokens(num_tokens)
         batch = pack(rows, token_multiple=multiple, label_multiple=128, is_deterministic=self._is_deterministic)
         return self._embedded(in_buckets(batch)).pinned()
 
@@ -151,17 +168,21 @@ class PackedPasses:
         return replaced(batch, {"embedded_TD": self._embedding.rows(batch.input_ids_T, is_pinned=is_pinned)})
 
 
+def _are_same(left: Sequence[Row], right: Sequence[Row]) -> bool:
+    return len(left) == len(right) and all(a[0] is b[0] for a, b in zip(left, right, strict=True))
+
+
 def workload(stack: TrainingStack, spec: TrainingSpec, *, longest_row: int, mean_row: float, num_tokens: int) -> Workload:
     """The planner's view of a step."""
-    projections = stack.blocks[0].projections
+    layouts = {name: [block.projections[name].layout for block in stack.blocks] for name in stack.blocks[0].projections}
     return Workload(
         num_tokens=num_tokens,
         longest_row=longest_row,
         mean_row=mean_row,
-        ranks=Ranks(**{name: projection.layout.num_ranks for name, projection in projections.items()}),
+        ranks=Ranks(**{name: max(layout.num_ranks for layout in each) for name, each in layouts.items()}),
         element_bytes=stack.dtype.itemsize,
         is_quantized=spec.quantization is Quantization.NF4,
-        trains_weights=projections["qkv"].trains_weights,
+        trains_weights=stack.blocks[0].projections["qkv"].trains_weights,
     )
 
 
@@ -206,12 +227,15 @@ def packed_passes(model: PeftModel | PreTrainedModel, spec: TrainingSpec, data: 
     return PackedPasses(model, spec, longest_row=longest[0], mean_row=float(data.row_lengths.mean()), num_tokens=num_tokens)
 
 
-def _card_bytes(spec: TrainingSpec, device: torch.device) -> int:
-    """What activations and workspace may take beside what is allocated now."""
+def _card_bytes(spec: TrainingSpec, device: torch.device, *, is_fixed: bool) -> int:
+    """What activations and workspace may take beside what is allocated now.
+
+    `is_fixed` counts on the whole card: what others hold must not change the plan, and with it the order of sums.
+    """
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
-    ours = free + torch.cuda.memory_reserved(device) - RESERVE_BYTES
+    ours = (total if is_fixed else free + torch.cuda.memory_reserved(device)) - RESERVE_BYTES
     return spec.memory.budget_bytes(ours) - allocated
 
 

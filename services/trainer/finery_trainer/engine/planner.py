@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finery_common.errors import ResourceExhaustedError
+from finery_trainer.engine.packing import padded_tokens
 
 if TYPE_CHECKING:
     from finery_trainer.engine.architecture import LayerShape, ModelShape
@@ -148,11 +149,13 @@ class _Tiles:
 
 
 class _Planner:
-    """Plans for packs of `tokens` tokens."""
+    """Plans for packs of `tokens` tokens, with what they are padded to."""
 
     def __init__(self, shape: ModelShape, work: Workload, rates: Rates, tokens: int) -> None:
-        self._shape, self._work, self._rates, self._tokens = shape, work, rates, tokens
+        self._pack_tokens = tokens
         self._num_packs = -(-work.num_tokens // tokens)
+        tokens = padded_tokens(tokens)
+        self._shape, self._work, self._rates, self._tokens = shape, work, rates, tokens
         self._layers = [_LayerCost(layer, work, rates, tokens) for layer in shape.layers]
 
     def best(self, card_bytes: int, host_bytes: int) -> Plan:
@@ -204,7 +207,7 @@ class _Planner:
             mlp_rows=tiles.mlp_rows if is_tiled else NEVER,
             head_rows=tiles.head_rows,
             head_groups=tiles.head_groups,
-            pack_tokens=self._tokens,
+            pack_tokens=self._pack_tokens,
             resident=resident,
             activation_bytes=kept,
             workspace_bytes=peak - kept,
@@ -243,7 +246,14 @@ class _Planner:
         element = self._work.element_bytes
         head = below + 5 * self._tokens * self._shape.hidden * element + min(tiles.head_rows, self._tokens) * self._shape.vocab_size * 4
         weights = sum(self._layers[0].weight_bytes.values()) if self._work.is_quantized else 0
-        return max(peak, head) + weights + self._rotary_bytes() + _SMALL_BYTES
+        return max(peak, head, self._embedding_bytes()) + weights + self._rotary_bytes() + _SMALL_BYTES
+
+    def _embedding_bytes(self) -> int:
+        """The gradient of a trained embedding, when all layers are done: the stream's, its sums by token in float32, the whole matrix."""
+        if not self._work.trains_weights:
+            return 0
+        hidden, element = self._shape.hidden, self._work.element_bytes
+        return hidden * (self._tokens * (element + 4) + self._shape.vocab_size * element)
 
     def _rotary_bytes(self) -> int:
         """cos and sin in float32, for the longest row."""
@@ -330,14 +340,19 @@ class _LayerCost:
         }
         self.bytes: Mapping[str, int] = {name: tokens * width * element for name, width in widths.items()}
         self._tokens, self._layer, self._element = tokens, layer, element
-        self.fixed_bytes = tokens * (8 + ranks.o * element + (2 * layer.hidden * element + 8 if layer.has_post_norms else 0))
+        norms = layer.num_heads + layer.num_kv_heads if layer.has_qk_norm else 0
+        self.fixed_bytes = tokens * (8 + 4 * norms + ranks.o * element + (2 * layer.hidden * element + 8 if layer.has_post_norms else 0))
         gemms = {
             "qkv": layer.hidden * layer.num_qkv,
             "o": layer.num_attention * layer.hidden,
             "gate_up": 2 * layer.hidden * layer.intermediate,
             "down": layer.hidden * layer.intermediate,
         }
-        self.weight_bytes = {name: size * element for name, size in gemms.items()}
+        outputs = {"qkv": layer.num_qkv, "o": layer.hidden, "gate_up": 2 * layer.intermediate, "down": layer.hidden}
+        added = {"qkv": ranks.qkv, "o": ranks.o, "gate_up": ranks.gate_up, "down": ranks.down}
+        self.weight_bytes = {
+            name: (size // outputs[name] + added[name]) * (outputs[name] + added[name]) * element for name, size in gemms.items()
+        }
         seen = min(work.mean_row / 2, layer.window or NEVER)
         attention_s = tokens * 4 * layer.num_attention * seen / rates.attention_flop
 
@@ -368,7 +383,7 @@ class _LayerCost:
         if mlp_rows == self._tokens:
             inner -= sum(self.bytes[name] for name in ("gate_up", "act") if name in names)
         mlp = self._missing(names, "x2", "h2") + inner + stream
-        attention = self._missing(names, "h1", "qkv", "o") + 2 * stream
+        attention = self._missing(names, "h1", "qkv", "o") + 2 * stream + self._copies(1)
         return max(mlp, attention)
 
     def backward_transient(self, names: set[str], mlp_rows: int, head_groups: int) -> int:
@@ -383,13 +398,17 @@ class _LayerCost:
         heads = self._tokens * self._layer.num_attention
         own = self._tokens * self._layer.num_qkv * self._element + heads * (2 * self._element + 4)
         if head_groups == 1:
-            attention = self._missing(names, "h1", "qkv", "o") + 2 * stream + own
+            attention = self._missing(names, "h1", "qkv", "o") + 2 * stream + own + self._copies(2)
         else:
             # Group by group, with copies of what belongs to it; h1 comes again after attention.
             copies = 2 * self.bytes["o"]
-            attention = self._missing(names, "qkv", "o") + 2 * stream + (own + copies) // head_groups
+            attention = self._missing(names, "qkv", "o") + 2 * stream + (own + copies) // head_groups + self._copies(2)
             attention = max(attention, self._missing(names, "h1", "qkv") + 2 * stream)
         return max(mlp, attention)
+
+    def _copies(self, number: int) -> int:
+        """Of q, k and v, which a norm of the heads needs as they were, as they are and as gradients."""
+        return number * self.bytes["qkv"] if self._layer.has_qk_norm else 0
 
     def _missing(self, names: set[str], *wanted: str) -> int:
         return sum(self.bytes[name] for name in wanted if name not in names)

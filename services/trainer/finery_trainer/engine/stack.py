@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROTARY_STEP = 1024
+_UNPLANNED_ROWS = 4096
+"""Rows that go through an MLP at a time in passes that no plan was made for: a validation row may be longer than any trained on."""
 
 
 class TrainingStack:
@@ -54,7 +56,7 @@ class TrainingStack:
         self._head = cast("nn.Linear", base.get_output_embeddings())
         self._norm = cast("nn.Module", decoder.norm)
         self._rotary_module = cast("nn.Module", decoder.rotary_emb)
-        self._rotary: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rotary: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         # The embedding may be on the host.
         self.dtype, self.device = self._embedding.weight.dtype, cast("torch.Tensor", self._norm.weight).device
         self.workspace = Workspace(dtype=self.dtype, device=self.device)
@@ -130,6 +132,7 @@ class TrainingStack:
     @torch.no_grad()
     def loss(self, batch: PackedBatch) -> torch.Tensor:
         """Cross-entropy summed over the batch's labels, a float32 scalar on the device; keeps nothing."""
+        self.workspace.forget()
         residual_TD, delta_TD = self._forward(batch, None)
         hidden_TD, _, _ = self._final_norm(residual_TD, delta_TD)
         loss, _ = linear_cross_entropy_forward_backward(
@@ -148,6 +151,7 @@ class TrainingStack:
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> torch.Tensor:
         """Of every token [T, V], in float32."""
+        self.workspace.forget()
         hidden_TD, _, _ = self._final_norm(*self._forward(batch, None))
         logits_TV = nn.functional.linear(hidden_TD, self._head.weight).float() * self.shape.logits_scale
         if (cap := self.shape.logits_softcap) is not None:
@@ -165,7 +169,7 @@ class TrainingStack:
                 self._rotary_of(block.shape, batch),
                 keep=self.plan.card[index] | self.plan.host[index] if tapes is not None else frozenset(),
                 tape={} if tapes is None else tapes[index],
-                mlp_rows=self.plan.mlp_rows,
+                mlp_rows=self.plan.mlp_rows if tapes is not None else min(self.plan.mlp_rows, _UNPLANNED_ROWS),
                 head_groups=self.plan.head_groups,
             )
             if tapes is not None:
@@ -232,13 +236,14 @@ class TrainingStack:
         grad_VD.add_(part_VD, alpha=self._embedding_scale if self.shape.embedding_scale != 1.0 else 1.0)
 
     def _rotary_of(self, shape: LayerShape, batch: PackedBatch) -> Rotary:
+        """Tables of at least the batch's longest sequence. Shorter ones stay: a CUDA graph may read them."""
         if shape.rope is None:
             return None, None
-        length = -(-batch.max_seqlen // _ROTARY_STEP) * _ROTARY_STEP
-        key = shape.rope, length
-        if key not in self._rotary:
-            self._rotary[key] = rotary_tables(self._rotary_module, shape.rope, length=length, device=self.device)
-        return self._rotary[key]
+        tables = self._rotary.setdefault(shape.rope, [])
+        if not tables or len(tables[-1][0]) < batch.max_seqlen:
+            length = max(-(-batch.max_seqlen // _ROTARY_STEP) * _ROTARY_STEP, 2 * len(tables[-1][0]) if tables else 0)
+            tables.append(rotary_tables(self._rotary_module, shape.rope, length=length, device=self.device))
+        return tables[-1]
 
     def _flatten_trained(self, base: PreTrainedModel, projections: list[dict[str, Projection]]) -> list[FlatGroup]:
         """Moves every trained parameter into flat buffers; remembers where each one's gradient is."""
