@@ -86,6 +86,18 @@ def strided(values: Tensor, *, row_stride: int) -> Tensor:
     return view.copy_(values)
 
 
+def far_apart(values: Tensor, *, dim: int = 0) -> Tensor:
+    """`values` as a view whose slices along `dim` lie over 2^30 elements apart, so that the third is past 2^31.
+
+    What lies between them is never touched. Off the GPU it costs addresses, no memory: 4 GiB of them for three slices in 16 bits.
+    """
+    stride = 2**30 + 8
+    inner = values.select(dim, 0).contiguous()
+    strides = (*inner.stride()[:dim], stride, *inner.stride()[dim:])
+    buffer = torch.empty((values.shape[dim] - 1) * stride + inner.numel(), dtype=values.dtype, device=values.device)
+    return buffer.as_strided(values.shape, strides).copy_(values)
+
+
 def assert_padding_untouched(view: Tensor) -> None:
     """Asserts that what lies between the rows of a `poisoned` or `strided` floating-point view is NaN still."""
     base = view._base  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]

@@ -83,10 +83,13 @@ def rotated(first, second, cos, sin, INVERSE: tl.constexpr, ROTATE: tl.constexpr
 
 @triton.jit
 def tile(start, HEADS: tl.constexpr, COLUMNS: tl.constexpr, HEADS_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
-    """Heads [HEADS_BLOCK, 1] and columns [1, BLOCK] of a tile, and the mask of those that exist."""
+    """Heads [HEADS_BLOCK, 1] and columns [1, BLOCK] of a tile, and the mask of those that exist.
+
+    Heads count in 64 bits: where they come before tokens in memory, they may lie 2^31 elements apart.
+    """
     head = start + tl.arange(0, HEADS_BLOCK)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    return head, column, (head < HEADS) & (column < COLUMNS)
+    return head.to(tl.int64), column, (head < HEADS) & (column < COLUMNS)
 
 
 @triton.jit
