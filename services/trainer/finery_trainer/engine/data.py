@@ -14,6 +14,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from finery_common.errors import InvalidArgumentError
+from finery_trainer.engine.limits import ModelLimits
 from finery_trainer.engine.packing import IGNORE
 
 IntArray = npt.NDArray[np.int64]
@@ -47,16 +48,20 @@ class TokenDataset:
     def num_tokens(self) -> int:
         return int(self.row_lengths.sum())
 
-    def check(self, *, vocab_size: int, max_sequence_length: int) -> None:
-        """Raises InvalidArgumentError where a token id or a row does not fit the model."""
-        if self.max_token_id >= vocab_size:
+    def check(self, limits: ModelLimits, *, max_sequence_length: int) -> None:
+        """Raises InvalidArgumentError where a token id or a row does not fit the model, or a row the spec's `max_sequence_length`."""
+        if self.max_token_id >= limits.vocab_size:
             raise _invalid(
-                f"input_ids: got token id {self.max_token_id}, wanted ids below {vocab_size}, the model's vocabulary; "
+                f"input_ids: got token id {self.max_token_id}, wanted ids below {limits.vocab_size}, the model's vocabulary; "
                 "prepare the dataset with this base model."
             )
-        longest = int(self.row_lengths.max())
+        longest, row = int(self.row_lengths.max()), int(self.row_lengths.argmax())
+        if limits.max_tokens is not None and longest > limits.max_tokens:
+            raise _invalid(
+                f"input_ids: row {row} has {longest} tokens, the model's limit is {limits.max_tokens} (max_position_embeddings, with its "
+                "RoPE scaling); shorten it, or use a base model whose config.json scales RoPE further."
+            )
         if longest > max_sequence_length:
-            row = int(self.row_lengths.argmax())
             raise _invalid(
                 f"input_ids: row {row} has {longest} tokens, the limit is {max_sequence_length}; shorten it or raise max_sequence_length."
             )
@@ -83,18 +88,23 @@ class _Shard:
     def __init__(self, path: Path, *, prefix: str) -> None:
         try:
             shard = safe_open(path, framework="numpy")
-            offsets = np.asarray(shard.get_tensor(f"{prefix}row_offsets"), dtype=np.int64)
+            raw_offsets = np.asarray(shard.get_tensor(f"{prefix}row_offsets"))
             ids, mask = shard.get_tensor(f"{prefix}input_ids"), shard.get_tensor(f"{prefix}label_mask")
         except (SafetensorError, OSError) as error:
             raise _invalid(f"{path.name} cannot be read: {error}; prepare the dataset again.") from error
+        for name, array, kinds in (("row_offsets", raw_offsets, "iu"), ("input_ids", ids, "iu"), ("label_mask", mask, "iub")):
+            if array.ndim != 1 or array.dtype.kind not in kinds:
+                wanted = "whole numbers" if kinds == "iu" else "whole numbers or booleans"
+                raise _invalid(f"{path.name}: {name} is {array.dtype} {array.shape}, wanted {wanted} in one dimension; prepare it again.")
+        offsets = raw_offsets.astype(np.int64)
         self.lengths: IntArray = np.diff(offsets)
-        if ids.ndim != 1 or ids.shape != mask.shape or offsets[0] != 0 or offsets[-1] != len(ids) or (self.lengths < 1).any():
+        if ids.shape != mask.shape or not len(offsets) or offsets[0] != 0 or offsets[-1] != len(ids) or (self.lengths < 1).any():
             raise _invalid(
                 f"{path.name}: row_offsets, input_ids {ids.shape} and label_mask {mask.shape} do not fit together; prepare it again."
             )
         if len(ids) and int(ids.min()) < 0:
             raise _invalid(f"{path.name}: input_ids: got token id {int(ids.min())}, wanted 0 or more; prepare the dataset again.")
-        is_label = mask.astype(np.int64)
+        is_label = (mask != 0).astype(np.int64)
         is_label[offsets[:-1]] = 0
         self.labels: IntArray = np.add.reduceat(is_label, offsets[:-1]) if len(self.lengths) else self.lengths
         self.max_token_id = int(ids.max()) if len(ids) else -1

@@ -20,6 +20,7 @@ from finery_common.errors import DataLossError
 from finery_common.spec import TrainingSpec
 from finery_trainer.engine import checkpoint
 from finery_trainer.engine.data import TokenDataset, epoch_order
+from finery_trainer.engine.limits import limits_of
 from finery_trainer.engine.optim import Stepper, non_finite
 from finery_trainer.engine.packing import Row
 from finery_trainer.engine.passes import Passes, passes_of
@@ -122,11 +123,10 @@ class _Run:
         passes: Passes | None,
     ) -> None:
         self._model, self._data, self._spec, self._validation = model, data, spec, validation
-        config = cast("PretrainedConfig", model.config)
-        limit = min(spec.max_sequence_length, getattr(config, "max_position_embeddings", None) or spec.max_sequence_length)
+        limits = limits_of(cast("PretrainedConfig", model.config))
         for dataset in (data, validation):
             if dataset is not None:
-                dataset.check(vocab_size=config.vocab_size, max_sequence_length=limit)
+                dataset.check(limits, max_sequence_length=spec.max_sequence_length)
         self._steps_per_epoch, self.num_steps = steps_of(data.num_rows, spec)
         self._passes = passes_of(model, spec, data) if passes is None else passes
         self.stepper: Stepper = self._passes.stepper(self.num_steps)

@@ -28,6 +28,7 @@ from finery_common.spec import MethodType, TrainingSpec
 from finery_trainer.engine import checkpoint
 from finery_trainer.engine.data import IntArray, TokenDataset, epoch_order
 from finery_trainer.engine.layers import bind_layers
+from finery_trainer.engine.limits import ModelLimits, limits_of
 from finery_trainer.engine.loop import Action, OnCheckpoint, OnStep, Outcome, StepReport, memory_bytes, steps_of
 from finery_trainer.engine.optim import Stepper, build_flat_optimizer, non_finite, rate_factors
 from finery_trainer.engine.stack import unsupported
@@ -65,10 +66,10 @@ class PreferenceDataset:
         """Tokens of each pair."""
         return self.chosen.row_lengths + self.rejected.row_lengths
 
-    def check(self, *, vocab_size: int, max_sequence_length: int) -> None:
-        """Raises InvalidArgumentError where a token id or a row does not fit the model."""
-        self.chosen.check(vocab_size=vocab_size, max_sequence_length=max_sequence_length)
-        self.rejected.check(vocab_size=vocab_size, max_sequence_length=max_sequence_length)
+    def check(self, limits: ModelLimits, *, max_sequence_length: int) -> None:
+        """See TokenDataset."""
+        self.chosen.check(limits, max_sequence_length=max_sequence_length)
+        self.rejected.check(limits, max_sequence_length=max_sequence_length)
 
     def batch(self, pairs: Sequence[int]) -> dict[str, torch.Tensor]:
         """The given pairs padded on the right: int64 `input_ids`, `attention_mask` and `completion_mask`, each [R, T]."""
@@ -127,11 +128,10 @@ class _Run:
         from finery_trainer.engine.dpo import pair_loss
 
         self._model, self._data, self._spec, self._validation = model, data, spec, validation
-        config = cast("PretrainedConfig", model.get_base_model().config)
-        limit = min(spec.max_sequence_length, getattr(config, "max_position_embeddings", None) or spec.max_sequence_length)
+        limits = limits_of(cast("PretrainedConfig", model.get_base_model().config))
         for dataset in (data, validation):
             if dataset is not None:
-                dataset.check(vocab_size=config.vocab_size, max_sequence_length=limit)
+                dataset.check(limits, max_sequence_length=spec.max_sequence_length)
         self._steps_per_epoch, self.num_steps = steps_of(data.num_rows, spec)
         self._loss = pair_loss(model, spec)
         groups = [flatten([parameter for parameter in model.parameters() if parameter.requires_grad])]
