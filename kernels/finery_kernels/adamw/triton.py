@@ -4,7 +4,8 @@
 Owns the kernels and their launches. Leaves validation to `api`, whose docstrings say what the functions promise. Learning rate, step and
 clip coefficient may lie on the device, where a captured CUDA graph finds their new values.
 
-A program takes `GROUP_BLOCK` elements, so that it has one learning rate; in 8 bits that is rows of `QUANTIZATION_BLOCK`.
+A program takes `GROUP_BLOCK` elements, so that it has one learning rate; in 8 bits that is rows of `QUANTIZATION_BLOCK`. Fusion of multiply
+and add is said outright, since Triton is changing its default.
 """
 
 from __future__ import annotations
@@ -280,18 +281,20 @@ def adamw_(
     num_elements = params_N.shape[0]
     if num_elements == 0:
         return
-    adamw_kernel[(triton.cdiv(num_elements, GROUP_BLOCK),)](
-        params_N,
-        grads_N,
-        exp_avg_N,
-        exp_avg_sq_N,
-        shadow_N,
-        num_elements=num_elements,
-        **_scalar_arguments(groups, **options),
-        BLOCK=GROUP_BLOCK,
-        STOCHASTIC=stochastic_rounding,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(params_N):
+        adamw_kernel[(triton.cdiv(num_elements, GROUP_BLOCK),)](
+            params_N,
+            grads_N,
+            exp_avg_N,
+            exp_avg_sq_N,
+            shadow_N,
+            num_elements=num_elements,
+            **_scalar_arguments(groups, **options),
+            BLOCK=GROUP_BLOCK,
+            STOCHASTIC=stochastic_rounding,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
 
 
 def adamw_8bit_(
@@ -308,24 +311,26 @@ def adamw_8bit_(
     num_elements = params_N.shape[0]
     if num_elements == 0:
         return
-    adamw_8bit_kernel[(triton.cdiv(num_elements, GROUP_BLOCK),)](
-        params_N,
-        grads_N,
-        state.exp_avg_codes_N,
-        state.exp_avg_absmax_B,
-        state.exp_avg_sq_codes_N,
-        state.exp_avg_sq_absmax_B,
-        state.signed_map,
-        state.unsigned_map,
-        shadow_N,
-        num_elements=num_elements,
-        num_blocks=state.exp_avg_absmax_B.shape[0],
-        **_scalar_arguments(groups, **options),
-        ROWS=GROUP_BLOCK // QUANTIZATION_BLOCK,
-        COLUMNS=QUANTIZATION_BLOCK,
-        STOCHASTIC=stochastic_rounding,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(params_N):
+        adamw_8bit_kernel[(triton.cdiv(num_elements, GROUP_BLOCK),)](
+            params_N,
+            grads_N,
+            state.exp_avg_codes_N,
+            state.exp_avg_absmax_B,
+            state.exp_avg_sq_codes_N,
+            state.exp_avg_sq_absmax_B,
+            state.signed_map,
+            state.unsigned_map,
+            shadow_N,
+            num_elements=num_elements,
+            num_blocks=state.exp_avg_absmax_B.shape[0],
+            **_scalar_arguments(groups, **options),
+            ROWS=GROUP_BLOCK // QUANTIZATION_BLOCK,
+            COLUMNS=QUANTIZATION_BLOCK,
+            STOCHASTIC=stochastic_rounding,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
 
 
 def grad_norm(grads_N: torch.Tensor) -> torch.Tensor:
@@ -335,8 +340,11 @@ def grad_norm(grads_N: torch.Tensor) -> torch.Tensor:
     num_programs = min(MAX_NORM_PROGRAMS, triton.next_power_of_2(max(num_tiles, 1)))
     partial = torch.empty(num_programs, dtype=torch.float64, device=grads_N.device)
     norm = torch.empty((), dtype=torch.float32, device=grads_N.device)
-    norm_partial_kernel[(num_programs,)](grads_N, partial, num_elements, num_tiles, BLOCK=NORM_BLOCK, num_warps=8)
-    norm_total_kernel[(1,)](partial, norm, PROGRAMS=num_programs, num_warps=4)
+    with torch.cuda.device_of(grads_N):
+        norm_partial_kernel[(num_programs,)](
+            grads_N, partial, num_elements, num_tiles, BLOCK=NORM_BLOCK, num_warps=8, enable_fp_fusion=True
+        )
+        norm_total_kernel[(1,)](partial, norm, PROGRAMS=num_programs, num_warps=4, enable_fp_fusion=True)
     return norm
 
 

@@ -176,21 +176,22 @@ def cross_entropy_forward_backward_(
         return loss_T
     block, unroll, num_warps = geometry(num_classes, min(logits_TV.element_size(), out.element_size()))
     options = {"num_warps": num_warps, "enable_fp_fusion": True}
-    cross_entropy_kernel[(num_rows,)](
-        logits_TV,
-        targets_T,
-        grad_scale,
-        loss_T,
-        out,
-        logits_TV.stride(0),
-        out.stride(0),
-        scale,
-        softcap,
-        ignore_index,
-        V=num_classes,
-        BLOCK=block,
-        UNROLL=unroll,
-        OVERLAP=logits_TV.dtype != out.dtype and logits_TV.untyped_storage().data_ptr() == out.untyped_storage().data_ptr(),
-        **options,
-    )
+    with torch.cuda.device_of(logits_TV):
+        cross_entropy_kernel[(num_rows,)](
+            logits_TV,
+            targets_T,
+            grad_scale,
+            loss_T,
+            out,
+            logits_TV.stride(0),
+            out.stride(0),
+            scale,
+            softcap,
+            ignore_index,
+            V=num_classes,
+            BLOCK=block,
+            UNROLL=unroll,
+            OVERLAP=logits_TV.dtype != out.dtype and logits_TV.untyped_storage().data_ptr() == out.untyped_storage().data_ptr(),
+            **options,
+        )
     return loss_T

@@ -35,7 +35,8 @@ def put_rows(x_RD: Tensor, rows_R: Tensor, targets_R: Tensor, *, out_TD: Tensor,
     num_rows, width = x_RD.shape
     block = min(triton.next_power_of_2(width), 2048)
     strides, options = (x_RD.stride(0), out_TD.stride(0)), {"num_warps": 4, "enable_fp_fusion": True}
-    put_rows_kernel[(num_rows,)](x_RD, rows_R, targets_R, out_TD, *strides, ignore_index, D=width, BLOCK=block, **options)
+    with torch.cuda.device_of(x_RD):
+        put_rows_kernel[(num_rows,)](x_RD, rows_R, targets_R, out_TD, *strides, ignore_index, D=width, BLOCK=block, **options)
 
 
 def linear_cross_entropy_forward_backward(

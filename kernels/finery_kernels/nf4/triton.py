@@ -189,20 +189,21 @@ def dequantize(
     num_tiles = triton.cdiv(width, tile)
     kernel, options = words_kernel if by_words else elements_kernel, {"num_warps": num_warps, "enable_fp_fusion": False}
     unit = 8 if by_words and out.stride(0) % 8 == 0 else 1
-    kernel[(num_tiles, 1) if flat else (num_rows, num_tiles)](
-        packed.view(-1).view(torch.int32) if by_words else packed,
-        code_16,
-        absmax_B,
-        nested_absmax_C,
-        nested_code_256,
-        offset,
-        out,
-        width,
-        out.stride(0) // unit,
-        FLAT=flat,
-        BLOCKSIZE=blocksize,
-        NESTED_BLOCKSIZE=nested_blocksize,
-        **({"THREADS": num_warps * 32, "STRIDE_UNIT": unit} if by_words else {"ELEMENTS": tile}),
-        **options,
-    )
+    with torch.cuda.device_of(packed):
+        kernel[(num_tiles, 1) if flat else (num_rows, num_tiles)](
+            packed.view(-1).view(torch.int32) if by_words else packed,
+            code_16,
+            absmax_B,
+            nested_absmax_C,
+            nested_code_256,
+            offset,
+            out,
+            width,
+            out.stride(0) // unit,
+            FLAT=flat,
+            BLOCKSIZE=blocksize,
+            NESTED_BLOCKSIZE=nested_blocksize,
+            **({"THREADS": num_warps * 32, "STRIDE_UNIT": unit} if by_words else {"ELEMENTS": tile}),
+            **options,
+        )
     return out
