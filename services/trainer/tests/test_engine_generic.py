@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from finery_common.errors import FailedPreconditionError, InvalidArgumentError
 from finery_common.spec import TrainingSpec
 from finery_trainer import engine
-from finery_trainer.engine.generic import GenericStack, find_plain_head
+from finery_trainer.engine.determinism import deterministic_operations
+from finery_trainer.engine.generic import GenericPasses, GenericStack, find_plain_head
 from finery_trainer.engine.packing import IGNORE, pack
 from finery_trainer.engine.stack import TrainingStack
 
@@ -289,3 +291,71 @@ def test_quantized_models_train(tmp_path, quantization):
     assert stack.head is not None
     stack.forward_backward(rows, num_labels=_num_labels(rows))
     assert all(stack.gradient_of(p).norm() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def _spec(**fields) -> TrainingSpec:
+    return TrainingSpec.parse({"base_model": "tiny", "max_sequence_length": 16, **fields})
+
+
+def test_4_bit_weights_that_bitsandbytes_misreads_are_refused(tmp_path):
+    spec = _spec(quantization="nf4", lora={"target_modules": ["query_key_value"]})
+    for hidden_size in (64, 96):
+        import transformers as t
+
+        folder = tmp_path / str(hidden_size)
+        t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SIZES | {"hidden_size": hidden_size, "intermediate_size": 64})).save_pretrained(folder)
+        model = engine.load(spec, folder, device=torch.device("cpu"))
+        if hidden_size == 64:
+            assert GenericPasses(model, spec).gradients(_rows()).isfinite()
+        else:
+            with pytest.raises(FailedPreconditionError, match=r"query_key_value.* has 96 inputs, no multiple of 64.*use none or int8"):
+                GenericPasses(model, spec)
+
+
+@pytest.mark.parametrize(("max_tokens", "wanted"), [(None, [(4, 16)]), (32, [(2, 16), (2, 7)]), (16, [(1, 16), (1, 11), (2, 7)])])
+def test_a_pass_has_at_most_so_many_tokens_and_the_gradient_is_the_same(max_tokens, wanted, monkeypatch):
+    model, rows = _lora(_model("gpt_neox"), "gpt_neox"), _rows()
+    passes = GenericPasses(model, _spec(batch={"micro_batch_size": 4, "max_tokens": max_tokens}))
+    seen: list[tuple[int, int]] = []
+    plain = GenericStack.forward_backward
+
+    def noted(stack, part, **options):
+        seen.append((len(part), max(len(ids) for ids, _ in part)))
+        return plain(stack, part, **options)
+
+    monkeypatch.setattr(GenericStack, "forward_backward", noted)
+    loss = passes.gradients(rows)
+    assert seen == wanted
+    assert all(count * width <= (max_tokens or 64) for count, width in seen)
+    other = copy.deepcopy(model)
+    exact_loss, exact = _transformers(other.double(), rows)
+    assert loss.item() == pytest.approx(exact_loss, rel=1e-5)
+    assert all(_error(passes.stack.gradient_of(p), exact[name]) < 1e-4 for name, p in model.named_parameters() if name in exact)
+
+
+def test_a_step_without_labels_or_rows_is_an_error_and_no_nan():
+    passes = GenericPasses(_lora(_model("gpt_neox"), "gpt_neox"), _spec())
+    rows = [(ids, np.full_like(targets, IGNORE)) for ids, targets in _rows()]
+    for given in (rows, []):
+        with pytest.raises(InvalidArgumentError, match=f"got {len(given)} rows and no token that the loss is taken on"):
+            passes.gradients(given)
+
+
+def test_a_memory_budget_that_cannot_be_kept_is_refused():
+    with pytest.raises(FailedPreconditionError, match=r"memory.budget: got 8GiB, but .* not planned") as caught:
+        GenericPasses(_lora(_model("gpt_neox"), "gpt_neox"), _spec(memory={"budget": "8GiB"}))
+    assert caught.value.param == "spec.memory.budget"
+
+
+@pytest.mark.parametrize(("deterministic", "wanted"), [(True, True), (False, False), (None, False)])
+def test_on_a_gpu_determinism_is_switched_on_where_it_is_asked_for_and_off_again(deterministic, wanted):
+    with deterministic_operations(_spec(deterministic=deterministic), torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+    assert not torch.are_deterministic_algorithms_enabled()
+    text = "cumsum_cuda_kernel does not have a deterministic implementation, but you set"
+    with (
+        pytest.raises(FailedPreconditionError if wanted else RuntimeError, match="cumsum_cuda_kernel"),
+        deterministic_operations(_spec(deterministic=deterministic), torch.device("cuda")),
+    ):
+        raise RuntimeError(text)
+    assert not torch.are_deterministic_algorithms_enabled()

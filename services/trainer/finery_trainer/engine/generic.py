@@ -22,15 +22,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from finery_common.errors import FailedPreconditionError, InvalidArgumentError
 from finery_common.spec import TrainingSpec
 from finery_kernels.linear_cross_entropy import linear_cross_entropy
+from finery_kernels.nf4 import Nf4State, dequantize
 from finery_trainer.engine.architecture import base_of
+from finery_trainer.engine.determinism import deterministic_operations
 from finery_trainer.engine.host_embedding import GENERIC, not_offloaded
 from finery_trainer.engine.optim import Stepper, build_flat_optimizer, rate_factors
 from finery_trainer.engine.packing import IGNORE, Row
 from finery_trainer.engine.trained import FlatGroup, flatten, in_place
 
 if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -69,16 +73,21 @@ class PlainHead:
 
 
 class GenericPasses:
-    """Passes of a model's own modules over padded micro-batches of `spec.batch.micro_batch_size` rows; see `passes.Passes`.
+    """Passes of a model's own modules over padded micro-batches of `spec.batch`; see `passes.Passes`.
 
-    Raises FailedPreconditionError for what `spec` asks of the engine's own layers alone.
+    Raises FailedPreconditionError for what `spec` asks of the engine's own layers alone, and for weights that are not read right.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel, spec: TrainingSpec) -> None:
         if spec.memory.offload_embeddings:
             raise not_offloaded(GENERIC)
+        if spec.memory.budget != "auto":
+            raise without_budget(spec)
+        check_quantization(model)
         self._model, self._spec = model, spec
-        self.stack = GenericStack(model)
+        self._device = base_of(model).device
+        with deterministic_operations(spec, self._device):
+            self.stack = GenericStack(model)
 
     def stepper(self, num_steps: int) -> Stepper:
         """The optimizer of what is trained."""
@@ -93,25 +102,37 @@ class GenericPasses:
         However the same rows are split into micro-batches, loss and gradient are the same up to rounding.
         """
         num_labels = sum(int((targets != IGNORE).sum()) for _, targets in rows)
-        losses = [self.stack.forward_backward(part, num_labels=num_labels) for part in self._micro_batches(rows)]
-        return torch.stack(losses).sum()
+        if not num_labels:
+            raise InvalidArgumentError(
+                f"targets: got {len(rows)} rows and no token that the loss is taken on, wanted at least 1 in a step; check the labels."
+            )
+        with deterministic_operations(self._spec, self._device):
+            parts = self._micro_batches([len(ids) for ids, _ in rows])
+            losses = [self.stack.forward_backward([rows[row] for row in part], num_labels=num_labels) for part in parts]
+            return torch.stack(losses).sum()
 
     def mean_loss(self, data: TokenDataset) -> float:
         """The loss over all labels of `data`, without dropout."""
-        rows = sorted(range(data.num_rows), key=lambda row: int(data.row_lengths[row]))
-        size = self._spec.batch.micro_batch_size
-        parts = [self.stack.loss([data.training_row(row) for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
-        return float(torch.stack(parts).double().sum()) / int(data.row_labels.sum())
+        with deterministic_operations(self._spec, self._device):
+            parts = self._micro_batches([int(length) for length in data.row_lengths])
+            losses = [self.stack.loss([data.training_row(row) for row in part]) for part in parts]
+            return float(torch.stack(losses).double().sum()) / int(data.row_labels.sum())
 
     def refresh(self) -> None:
         """Takes over new values of the trained parameters."""
         self.stack.refresh()
 
-    def _micro_batches(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-        """Neighbours in length together, so that little is padding."""
-        by_length = sorted(rows, key=lambda row: -len(row[0]))
-        size = self._spec.batch.micro_batch_size
-        yield from (by_length[start : start + size] for start in range(0, len(by_length), size))
+    def _micro_batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Indices into `lengths`, neighbours in length together so that little is padding; `spec.batch.max_tokens` counts that too."""
+        batch, part = self._spec.batch, list[int]()
+        for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            is_over = part and batch.max_tokens is not None and (len(part) + 1) * lengths[part[0]] > batch.max_tokens
+            if is_over or len(part) == batch.micro_batch_size:
+                yield part
+                part = []
+            part.append(index)
+        if part:
+            yield part
 
 
 class GenericStack:
@@ -197,6 +218,39 @@ class GenericStack:
         is_label_BP = targets_BT[:, positions_P] != IGNORE
         logits_LV = logits_BPV[is_label_BP].float() if logits_BPV.dtype != torch.float64 else logits_BPV[is_label_BP]
         return nn.functional.cross_entropy(logits_LV, targets_BT[:, positions_P][is_label_BP], reduction="sum")
+
+
+def without_budget(spec: TrainingSpec) -> FailedPreconditionError:
+    """The error of a run that is to keep to a budget, which transformers' own modules can not."""
+    return FailedPreconditionError(
+        f"memory.budget: got {spec.memory.budget}, but the model trains by transformers' own modules, whose memory is not planned; "
+        "leave it out, and lower batch.micro_batch_size or batch.max_tokens where memory is short.",
+        param="spec.memory.budget",
+    )
+
+
+def check_quantization(model: PeftModel | PreTrainedModel) -> None:
+    """Raises FailedPreconditionError for 4-bit weights that bitsandbytes, which computes with them here, reads as other numbers.
+
+    On a CPU it does so where rows end inside a block of scales.
+    """
+    for name, module in base_of(model).named_modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is not None and state.shape[-1] % state.blocksize and not _reads_right(cast("torch.Tensor", weight), state):
+            raise FailedPreconditionError(
+                f"quantization: got nf4, but {name} has {state.shape[-1]} inputs, no multiple of {state.blocksize}, and on a "
+                f"{cast('torch.Tensor', weight).device.type.upper()} bitsandbytes reads such weights wrongly; use none or int8.",
+                param="spec.quantization",
+            )
+
+
+def _reads_right(weight: torch.Tensor, state: QuantState) -> bool:
+    from bitsandbytes.functional import dequantize_4bit
+
+    theirs_NK = dequantize_4bit(weight.data, state)
+    ours = dequantize(weight.data, Nf4State.from_bitsandbytes(state), dtype=theirs_NK.dtype)
+    return torch.equal(ours.flatten(), theirs_NK.flatten())
 
 
 def padded(rows: Sequence[Row]) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.int64]], np.ndarray[tuple[int, int], np.dtype[np.int64]]]:

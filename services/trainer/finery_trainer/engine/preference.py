@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,8 @@ from finery_common.errors import DataLossError, InvalidArgumentError
 from finery_common.spec import MethodType, TrainingSpec
 from finery_trainer.engine import checkpoint
 from finery_trainer.engine.data import IntArray, TokenDataset, epoch_order
+from finery_trainer.engine.determinism import deterministic_operations
+from finery_trainer.engine.generic import check_quantization
 from finery_trainer.engine.layers import bind_layers
 from finery_trainer.engine.limits import ModelLimits, limits_of
 from finery_trainer.engine.loop import Action, OnCheckpoint, OnStep, Outcome, StepReport, memory_bytes, steps_of
@@ -106,7 +107,7 @@ def train(
     Raises FailedPreconditionError (`non_finite_loss`) where it diverges, InvalidArgumentError where data do not fit the model.
     """
     assert spec.method is MethodType.DPO
-    with _determinism(spec, model.device):
+    with deterministic_operations(spec, model.device):
         run = _Run(model, data, spec, validation=validation)
         if resume_from is not None:
             run.resume(resume_from)
@@ -218,6 +219,7 @@ class _Run:
 def _bind(model: PeftModel) -> None:
     """Lets the passes of policy and reference run through the engine's own layers, where those take the model as supervised runs do."""
     if (reason := unsupported(model) or bind_layers(model)) is not None:
+        check_quantization(model)
         log.info("training by transformers' own modules", reason=reason)
 
 
@@ -226,19 +228,3 @@ def _precision(model: PeftModel) -> contextlib.AbstractContextManager[object]:
     if model.get_base_model().dtype is torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(model.device.type, dtype=torch.bfloat16)
-
-
-@contextlib.contextmanager
-def _determinism(spec: TrainingSpec, device: torch.device) -> Iterator[None]:
-    """On a GPU, where the spec asks for it, only operations that give the same bits in every run; a CPU has no others here."""
-    if device.type == "cpu" or not spec.deterministic:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled()
-    # cuBLAS reads it at its first product.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
