@@ -82,7 +82,7 @@ def test_loss_and_gradient_err_no_more_than_eager_torch(name, softcap, scale, lo
         logits, targets = inputs(5, num_classes, logits_dtype, device=device, seed=seed)
         losses, gradient = eager(logits, targets, torch.float64, softcap=softcap, scale=scale)
         plain_losses, plain_gradient = eager(logits, targets, torch.float32, softcap=softcap, scale=scale)
-        for out_dtype in (torch.float32, torch.bfloat16):
+        for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
             out = poisoned(5, num_classes, dtype=out_dtype, device=device)
             got = call(function, logits, targets, softcap=softcap, scale=scale, out=out)
             assert got.dtype == torch.float32
@@ -200,9 +200,12 @@ def test_autograd_leaves_the_logits_alone():
     assert torch.equal(logits.detach(), before)
 
 
-def test_mean_without_labels_is_nan_and_a_sum_zero():
+def test_a_mean_without_labels_is_refused_and_a_sum_is_zero():
     logits, targets = random_normal(3, 5, seed=0), torch.full((3,), -100)
-    assert torch.isnan(cross_entropy(logits, targets, reduction="mean"))
+    with pytest.raises(UnsupportedError, match="targets: none of 3 rows has a label, all are ignore_index -100; wanted at least one"):
+        cross_entropy(logits, targets, reduction="mean")
+    with pytest.raises(UnsupportedError, match="targets: none of 0 rows has a label"):
+        cross_entropy(logits[:0], targets[:0])
     assert cross_entropy(logits, targets, reduction="sum") == 0
     assert cross_entropy(logits[:0], targets[:0], reduction="sum") == 0
 
@@ -220,6 +223,8 @@ def test_an_impossible_target_is_named_by_the_public_function():
         ({"logits_TV": torch.zeros(4, 5, 6)}, "logits_TV has shape"),
         ({"logits_TV": torch.zeros(4, 5, dtype=torch.int32)}, "logits_TV is torch.int32"),
         ({"logits_TV": torch.zeros(5, 4).T}, "logits_TV has strides"),
+        ({"logits_TV": torch.zeros(4, 0)}, "logits_TV has 0 columns; wanted 1 to 1073741824"),
+        ({"logits_TV": torch.zeros(4, 1).expand(4, 2**30 + 1)}, "logits_TV has 1073741825 columns; wanted 1 to 1073741824"),
         ({"targets_T": torch.zeros(4, dtype=torch.int32)}, "targets_T is torch.int32"),
         ({"targets_T": torch.zeros(3, dtype=torch.int64)}, r"wanted contiguous int64 \(4,\)"),
         ({"grad_scale": torch.ones(2)}, "grad_scale is"),
@@ -280,7 +285,7 @@ def test_kernel_compiles_for_ampere_and_hopper():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_classes", [32001, 50257, 128256, 151936, 262144])
-@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_large_vocabularies_on_a_gpu(num_classes, logits_dtype, softcap):
     assert not interpreting()

@@ -183,10 +183,11 @@ def test_a_frozen_weight_gets_no_gradient():
     assert weight.grad is None
 
 
-def test_mean_without_labels_is_nan_and_a_sum_zero():
+def test_a_mean_without_labels_is_refused_and_a_sum_is_zero():
     h, weight, targets = inputs(7, 8, 11, torch.float32)
     nothing = torch.full_like(targets, -100)
-    assert torch.isnan(linear_cross_entropy(h, weight, nothing))
+    with pytest.raises(UnsupportedError, match="targets: none of 7 rows has a label"):
+        linear_cross_entropy(h, weight, nothing)
     assert linear_cross_entropy(h, weight, nothing, reduction="sum") == 0
 
 
@@ -279,6 +280,19 @@ def test_autograd_on_a_gpu():
     loss = linear_cross_entropy(h, weight, targets, reduction="sum", tile_rows=128)
     (loss * GRAD_SCALE).backward()
     assert_all_within_budget((loss.detach(), h.grad, weight.grad), case, factor=1.2)
+
+
+@pytest.mark.gpu
+def test_a_gpu_repeats_itself_bit_by_bit():
+    h, weight, targets = inputs(1000, 512, 32003, torch.bfloat16, device="cuda")
+    rows = (targets != -100).nonzero().squeeze(1)
+    runs = []
+    for _ in range(3):
+        dweight = torch.zeros(32003, 512, device="cuda")
+        options = {"grad_scale": torch.ones(1, device="cuda"), "rows_L": rows, "tile_rows": 300, "dweight_VD": dweight}
+        runs.append((*linear_cross_entropy_forward_backward(h, weight, targets[rows], **options), dweight))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
 @pytest.mark.gpu

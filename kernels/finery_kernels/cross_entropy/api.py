@@ -20,6 +20,8 @@ Reduction = Literal["sum", "mean"]
 
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ANY_DTYPES = (*_CUDA_DTYPES, torch.float64)
+# The kernel counts columns in 32 bits, and a step of them past the last.
+MAX_CLASSES = 2**30
 
 
 @torch.no_grad()
@@ -77,30 +79,37 @@ def cross_entropy(
 ) -> torch.Tensor:
     """The summed or mean loss of the labelled rows, with autograd; the gradient is computed in forward.
 
-    Arguments as in `cross_entropy_forward_backward_`. The mean is over rows with a label, NaN where there is none, as torch has it. Waits
-    for the device, once, to look at the targets.
+    Arguments as in `cross_entropy_forward_backward_`. The mean is over rows with a label. Waits once for the device,
+    to look at the targets.
 
     Returns:
         A 0-dim tensor, fp32 (fp64 for fp64 logits).
 
     Raises:
-        UnsupportedError: an input is not supported, or a target lies outside of the vocabulary.
+        UnsupportedError: an input is not supported, a target lies outside of the vocabulary, or there is no label to take the mean of.
     """
-    check_targets(targets_T, num_classes=_num_classes(logits_TV), ignore_index=ignore_index)
-    if reduction not in ("sum", "mean"):
-        raise UnsupportedError(f"reduction is {reduction!r}; wanted 'sum' or 'mean'")
+    check_targets(targets_T, num_classes=_num_classes(logits_TV), ignore_index=ignore_index, reduction=reduction)
     loss: torch.Tensor = _CrossEntropy.apply(logits_TV, targets_T, softcap, scale, reduction, ignore_index)
     return loss
 
 
-def check_targets(targets_T: torch.Tensor, *, num_classes: int, ignore_index: int) -> None:
-    """Raises `UnsupportedError` where a target is neither `ignore_index` nor in [0, num_classes); waits for the device."""
-    wrong_T = (targets_T != ignore_index) & ((targets_T < 0) | (targets_T >= num_classes))
-    if bool(wrong_T.any()):
+def check_targets(targets_T: torch.Tensor, *, num_classes: int, ignore_index: int, reduction: Reduction) -> None:
+    """Raises `UnsupportedError` where a target is neither `ignore_index` nor in [0, num_classes), or a mean has no label; waits once."""
+    if reduction not in ("sum", "mean"):
+        raise UnsupportedError(f"reduction is {reduction!r}; wanted 'sum' or 'mean'")
+    labelled_T = targets_T != ignore_index
+    wrong_T = labelled_T & ((targets_T < 0) | (targets_T >= num_classes))
+    is_wrong, is_labelled = torch.stack((wrong_T.any(), labelled_T.any())).tolist()
+    if is_wrong:
         row = int(wrong_T.nonzero()[0, 0])
         raise UnsupportedError(
             f"targets: row {row} has target {int(targets_T[row])}; wanted 0 to {num_classes - 1} (the vocabulary has "
             f"{num_classes} entries) or ignore_index {ignore_index}"
+        )
+    if reduction == "mean" and not is_labelled:
+        raise UnsupportedError(
+            f"targets: none of {targets_T.numel()} rows has a label, all are ignore_index {ignore_index}; "
+            "wanted at least one for a mean, or reduction 'sum'"
         )
 
 
@@ -165,8 +174,8 @@ def _num_classes(logits_TV: torch.Tensor) -> int:
 
 def _check(logits_TV: torch.Tensor, targets_T: torch.Tensor, *, grad_scale: torch.Tensor, out: torch.Tensor) -> None:
     num_rows, num_classes = logits_TV.shape[0] if logits_TV.dim() else 0, _num_classes(logits_TV)
-    if num_classes < 1 or num_classes >= 2**31:
-        raise UnsupportedError(f"logits_TV has {num_classes} columns; wanted 1 to 2**31 - 1")
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise UnsupportedError(f"logits_TV has {num_classes} columns; wanted 1 to {MAX_CLASSES}")
     for name, tensor in (("logits_TV", logits_TV), ("out", out)):
         _check_matrix(name, tensor, shape=(num_rows, num_classes), device=logits_TV.device)
     if targets_T.shape != (num_rows,) or targets_T.dtype != torch.int64 or (num_rows > 1 and targets_T.stride(0) != 1):

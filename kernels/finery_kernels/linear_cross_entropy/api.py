@@ -8,16 +8,22 @@ Shapes: T rows (tokens), L rows taken through the head, D hidden size, V vocabul
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from finery_kernels.cross_entropy.api import check_grad_scale, check_numbers, check_targets, reduction_scale, times_upstream
+from finery_kernels.cross_entropy.api import (
+    MAX_CLASSES,
+    Reduction,
+    check_grad_scale,
+    check_numbers,
+    check_targets,
+    reduction_scale,
+    times_upstream,
+)
 from finery_kernels.errors import UnsupportedError
 from finery_kernels.linear_cross_entropy import reference
-
-Reduction = Literal["sum", "mean"]
 
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ANY_DTYPES = (*_CUDA_DTYPES, torch.float64)
@@ -106,7 +112,7 @@ def linear_cross_entropy(
     """The summed or mean loss of the labelled rows, with autograd; the gradients are computed in forward.
 
     Rows without a label are left out of the products, so the device is waited for. The weight's gradient is computed only where the weight
-    requires one, in fp32, and rounded once to its dtype. The mean is over rows with a label, NaN where there is none, as torch has it.
+    requires one, in fp32, and rounded once to its dtype. The mean is over rows with a label.
 
     Args:
         h_TD: [T, D].
@@ -122,13 +128,11 @@ def linear_cross_entropy(
         A 0-dim tensor, fp32 (fp64 for fp64 inputs).
 
     Raises:
-        UnsupportedError: an input is not supported, or a target lies outside of the vocabulary.
+        UnsupportedError: an input is not supported, a target lies outside of the vocabulary, or there is no label to take the mean of.
     """
-    if reduction not in ("sum", "mean"):
-        raise UnsupportedError(f"reduction is {reduction!r}; wanted 'sum' or 'mean'")
     if weight_VD.dim() != 2:
         raise UnsupportedError(f"weight_VD has shape {tuple(weight_VD.shape)}; wanted [V, D]")
-    check_targets(targets_T, num_classes=weight_VD.shape[0], ignore_index=ignore_index)
+    check_targets(targets_T, num_classes=weight_VD.shape[0], ignore_index=ignore_index, reduction=reduction)
     tile_rows = default_tile_rows(weight_VD.shape[0]) if tile_rows is None else tile_rows
     loss: torch.Tensor = _LinearCrossEntropy.apply(h_TD, weight_VD, targets_T, softcap, scale, reduction, tile_rows, ignore_index)
     return loss
@@ -192,8 +196,8 @@ def _check(h_TD: torch.Tensor, weight_VD: torch.Tensor, *, out_dh: torch.Tensor,
         if tensor.dim() != 2:
             raise UnsupportedError(f"{name} has shape {tuple(tensor.shape)}; wanted two dimensions")
     (num_rows, hidden), num_classes = h_TD.shape, weight_VD.shape[0]
-    if not 1 <= num_classes < 2**31:
-        raise UnsupportedError(f"weight_VD has {num_classes} rows; wanted 1 to 2**31 - 1")
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise UnsupportedError(f"weight_VD has {num_classes} rows; wanted 1 to {MAX_CLASSES}")
     _check_matrix("h_TD", h_TD, shape=(num_rows, hidden), dtypes=(h_TD.dtype,), device=h_TD.device)
     _check_matrix("weight_VD", weight_VD, shape=(num_classes, hidden), dtypes=(h_TD.dtype,), device=h_TD.device)
     _check_matrix("out_dh", out_dh, shape=(num_rows, hidden), dtypes=(h_TD.dtype,), device=h_TD.device)
