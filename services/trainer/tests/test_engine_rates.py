@@ -29,20 +29,45 @@ def test_lora_plus_multiplies_the_rate_of_b_alone(tiny_base_dir, method):
     assert {factor for name, factor in factors.items() if "lora_A" in name} == {1.0}
 
 
-def test_embeddings_and_head_follow_their_own_rate_and_an_adapters_b_both():
-    names = ("model.embed_tokens.weight", "lm_head.lora_A.default.weight", "lm_head.lora_B.default.weight", "model.norm.weight")
-    model = torch.nn.Module()
-    for name in names:
-        holder = model
-        for part in name.split(".")[:-1]:
-            if not hasattr(holder, part):
-                holder.add_module(part, torch.nn.Module())
-            holder = getattr(holder, part)
-        holder.weight = torch.nn.Parameter(torch.zeros(2, 2))
-    optimizer = {"learning_rate": 1e-3, "embedding_learning_rate": 1e-4}
-    lora = {"target_modules": ["lm_head"], "b_learning_rate_ratio": 2.0}
-    factors = rate_factors(model, TrainingSpec.parse({"base_model": "m", "lora": lora, "optimizer": optimizer}))
-    assert [factors.get(model.get_parameter(name), 1.0) for name in names] == pytest.approx([0.1, 0.1, 0.2, 1.0])
-    model.get_parameter(names[0]).requires_grad_(False)
-    frozen = rate_factors(model, TrainingSpec.parse({"base_model": "m", "lora": lora, "optimizer": optimizer}))
-    assert model.get_parameter(names[0]) not in frozen
+RATES = {"learning_rate": 1e-3, "embedding_learning_rate": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Tiny models of families that call embeddings and head by other names, tied and not."""
+    import transformers as t
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2}
+    configs = {
+        "gpt_neox": t.GPTNeoXConfig(**sizes, intermediate_size=32),
+        "falcon": t.FalconConfig(**sizes, tie_word_embeddings=False),
+        "mamba": t.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4),
+        "llama": t.LlamaConfig(**sizes, intermediate_size=32),
+    }
+    for name, config in configs.items():
+        t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path_factory.getbasetemp() / name)
+    return {name: tmp_path_factory.getbasetemp() / name for name in configs}
+
+
+@pytest.mark.parametrize(
+    ("family", "ends"),
+    [
+        ("gpt_neox", {"gpt_neox.embed_in.weight", "lm_head.weight"}),
+        ("falcon", {"transformer.word_embeddings.weight", "lm_head.weight"}),
+        ("mamba", {"backbone.embeddings.weight"}),
+        ("llama", {"model.embed_tokens.weight", "lm_head.weight"}),
+    ],
+)
+def test_embeddings_and_head_have_their_own_rate_whatever_the_family_calls_them(folders, family, ends):
+    factors = factors_of(folders[family], method="full", optimizer=RATES)
+    assert {name for name, factor in factors.items() if factor == pytest.approx(0.1)} == ends
+    assert {factor for name, factor in factors.items() if name not in ends} == {1.0}
+
+
+def test_an_adapter_of_the_head_follows_its_rate_and_b_both(folders):
+    lora = {"target_modules": ["lm_head", "q_proj"], "b_learning_rate_ratio": 2.0}
+    factors = factors_of(folders["llama"], lora=lora, optimizer=RATES)
+    of_head = {name.split(".")[-3]: factor for name, factor in factors.items() if "lm_head" in name}
+    assert of_head == {"lora_A": pytest.approx(0.1), "lora_B": pytest.approx(0.2)}
+    assert {factor for name, factor in factors.items() if "q_proj" in name} == {1.0, 2.0}
+    assert len(factors) == 4, "frozen embeddings have no rate"

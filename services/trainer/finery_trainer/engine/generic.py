@@ -16,7 +16,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from finery_trainer.engine.packing import IGNORE, Row
 from finery_trainer.engine.trained import FlatGroup, flatten, in_place
 
 if TYPE_CHECKING:
-    from bitsandbytes.functional import QuantState
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -235,22 +234,26 @@ def check_quantization(model: PeftModel | PreTrainedModel) -> None:
     On a CPU it does so where rows end inside a block of scales.
     """
     for name, module in base_of(model).named_modules():
-        weight = getattr(module, "weight", None)
-        state = getattr(weight, "quant_state", None)
-        if state is not None and state.shape[-1] % state.blocksize and not _reads_right(cast("torch.Tensor", weight), state):
+        if not _is_read_right(module):
+            weight, state = cast("torch.Tensor", module.weight), cast("Any", module.weight).quant_state
             raise FailedPreconditionError(
                 f"quantization: got nf4, but {name} has {state.shape[-1]} inputs, no multiple of {state.blocksize}, and on a "
-                f"{cast('torch.Tensor', weight).device.type.upper()} bitsandbytes reads such weights wrongly; use none or int8.",
+                f"{weight.device.type.upper()} bitsandbytes reads such weights wrongly; use none or int8.",
                 param="spec.quantization",
             )
 
 
-def _reads_right(weight: torch.Tensor, state: QuantState) -> bool:
+def _is_read_right(module: nn.Module) -> bool:
+    """Whether a 4-bit weight, where `module` has one, is what bitsandbytes takes it for."""
+    state = cast("Any", getattr(getattr(module, "weight", None), "quant_state", None))
+    if state is None or state.shape[-1] % state.blocksize == 0:
+        return True
     from bitsandbytes.functional import dequantize_4bit
 
-    theirs_NK = dequantize_4bit(weight.data, state)
-    ours = dequantize(weight.data, Nf4State.from_bitsandbytes(state), dtype=theirs_NK.dtype)
-    return torch.equal(ours.flatten(), theirs_NK.flatten())
+    packed = cast("torch.Tensor", module.weight).data
+    theirs_NK = dequantize_4bit(packed, state)
+    ours_NK = dequantize(packed, Nf4State.from_bitsandbytes(state), dtype=theirs_NK.dtype)
+    return torch.equal(ours_NK.flatten(), theirs_NK.flatten())
 
 
 def padded(rows: Sequence[Row]) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.int64]], np.ndarray[tuple[int, int], np.dtype[np.int64]]]:

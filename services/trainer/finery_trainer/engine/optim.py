@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from finery_common.errors import FailedPreconditionError
 from finery_common.spec import OptimizerSpec, ScheduleType, TrainingSpec
+from finery_trainer.engine.architecture import base_of
 from finery_trainer.engine.flat_adamw import FlatAdamW
 from finery_trainer.engine.trained import FlatGroup
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 _LORA_B = re.compile(r"\blora_(embedding_)?B\b")
-_EMBEDDING = re.compile(r"\b(embed_tokens|wte|embed_in|lm_head|embed_out)\b")
 
 
 @dataclass(frozen=True)
@@ -114,18 +118,26 @@ def _schedule(spec: OptimizerSpec, num_steps: int) -> Schedule:
     return Schedule(spec.schedule, spec.learning_rate, num_steps, num_warmup_steps)
 
 
-def rate_factors(model: torch.nn.Module, spec: TrainingSpec) -> dict[torch.nn.Parameter, float]:
+def rate_factors(model: PeftModel | PreTrainedModel, spec: TrainingSpec) -> dict[torch.nn.Parameter, float]:
     """What the learning rate of some trained parameters of `model` is multiplied by: embeddings and head, and LoRA's B."""
     optimizer, factors = spec.optimizer, dict[torch.nn.Parameter, float]()
+    ends = set(_ends_of(base_of(model)))
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         factor = spec.lora.b_learning_rate_ratio if _LORA_B.search(name) else 1.0
-        if optimizer.embedding_learning_rate is not None and _EMBEDDING.search(name):
+        if optimizer.embedding_learning_rate is not None and parameter in ends:
             factor *= optimizer.embedding_learning_rate / optimizer.learning_rate
         if factor != 1.0:
             factors[parameter] = factor
     return factors
+
+
+def _ends_of(base: PreTrainedModel) -> Iterator[torch.nn.Parameter]:
+    """Parameters of the input embeddings and of the head, whatever the family calls them; adapters on them are among these."""
+    for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+        if isinstance(module, torch.nn.Module):
+            yield from module.parameters()
 
 
 def non_finite(what: str, value: float, *, step: int) -> FailedPreconditionError:
