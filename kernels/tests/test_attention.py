@@ -189,6 +189,28 @@ def test_rows_of_no_sequence_are_zero_in_the_reference():
         assert not got[7:].any()
 
 
+@pytest.mark.parametrize("equal", [False, True])
+def test_no_rows_give_no_rows(equal):
+    assert_no_rows_give_no_rows("cpu", torch.float32, equal=equal)
+
+
+def assert_no_rows_give_no_rows(device, dtype, *, equal):
+    q, k, v = (torch.zeros(0, heads, 16, dtype=dtype, device=device, requires_grad=True) for heads in (4, 2, 2))
+    bounds = None if equal else torch.zeros(3, dtype=torch.int32, device=device)
+    out = op.attention(q, k, v, cu_seqlens=bounds, max_seqlen=5, lengths_equal=5 if equal else None)
+    out.sum().backward()
+    for x, want in ((out, q), (q.grad, q), (k.grad, k), (v.grad, v)):
+        assert x.shape == want.shape
+
+
+def test_a_second_derivative_is_refused():
+    case = Case((5,), heads=3, kv_heads=3, head_dim=4)
+    q, k, v, _ = (x.detach().clone().requires_grad_() for x in case.draw())
+    (dq,) = torch.autograd.grad(op.attention(q, k, v, **case.options("cpu")).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
 def test_a_gradient_may_come_in_any_layout():
     case = Case((5,), heads=3, kv_heads=3, head_dim=4)
     q, k, v, _ = (x.detach().clone().requires_grad_() for x in case.draw())
@@ -356,6 +378,9 @@ BOUNDS = torch.tensor([0, 2, 6], dtype=torch.int32)
         ({"lengths_equal": 6, "max_seqlen": 5}, "lengths_equal is 6 for 6 rows and max_seqlen 5"),
         ({"window": 0}, "window is 0"),
         ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"softcap": float("inf")}, "softcap is inf; a positive finite number"),
+        ({"softcap": float("nan")}, "softcap is nan"),
+        ({"scale": float("nan")}, "scale is nan; a finite number or None"),
         ({"backend": "flash"}, "backend is flash and q is on cpu"),
     ],
 )
@@ -373,6 +398,8 @@ def test_unsupported_gradients_are_named():
         op.attention_backward(k, q, k, v, out, lse, cu_seqlens=BOUNDS, max_seqlen=6)
     with pytest.raises(UnsupportedError, match=r"out is torch.float64"):
         op.attention_backward(q, q, k, v, out.double(), lse, cu_seqlens=BOUNDS, max_seqlen=6)
+    with pytest.raises(UnsupportedError, match=r"lse is torch.bfloat16 on cpu; torch.float32 on cpu is wanted"):
+        op.attention_backward(q, q, k, v, out, lse.bfloat16(), cu_seqlens=BOUNDS, max_seqlen=6)
 
 
 @pytest.mark.parametrize(
@@ -479,6 +506,13 @@ def test_wide_dtypes_take_the_reference_on_a_gpu(dtype):
     case = Case(LONG, 4, 2, 64, dtype=dtype)
     tensors = case.draw("cuda")
     assert_budget(case, run(case, *tensors), tensors, factor=1.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("equal", [False, True])
+def test_no_rows_give_no_rows_on_a_gpu(dtype, equal):
+    assert_no_rows_give_no_rows("cuda", dtype, equal=equal)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from finery_kernels.attention import backends, reference
 from finery_kernels.attention.backends import HALF_DTYPES, HEAD_DIM_MULTIPLE, MAX_CUDNN_HEAD_DIM, MAX_HEAD_DIM, MIN_FLEX_HEAD_DIM
@@ -83,7 +84,7 @@ def attention_forward(
     window: keys that a query sees, itself included, on its left and, unless causal, as many on its right.
     backend: None lets `choose_backend` choose. deterministic: the backward gives the same bits every time.
 
-    Nothing is read on the host except by the backend `reference` where lengths differ. Raises `UnsupportedError`.
+    No rows give no rows. Nothing is read on the host except by the backend `reference` where lengths differ. Raises `UnsupportedError`.
     """
     problem = _problem(
         q_THd,
@@ -99,6 +100,8 @@ def attention_forward(
         deterministic=deterministic,
     )
     backend = _resolve(backend, q_THd, problem)
+    if not q_THd.shape[0]:
+        return torch.empty_like(q_THd), torch.empty(q_THd.shape[1], 0, dtype=lse_dtype(q_THd), device=q_THd.device)
     if backend == "reference":
         return reference.forward(q_THd, k_TKd, v_TKd, problem)
     return backends.forward(backend, q_THd, k_TKd, v_TKd, problem)
@@ -142,10 +145,21 @@ def attention_backward(
     )
     for name, tensor in (("dout", dout_THd), ("out", out_THd)):
         _check_like_q(name, tensor, q_THd)
+    if lse.dtype != lse_dtype(q_THd) or lse.device != q_THd.device:
+        raise UnsupportedError(
+            f"lse is {lse.dtype} on {lse.device}; {lse_dtype(q_THd)} on {q_THd.device} is wanted, as attention_forward gave it."
+        )
     backend = _resolve(backend, q_THd, problem)
+    if not q_THd.shape[0]:
+        return torch.empty_like(q_THd), torch.empty_like(k_TKd), torch.empty_like(v_TKd)
     if backend == "reference":
         return reference.backward(dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, problem)
     return backends.backward(backend, dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, problem)
+
+
+def lse_dtype(q_THd: torch.Tensor) -> torch.dtype:
+    """Of the scores' logsumexp, whatever the backend: fp32, and fp64 for fp64."""
+    return torch.promote_types(q_THd.dtype, torch.float32)
 
 
 def attention(
@@ -163,7 +177,7 @@ def attention(
     backend: Backend | None = None,
     deterministic: bool = False,
 ) -> torch.Tensor:
-    """Output [T, H, d], differentiable in q, k and v; the arguments are `attention_forward`'s."""
+    """Output [T, H, d], differentiable in q, k and v, once; the arguments are `attention_forward`'s."""
     options = {
         "cu_seqlens": cu_seqlens,
         "max_seqlen": max_seqlen,
@@ -187,10 +201,13 @@ class _Attention(torch.autograd.Function):
         return out_THd
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         (dout_THd,) = grads
         q_THd, k_TKd, v_TKd, out_THd, lse = ctx.saved_tensors
-        if dout_THd.stride(-1) != 1:
+        if not _has_unit_stride(dout_THd):
             dout_THd = dout_THd.contiguous()
         return (*attention_backward(dout_THd, q_THd, k_TKd, v_TKd, out_THd, lse, **ctx.options), None)
 
@@ -213,8 +230,10 @@ def _problem(
     _check_sequences(cu_seqlens, max_seqlen, lengths_equal, q_THd)
     if window is not None and window < 1:
         raise UnsupportedError(f"window is {window}; at least 1 is wanted, the query's own key.")
-    if softcap is not None and softcap <= 0:
-        raise UnsupportedError(f"softcap is {softcap}; a positive number or None is wanted.")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise UnsupportedError(f"softcap is {softcap}; a positive finite number or None is wanted.")
+    if scale is not None and not abs(scale) < float("inf"):
+        raise UnsupportedError(f"scale is {scale}; a finite number or None is wanted.")
     return Problem(
         cu_seqlens_S=cu_seqlens,
         max_seqlen=max_seqlen,
@@ -229,7 +248,7 @@ def _problem(
 
 def _check_tensors(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor) -> None:
     for name, tensor in (("q", q_THd), ("k", k_TKd), ("v", v_TKd)):
-        if tensor.ndim != 3 or tensor.stride(-1) != 1 or min(tensor.shape[1:]) < 1:
+        if tensor.ndim != 3 or not _has_unit_stride(tensor) or min(tensor.shape[1:]) < 1:
             raise UnsupportedError(
                 f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; [T, heads, d] with unit last is wanted."
             )
@@ -245,6 +264,11 @@ def _check_tensors(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor
         )
     if num_heads % k_TKd.shape[1]:
         raise UnsupportedError(f"q has {num_heads} heads and k {k_TKd.shape[1]}; a multiple of k's is wanted.")
+
+
+def _has_unit_stride(x_THd: torch.Tensor) -> bool:
+    """Whether the last dimension's elements lie side by side, as a single one always does."""
+    return x_THd.stride(-1) == 1 or x_THd.shape[-1] == 1 or x_THd.numel() == 0
 
 
 def _check_sequences(cu_seqlens_S: torch.Tensor | None, max_seqlen: int, length: int | None, q_THd: torch.Tensor) -> None:
@@ -268,7 +292,7 @@ def _check_sequences(cu_seqlens_S: torch.Tensor | None, max_seqlen: int, length:
 
 
 def _check_like_q(name: str, tensor: torch.Tensor, q_THd: torch.Tensor) -> None:
-    if tensor.shape != q_THd.shape or tensor.dtype != q_THd.dtype or tensor.device != q_THd.device or tensor.stride(-1) != 1:
+    if tensor.shape != q_THd.shape or tensor.dtype != q_THd.dtype or tensor.device != q_THd.device or not _has_unit_stride(tensor):
         raise UnsupportedError(
             f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; "
             f"{q_THd.dtype} {tuple(q_THd.shape)} with unit last stride on {q_THd.device} is wanted, as q is."
