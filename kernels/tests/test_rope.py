@@ -7,6 +7,7 @@ import itertools
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -333,6 +334,8 @@ FORWARD = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
         ),
         ({"q_norm": torch.ones(8), "k_norm": torch.ones(8), "rstd_out": torch.zeros(2, 4)}, r"rstd_out is .* wanted .* shape \(2, 3\)"),
         ({"head_dim": 7, "qkv_TN": torch.zeros(2, 28)}, "head_dim is 7; wanted an even number"),
+        ({"num_heads": 0, "qkv_TN": torch.zeros(2, 16)}, "num_heads is 0 and num_kv_heads 1; wanted at least 1 of either"),
+        ({"qkv_TN": torch.tensor(0.0)}, r"qkv_TN has shape \(\); wanted \[T, \(H \+ 2K\)d\]"),
     ],
 )
 def test_unsupported_forward_inputs_are_named(change, message):
@@ -350,6 +353,7 @@ NORMS = {"q_norm": torch.ones(8), "k_norm": torch.ones(8)}
     ("change", "message"),
     [
         ({"dq_THd": torch.zeros(2, 16)}, r"dq_THd has shape \(2, 16\)"),
+        ({"dq_THd": torch.zeros(2, 0, 8)}, r"dq_THd has shape \(2, 0, 8\); wanted \[2 tokens, heads, 8\], at least one head"),
         ({"dk_TKd": torch.zeros(3, 1, 8)}, r"dk_TKd has shape \(3, 1, 8\); wanted \[2 tokens, heads, 8\]"),
         ({"dk_TKd": torch.zeros(2, 1, 8, dtype=torch.float16)}, "dk_TKd is torch.float16 on cpu; wanted torch.float32"),
         ({"dv_TKd": torch.zeros(2, 2, 8)}, "dv_TKd has 2 heads; wanted 1, as dk_TKd has"),
@@ -382,6 +386,30 @@ def test_public_functions_refuse_unlike_shapes():
     cos, sin, positions = make_table(2, 8)
     with pytest.raises(UnsupportedError, match=r"q and k have shapes \(2, 2, 8\) and \(3, 1, 8\)"):
         op.rope(torch.zeros(2, 2, 8), torch.zeros(3, 1, 8), cos, sin, positions)
+    q, k, weight = torch.zeros(2, 2, 8), torch.zeros(2, 1, 8), torch.ones(8)
+    for wrong in (torch.arange(3), positions.view(2, 1, 1)):
+        with pytest.raises(UnsupportedError, match=r"positions has shape .*; wanted \(2,\), or what expands to it"):
+            op.rope(q, k, cos, sin, wrong)
+        with pytest.raises(UnsupportedError, match="positions has shape"):
+            op.qk_norm_rope(q, k, weight, weight, cos, sin, wrong, eps=EPS)
+
+
+def test_public_functions_refuse_what_they_are_for_to_be_missing():
+    q, k, positions = torch.zeros(2, 2, 8), torch.zeros(2, 1, 8), torch.arange(2)
+    nothing: Any = None
+    with pytest.raises(UnsupportedError, match="cos_PR and sin_PR are None; wanted the tables"):
+        op.rope(q, k, nothing, nothing, positions)
+    with pytest.raises(UnsupportedError, match="q_norm and k_norm are None; wanted both weights"):
+        op.qk_norm_rope(q, k, nothing, nothing, None, None, None, eps=EPS)
+
+
+def test_no_tokens_pass_the_public_functions():
+    cos, sin, _ = make_table(2, 8)
+    q, k = (torch.zeros(3, 0, heads, 8, requires_grad=True) for heads in (2, 1))
+    turned = op.rope(q, k, cos, sin, torch.zeros(3, 0, dtype=torch.int64))
+    torch.autograd.backward(turned, [torch.ones_like(x) for x in turned])
+    assert q.grad is not None
+    assert [x.shape for x in (*turned, q.grad)] == [q.shape, k.shape, q.shape]
 
 
 def test_a_machine_without_triton_imports_the_operation():

@@ -10,6 +10,7 @@ outside the tables gives NaN, since looking would stop the host.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -65,6 +66,10 @@ def rope_qkv_forward_(
     """
     if head_dim < 2 or head_dim % 2:
         raise UnsupportedError(f"head_dim is {head_dim}; wanted an even number")
+    if num_heads < 1 or num_kv_heads < 1:
+        raise UnsupportedError(f"num_heads is {num_heads} and num_kv_heads {num_kv_heads}; wanted at least 1 of either")
+    if qkv_TN.dim() != 2:
+        raise UnsupportedError(f"qkv_TN has shape {tuple(qkv_TN.shape)}; wanted [T, (H + 2K)d]")
     _check_dtype("qkv_TN", qkv_TN)
     _check_rows("qkv_TN", qkv_TN, shape=(qkv_TN.shape[0], (num_heads + 2 * num_kv_heads) * head_dim), like=qkv_TN)
     q_THd, k_TKd, _ = _parts(qkv_TN, num_heads, num_kv_heads, head_dim)
@@ -183,7 +188,8 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, cos_PR: Tensor, sin_PR: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         heads = _flat_heads(q, k)
         table = _checked_table(cos_PR, sin_PR, _flat_positions(positions, q), like=heads[0])
-        assert table is not None
+        if table is None:
+            raise UnsupportedError("cos_PR and sin_PR are None; wanted the tables to rotate by")
         ctx.save_for_backward(*table)
         targets = _empty_like(heads)
         _run(q, "rotate", heads, targets, table, inverse=False)
@@ -216,7 +222,8 @@ class _QkNormRope(torch.autograd.Function):
         heads = _flat_heads(q, k)
         table = _checked_table(cos_PR, sin_PR, None if positions is None else _flat_positions(positions, q), like=heads[0])
         weights = _checked_weights(q_norm, k_norm, like=heads[0])
-        assert weights is not None
+        if weights is None:
+            raise UnsupportedError("q_norm and k_norm are None; wanted both weights of the norm, or `rope` without a norm")
         rstd_TG, targets = _checked_rstd("rstd_TG", None, heads), _empty_like(heads)
         _run(q, "norm_rotate", heads, targets, weights, table, eps=eps, norm_offset=norm_offset, rstd_TG=rstd_TG)
         ctx.save_for_backward(*heads, *weights, rstd_TG, *(table or ()))
@@ -264,7 +271,7 @@ def _flat_heads(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """[T, H, d] and [T, K, d] with a unit stride in the last dimension, copied only where the strides leave no other way."""
     if q.dim() < 3 or k.dim() != q.dim() or q.shape[:-2] != k.shape[:-2]:
         raise UnsupportedError(f"q and k have shapes {tuple(q.shape)} and {tuple(k.shape)}; wanted [..., H, d] and [..., K, d]")
-    flat = tuple(x.reshape(-1, *x.shape[-2:]) for x in (q, k))
+    flat = tuple(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]) for x in (q, k))
     q_THd, k_TKd = (x if x.stride(-1) == 1 else x.contiguous() for x in flat)
     _check_dtype("q", q_THd)
     _check_heads("q", q_THd, like=q_THd)
@@ -273,7 +280,11 @@ def _flat_heads(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _flat_positions(positions: Tensor, q: Tensor) -> Tensor:
-    return positions.expand(q.shape[:-2]).reshape(-1)
+    leading = q.shape[:-2]
+    fits = positions.dim() <= len(leading) and all(n in (1, size) for n, size in zip(positions.shape[::-1], leading[::-1], strict=False))
+    if not fits:
+        raise UnsupportedError(f"positions has shape {tuple(positions.shape)}; wanted {tuple(leading)}, or what expands to it")
+    return positions.expand(leading).reshape(-1)
 
 
 def _empty_like(heads: Tensors) -> tuple[Tensor, Tensor]:
@@ -302,10 +313,9 @@ def _check_rows(name: str, x: Tensor, *, shape: tuple[int, int], like: Tensor) -
 
 
 def _check_heads(name: str, x: Tensor, *, like: Tensor) -> tuple[int, int, int]:
-    if x.dim() != 3 or x.shape[0] != like.shape[0] or x.shape[2] != like.shape[2] or x.shape[2] % 2 or not x.shape[2]:
-        raise UnsupportedError(
-            f"{name} has shape {tuple(x.shape)}; wanted [{like.shape[0]} tokens, heads, {like.shape[-1]}], the last even"
-        )
+    if x.dim() != 3 or x.shape[0] != like.shape[0] or x.shape[2] != like.shape[2] or x.shape[2] % 2 or not x.shape[1] * x.shape[2]:
+        wanted = "[tokens, heads, d]" if like.dim() != 3 else f"[{like.shape[0]} tokens, heads, {like.shape[2]}]"
+        raise UnsupportedError(f"{name} has shape {tuple(x.shape)}; wanted {wanted}, at least one head and the last even")
     _check_same(name, x, like)
     if x.stride(2) != 1:
         raise UnsupportedError(f"{name} has strides {x.stride()}; wanted a unit stride in the last dimension")
