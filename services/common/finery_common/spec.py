@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
+from math import inf
 from typing import Annotated, Any, Self, TypeVar
 
 from google.protobuf.message import Message
@@ -204,7 +205,12 @@ class MemorySpec(Spec):
     @field_validator("budget")
     @classmethod
     def _is_positive(cls, value: str) -> str:
-        if value != "auto" and _budget_number(value) <= 0:
+        if value == "auto":
+            return value
+        number = _budget_number(value)
+        has_unit = value.endswith("B")
+        # 1.5 is a fraction gone wrong, and a byte with a unit would be taken for one.
+        if not 0 < number < inf or (not has_unit and number > 1 and not number.is_integer()) or (has_unit and number <= 1):
             raise ValueError(f"got {value!r}, wanted auto, a fraction up to 1, or a number of bytes")
         return value
 
@@ -263,7 +269,8 @@ class TrainingSpec(Spec):
     seed: int = Field(default=3407, ge=0, le=2**63 - 1, strict=True)
     """Of initialisation, shuffling and dropout."""
     precision: Precision = Precision.AUTO
-    """Of weights and arithmetic. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Of weights and arithmetic, whatever the files have. auto: bfloat16 on a GPU, float32 on a CPU. There is no float16: gradients do not
+    fit its range, and bfloat16 is as small."""
     quantization: Quantization = Quantization.NONE
     """Of the decoder's frozen linear weights. nf4: 4 bits with doubly quantized scales (Dettmers et al., arXiv:2305.14314). int8:
     8 bits (arXiv:2208.07339)."""
@@ -272,7 +279,7 @@ class TrainingSpec(Spec):
     deterministic: bool | None = Field(default=None, strict=True)
     """Two runs with one seed are bit-equal, and a resumed one equals one never stopped. None: on a CPU on, on a GPU off."""
     gpus: int = Field(default=1, ge=1, le=64, strict=True)
-    """GPUs of one machine that share each step's rows. On a CPU it is 1."""
+    """GPUs of one machine that share each step's rows, of plain adapters on models of the engine's own families. On a CPU it is 1."""
     dpo: DpoSpec = DpoSpec()
     """The loss of method dpo."""
 
@@ -311,8 +318,10 @@ def _conflicts(spec: TrainingSpec) -> Iterator[tuple[bool, str, str]]:
     yield (
         spec.gpus > 1 and spec.method is not MethodType.LORA,
         "gpus",
-        f"got {spec.gpus} with method {method}, wanted 1; several GPUs train method lora only (with any quantization)",
+        f"got {spec.gpus} with method {method}, wanted 1; several GPUs train method lora only (with quantization none or nf4)",
     )
+    alone = next(_alone(spec), None) if method == MethodType.LORA else None
+    yield spec.gpus > 1 and alone is not None, "gpus", f"got {spec.gpus} with {alone}, wanted 1; several GPUs train plain adapters only"
     yield (
         spec.optimizer.embedding_learning_rate is not None and not trains_embeddings,
         "optimizer.embedding_learning_rate",
@@ -344,6 +353,21 @@ def _conflicts(spec: TrainingSpec) -> Iterator[tuple[bool, str, str]]:
         "batch.max_tokens",
         f"got {spec.batch.max_tokens}, wanted at least max_sequence_length, {spec.max_sequence_length}: no row is split",
     )
+
+
+def _alone(spec: TrainingSpec) -> Iterator[str]:
+    """What of a run with adapters is for one GPU: the engine's own layers do not take it, whatever the model."""
+    lora = spec.lora
+    if spec.quantization is Quantization.INT8:
+        yield "quantization int8"
+    if lora.use_dora:
+        yield "lora.use_dora"
+    if lora.dropout:
+        yield f"lora.dropout {lora.dropout}"
+    if lora.bias is not LoraBias.NONE:
+        yield f"lora.bias {lora.bias.value}"
+    if "lm_head" in lora.target_modules:
+        yield "lm_head in lora.target_modules"
 
 
 def _conflict(field: str, text: str) -> PydanticCustomError:

@@ -74,6 +74,15 @@ def test_a_wrong_field_is_named_with_what_was_wanted(fields, param, text):
         ({"memory": {"budget": "most"}}, "memory.budget", "got 'most'"),
         ({"memory": {"budget": "0GiB"}}, "memory.budget", "wanted auto, a fraction up to 1, or a number of bytes"),
         ({"memory": {"budget": True}}, "memory.budget", "got True"),
+        ({"memory": {"budget": 1.5}}, "memory.budget", "got '1.5', wanted auto, a fraction up to 1"),
+        ({"memory": {"budget": "1e999"}}, "memory.budget", "got '1e999', wanted auto"),
+        ({"memory": {"budget": "0.000001MB"}}, "memory.budget", "or a number of bytes"),
+        ({"gpus": 2, "quantization": "int8"}, "gpus", "got 2 with quantization int8, wanted 1"),
+        ({"gpus": 2, "lora": {"use_dora": True}}, "gpus", "got 2 with lora.use_dora, wanted 1"),
+        ({"gpus": 2, "lora": {"dropout": 0.1}}, "gpus", "got 2 with lora.dropout 0.1, wanted 1"),
+        ({"gpus": 2, "lora": {"bias": "all"}}, "gpus", "got 2 with lora.bias all, wanted 1"),
+        ({"gpus": 2, "lora": {"target_modules": ["q_proj", "lm_head"]}}, "gpus", "got 2 with lm_head in lora.target_modules"),
+        ({"precision": "float16"}, "precision", "got 'float16', wanted 'auto', 'float32' or 'bfloat16'"),
     ],
 )
 def test_fields_that_cannot_hold_together_are_refused_by_the_one_to_change(fields, param, text):
@@ -119,7 +128,8 @@ def test_what_is_no_method_or_optimizer_is_named(fields, param):
 def test_every_kind_of_run_that_holds_survives_the_wire():
     for fields in (
         {"method": "full", "optimizer": {"embedding_learning_rate": 1e-5}},
-        {"quantization": "nf4", "lora": {"use_dora": True, "b_learning_rate_ratio": 16.0}, "gpus": 8, "deterministic": False},
+        {"quantization": "nf4", "lora": {"use_rslora": True, "b_learning_rate_ratio": 16.0}, "gpus": 8, "deterministic": False},
+        {"quantization": "nf4", "lora": {"use_dora": True}},
         {"method": "dpo", "quantization": "int8", "dpo": {"beta": 0.3, "loss_type": "robust", "label_smoothing": 0.1}},
         {"memory": {"budget": 0.5, "host_budget_bytes": 0, "offload_embeddings": True}, "batch": {"max_tokens": 8192}},
     ):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from finery_common.artifacts import ArtifactStore
-from finery_common.catalogue import BaseModelEntry, Catalogue
+from finery_common.catalogue import BaseModelEntry, Catalogue, read_config
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
 from finery_common.spec import LoraBias, MethodType, TrainingSpec
 from finery_trainer.client import ServingClient
@@ -21,8 +22,9 @@ _SUFFIX = re.compile(r"[a-z0-9-]{0,64}")
 class RequestChecks:
     """`serving` is None where this installation serves nothing."""
 
-    def __init__(self, *, catalogue: Catalogue, artifacts: ArtifactStore, serving: ServingClient | None) -> None:
+    def __init__(self, *, catalogue: Catalogue, cache_dir: Path, artifacts: ArtifactStore, serving: ServingClient | None) -> None:
         self._catalogue = catalogue
+        self._cache_dir = cache_dir
         self._artifacts = artifacts
         self._serving = serving
 
@@ -32,6 +34,9 @@ class RequestChecks:
         check_metadata(metadata)
         entry = self._catalogue.get(request.spec.base_model)
         check_sequence_length(request.spec, entry)
+        if request.spec.gpus > 1:
+            config = await asyncio.to_thread(read_config, entry, cache_dir=self._cache_dir, store=self._artifacts)
+            await asyncio.to_thread(check_gpus, request.spec, config)
         await self._check_servable(request, project=project)
         await self._check_file(request.training_file, project=project, param="training_file")
         if request.validation_file is not None:
@@ -83,6 +88,17 @@ def check_sequence_length(spec: TrainingSpec, entry: BaseModelEntry) -> None:
         raise InvalidArgumentError(
             f"spec.max_sequence_length: got {spec.max_sequence_length}, wanted at most {entry.max_sequence_length} for {entry.name}.",
             param="spec.max_sequence_length",
+        )
+
+
+def check_gpus(spec: TrainingSpec, config: Mapping[str, object]) -> None:
+    """Raises FailedPreconditionError for several GPUs and a base model, by its `config.json`, that only one can train. Blocks."""
+    from finery_trainer.engine.configs import not_own
+
+    if spec.gpus > 1 and (reason := not_own(config)) is not None:
+        raise FailedPreconditionError(
+            f"spec.gpus: got {spec.gpus}, wanted 1 for {spec.base_model}, whose layers the engine has not ({reason}); set it to 1.",
+            param="spec.gpus",
         )
 
 

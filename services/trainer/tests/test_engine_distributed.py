@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError
-from finery_common.spec import TrainingSpec
+from finery_common.spec import LoraSpec, TrainingSpec
 from finery_trainer import engine
 from finery_trainer.engine import distributed
 from finery_trainer.engine.data import TokenDataset
@@ -129,7 +129,8 @@ def test_a_replica_s_death_ends_the_run(case):
 
 
 def test_a_worker_refuses_several_gpus_for_a_model_outside_the_families(case):
-    case = case._replace(spec=spec_of(lora={"dropout": 0.5}, gpus=2))
+    # A spec cannot say so; a model may have it of its own accord.
+    case = case._replace(spec=spec_of(gpus=2).model_copy(update={"lora": LoraSpec(dropout=0.5)}))
     inputs = Inputs(case.base_dir, "", case.training_dir, validation_dir=None, checkpoint_dir=None)
     with pytest.raises(FailedPreconditionError, match=r"gpus: got 2, wanted 1 .*LoRA dropout.*set gpus to 1") as caught:
         _method_of(case.spec, inputs)(case.model(), on_step=lambda _: Action.CONTINUE)

@@ -195,3 +195,16 @@ async def test_a_job_that_this_machine_cannot_run_fails_with_the_reason(system):
         job = await system.wait(job.name, "FAILED")
     assert "visible to the worker" in job.error.message
     assert job.error.param == "spec.gpus"
+
+
+async def test_several_gpus_for_a_model_outside_the_families_are_refused_before_there_is_a_job(system):
+    base_dir = system.settings.state_dir / "base"
+    base_dir.mkdir(parents=True)
+    (base_dir / "config.json").write_text(json.dumps({"model_type": "gpt_neox", "num_hidden_layers": 1}))
+    with system.settings.catalogue.open("a") as catalogue:
+        catalogue.write(f"  - {{name: other, path: {base_dir}, max_sequence_length: 64}}\n")
+    lora = {"target_modules": ["query_key_value"]}
+    async with system.started():
+        with pytest.raises(FailedPreconditionError, match="got 2, wanted 1 for other, .*model_type gpt_neox.*set it to 1") as caught:
+            await system.create(spec={"base_model": "other", "gpus": 2, "lora": lora}, deploy=False)
+    assert caught.value.param == "spec.gpus"
