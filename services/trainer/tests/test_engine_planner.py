@@ -70,3 +70,27 @@ def test_too_little_memory_is_an_error_that_says_what_would_do(shape):
     with pytest.raises(ResourceExhaustedError, match=r"got 0\.10 GiB for activations, wanted at least .* rows of 2048 tokens") as caught:
         plan_step(shape, work(), card_bytes=GIB // 10)
     assert (caught.value.code, caught.value.param) == ("out_of_memory", "spec.memory.budget")
+
+
+def test_small_packs_are_captured_where_a_pass_fits_twice_and_large_ones_never(shape):
+    short = work(1104, 1501)
+    assert plan_step(shape, short, card_bytes=40 * GIB, host_bytes=60 * GIB, is_capturable=True).is_graphed
+    assert not plan_step(shape, short, card_bytes=40 * GIB, host_bytes=60 * GIB).is_graphed
+    assert not plan_step(shape, work(32768, 32768), card_bytes=400 * GIB, is_capturable=True).is_graphed
+
+
+@pytest.mark.parametrize("card_gib", [1, 2, 4, 10, 30])
+def test_a_captured_pass_counts_twice_and_waits_for_no_host(shape, card_gib):
+    plan = plan_step(shape, work(1104, 1501), card_bytes=card_gib * GIB, host_bytes=60 * GIB, is_capturable=True)
+    assert plan.card_bytes <= card_gib * GIB
+    if plan.is_graphed:
+        assert not any(plan.host)
+        assert plan.card_bytes == 2 * (plan.activation_bytes + plan.workspace_bytes) + plan.resident_bytes
+
+
+def test_the_longest_rows_train_on_cards_of_24_and_80_gigabytes(shape):
+    """With 80 GiB of pinned memory and beside 6.1 GiB of QLoRA's weights, adapters and states, 0.75 GiB of CUDA's own and 0.5 GiB left free."""
+    for card_gib, num_tokens in ((24, 100_000), (80, 500_000)):
+        room = card_gib - 0.75 - 0.5 - 6.1
+        plan = plan_step(shape, work(num_tokens, num_tokens), card_bytes=int(room * GIB), host_bytes=80 * GIB)
+        assert plan.card_bytes <= room * GIB

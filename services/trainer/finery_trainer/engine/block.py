@@ -3,7 +3,7 @@
 Owns the arithmetic of a layer and what of it is kept for the backward pass: a tape holds tensors by name, `backward` computes anew what
 is not on it. Which names are kept, and where, is the planner's.
 
-The layer's input and output are pairs (residual, delta) whose sum is the stream: the addition happens inside the next RMSNorm. The
+The layer's input and output are lists [residual, delta] whose sum is the stream: the addition happens inside the next RMSNorm. The
 gradient of the stream is one buffer, updated in place from layer to layer, with spare columns for the adapters' part (see
 `finery_kernels.lora`).
 
@@ -66,8 +66,7 @@ class Block:
 
     def forward(
         self,
-        residual_TD: torch.Tensor | None,
-        delta_TD: torch.Tensor,
+        stream: list[torch.Tensor],
         batch: PackedBatch,
         rotary: Rotary,
         *,
@@ -75,14 +74,15 @@ class Block:
         tape: Tape,
         mlp_rows: int,
         head_groups: int = 1,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual, delta) after the layer. What `keep` names is on the tape afterwards; `delta_TD` is overwritten.
+    ) -> None:
+        """`stream`, the addends [delta] or [residual, delta] before the layer, becomes those after it; what `keep` names goes on the tape.
 
-        `mlp_rows` rows go through the MLP at a time, and a `head_groups`-th of the key-value heads, with their queries, through attention.
+        It is a list so that its tensors are let go of as soon as they are used; the delta is overwritten. `mlp_rows` rows go through the
+        MLP at a time, and a `head_groups`-th of the key-value heads, with their queries, through attention.
         """
         kept = _Kept(tape, keep | ALWAYS_KEPT)
         run = _Pass(batch, rotary, kept, head_groups)
-        x_TD, h1_ext = self._normed(delta_TD, residual_TD, "input_layernorm", "qkv", kept, "rstd1")
+        x_TD, h1_ext = self._normed(stream, "input_layernorm", "qkv", kept, "rstd1")
         kept.put(x=x_TD, h1=h1_ext)
         qkv_ext = self._qkv(h1_ext)
         kept.drop("h1")
@@ -91,9 +91,9 @@ class Block:
         del qkv_ext
         attended_TD = self._add_attention(out_TD, kept)
         del out_TD
-        x2_TD, h2_ext = self._normed(attended_TD, x_TD, self._after_attention, "gate_up", kept, "rstd2")
+        x2_TD, h2_ext = self._normed([x_TD, attended_TD], self._after_attention, "gate_up", kept, "rstd2")
         kept.put(x2=x2_TD, h2=h2_ext)
-        return x2_TD, self._post_normed(self._mlp(h2_ext, kept, rows=mlp_rows), "post_feedforward_layernorm", "d", kept)
+        stream += x2_TD, self._post_normed(self._mlp(h2_ext, kept, rows=mlp_rows), "post_feedforward_layernorm", "d", kept)
 
     def backward(self, g_ext: torch.Tensor, batch: PackedBatch, rotary: Rotary, *, tape: Tape, mlp_rows: int, head_groups: int = 1) -> None:
         """Turns the gradient of the stream after the layer, in the first D columns of `g_ext`, into that before it; adds the weights'.
@@ -113,9 +113,11 @@ class Block:
     # Forward.
 
     def _normed(
-        self, delta_TD: torch.Tensor, residual_TD: torch.Tensor | None, norm: str, projection: str, kept: _Kept, rstd_name: str
+        self, stream: list[torch.Tensor], norm: str, projection: str, kept: _Kept, rstd_name: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the stream, its norm with the projection's spare columns filled). The stream takes the place of `delta_TD`."""
+        """(the sum of `stream`, its norm with room for the projection's spare columns). The sum takes the place of the last addend."""
+        delta_TD = stream.pop()
+        residual_TD = stream.pop() if stream else None
         layout = self.projections[projection].layout
         h_ext = delta_TD.new_empty(delta_TD.shape[0], layout.shape[1])
         h_TD = h_ext[:, : self.shape.hidden]
@@ -265,15 +267,25 @@ class Block:
     # Backward.
 
     def _restore_attention(self, run: _Pass) -> None:
-        """Computes what is missing up to the stream after attention."""
+        """Computes what is missing up to the stream after attention. Long packs have no room for q, k and v until they are wanted again."""
         kept = run.kept
         if "o" not in kept and "qkv" not in kept:
-            self._attend(self._qkv(self._restored_h("h1", kept)), run)
+            self._attend(self._restored_qkv(run), run)
+            if run.is_long:
+                kept.drop("qkv", force=True)
         elif "o" not in kept:
             self._attention(self._rotated(run), run)
         if "x2" not in kept:
             delta_TD = self._add_attention(kept["o"], kept)
             kept.put(x2=delta_TD.add_(kept["x"]))
+
+    def _restored_qkv(self, run: _Pass) -> torch.Tensor:
+        """q, k and v before norm and rotation, computed anew. In long packs what they are computed from is not kept beside them."""
+        was_kept = "h1" in run.kept
+        qkv_ext = self._qkv(self._restored_h("h1", run.kept))
+        if run.is_long and not was_kept:
+            run.kept.drop("h1", force=True)
+        return qkv_ext
 
     def _rotated(self, run: _Pass) -> torch.Tensor:
         """q, k and v on the tape, as attention takes them: a copy where the tape keeps them as the norm saw them."""
@@ -396,13 +408,11 @@ class Block:
         """The gradient of q, k and v before norm and rotation, with spare columns [T, N + R]."""
         kept, has_norm = run.kept, self.shape.has_qk_norm
         if "qkv" not in kept:
-            qkv_TN = self._qkv(self._restored_h("h1", kept))
+            qkv_TN = self._restored_qkv(run)
             if not has_norm:
                 self._rotate_(qkv_TN, run)
             kept.put(qkv=qkv_TN)
-        if run.head_groups > 1:
-            # Long packs: the norm is cheap to compute again.
-            kept.drop("h1", force=True)
+            del qkv_TN
         rotated_TN = self._rotated(run)
         out_THd, lses = kept["o"].unflatten(1, (self.shape.num_heads, self.shape.head_dim)), kept["lse"]
         # A group's gradients take the place of what they are the gradients of.
@@ -416,6 +426,8 @@ class Block:
             else:
                 for part, gradient in zip(target, gradients, strict=True):
                     part.copy_(gradient)
+            # Not to be there beside the next group's.
+            del gradients
         del rotated_TN, out_THd, groups, outs
         kept.drop("o", "lse", force=True)
         if run.head_groups > 1:
@@ -467,6 +479,11 @@ class _Pass:
     rotary: Rotary
     kept: _Kept
     head_groups: int
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the pack is so long that attention is computed group by group: beside it, products and norms cost little."""
+        return self.head_groups > 1
 
 
 class _Kept:

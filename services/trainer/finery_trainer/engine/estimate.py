@@ -22,7 +22,7 @@ from finery_kernels.adamw.state import GROUP_BLOCK, QUANTIZATION_BLOCK
 from finery_kernels.lora import StackedLayout
 from finery_trainer.engine.architecture import ModelShape, decoder_of, describe
 from finery_trainer.engine.host_embedding import GENERIC, TIED, not_offloaded
-from finery_trainer.engine.passes import RESERVE_BYTES
+from finery_trainer.engine.passes import RESERVE_BYTES, is_capturable
 from finery_trainer.engine.planner import Plan, Ranks, Workload, plan_step
 from finery_trainer.engine.weights import PROJECTIONS
 
@@ -37,6 +37,8 @@ _DPO_TILE = (4096, 32768)
 _NF4_BLOCK, _NESTED_BLOCK = 64, 256
 _PRECISION_BYTES = 8 << 20
 """To which the least memory of a plan is found, or to a 128th."""
+_ANY_CAPABILITY = (8, 0)
+"""Of a GPU; whether passes can be captured does not depend on which one from here on."""
 _LIBRARIES_BYTES = 64 << 20
 """Workspace of cuBLAS and cuDNN."""
 
@@ -201,7 +203,16 @@ def _plan(spec: TrainingSpec, shape: ModelShape, work: Workload, *, card_bytes: 
 
     def planned(room: int) -> Plan | None:
         try:
-            return plan_step(shape, work, card_bytes=room, host_bytes=host_bytes, pack_tokens=spec.batch.max_tokens)
+            return plan_step(
+                shape,
+                work,
+                card_bytes=room,
+                host_bytes=host_bytes,
+                pack_tokens=spec.batch.max_tokens,
+                is_capturable=is_capturable(
+                    shape, capability=_ANY_CAPABILITY, dtype=_dtype(spec), is_deterministic=spec.deterministic is True
+                ),
+            )
         except ResourceExhaustedError:
             return None
 
@@ -325,8 +336,13 @@ def _num_tokens(spec: TrainingSpec) -> int:
 
 
 def _element_bytes(spec: TrainingSpec) -> int:
-    """Of a weight that is not quantized, and of an activation; on a GPU auto is bfloat16."""
-    return FLOAT32_BYTES if spec.precision is Precision.FLOAT32 else 2
+    """Of a weight that is not quantized, and of an activation."""
+    return _dtype(spec).itemsize
+
+
+def _dtype(spec: TrainingSpec) -> torch.dtype:
+    """On a GPU auto is bfloat16."""
+    return torch.float32 if spec.precision is Precision.FLOAT32 else torch.bfloat16
 
 
 def _read(config: Mapping[str, Any]) -> PretrainedConfig:

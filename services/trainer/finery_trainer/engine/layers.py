@@ -324,7 +324,9 @@ class _Call:
         block = self._block(Gradients(adapters={}, weights={}, biases={}, norms={}))
         x_TD = self.plain.packed(x_BSD)
         with torch.autocast(x_TD.device.type, enabled=False):
-            residual_TD, delta_TD = block.forward(None, x_TD, self.plain.batch, self.rotary, keep=self.keep, tape=tape, mlp_rows=_ALL_ROWS)
+            stream = [x_TD]
+            block.forward(stream, self.plain.batch, self.rotary, keep=self.keep, tape=tape, mlp_rows=_ALL_ROWS)
+            residual_TD, delta_TD = stream
             return self.plain.padded(delta_TD.add_(residual_TD))
 
     def backward(self, g_BSD: torch.Tensor, tape: Tape, wanted: Sequence[bool]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from finery_trainer.engine.architecture import ModelShape
     from finery_trainer.engine.data import TokenDataset
 
 log = structlog.get_logger(__name__)
@@ -80,29 +81,23 @@ class PackedPasses:
             card_bytes=card_bytes,
             host_bytes=host_bytes(self._spec),
             pack_tokens=self._spec.batch.max_tokens,
+            is_capturable=is_capturable(
+                self.stack.shape,
+                capability=torch.cuda.get_device_capability(self._device),
+                dtype=self.stack.dtype,
+                is_deterministic=self._is_deterministic,
+            ),
         )
         self._max_tokens = plan.pack_tokens
         self.stack.follow(plan)
-        # Graphs keep the memory of their pass for themselves, beside that of passes which are not captured.
-        twice = 2 * (plan.activation_bytes + plan.workspace_bytes) + plan.resident_bytes
-        self._graphs = GraphedPasses(self.stack) if twice <= card_bytes and not any(plan.host) and self._is_capturable() else None
-        log.info("memory planned", pack_tokens=plan.pack_tokens, card_bytes=plan.card_bytes, host_bytes=plan.host_bytes)
-
-    def _is_capturable(self) -> bool:
-        """Whether no layer's attention waits for the device."""
-        capability = torch.cuda.get_device_capability(self._device)
-        return all(
-            choose_backend(
-                capability=capability,
-                dtype=self.stack.dtype,
-                head_dim=layer.head_dim,
-                window=layer.window,
-                softcap=layer.softcap,
-                varlen=True,
-                deterministic=self._is_deterministic,
-            )
-            != "reference"
-            for layer in self.stack.shape.layers
+        self._graphs = GraphedPasses(self.stack) if plan.is_graphed else None
+        log.info(
+            "memory planned",
+            pack_tokens=plan.pack_tokens,
+            card_bytes=plan.card_bytes,
+            host_bytes=plan.host_bytes,
+            is_graphed=plan.is_graphed,
+            step_s=round(plan.step_s, 3),
         )
 
     def prepare(self, rows: Sequence[Row]) -> None:
@@ -166,6 +161,23 @@ class PackedPasses:
             return batch
         is_pinned = self._device.type == "cuda"
         return replaced(batch, {"embedded_TD": self._embedding.rows(batch.input_ids_T, is_pinned=is_pinned)})
+
+
+def is_capturable(shape: ModelShape, *, capability: tuple[int, int], dtype: torch.dtype, is_deterministic: bool) -> bool:
+    """Whether CUDA graphs can be made of passes: no layer's attention waits for the device."""
+    return all(
+        choose_backend(
+            capability=capability,
+            dtype=dtype,
+            head_dim=layer.head_dim,
+            window=layer.window,
+            softcap=layer.softcap,
+            varlen=True,
+            deterministic=is_deterministic,
+        )
+        != "reference"
+        for layer in shape.layers
+    )
 
 
 def _are_same(left: Sequence[Row], right: Sequence[Row]) -> bool:

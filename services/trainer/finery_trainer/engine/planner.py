@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from finery_common.errors import ResourceExhaustedError
-from finery_trainer.engine.packing import padded_tokens
+from finery_trainer.engine.packing import SMALL_TOKENS, padded_tokens
 
 if TYPE_CHECKING:
     from finery_trainer.engine.architecture import LayerShape, ModelShape
@@ -26,7 +27,25 @@ _OFFLOADABLE = ("x", "o", "qkv", "x2", "h1", "h2", "gate_up", "act")
 _MIN_TILE = 1024
 _MIN_GROUPED_TOKENS = 32768
 _MAX_ROUNDS = 12
+_GRAPHED = 2
+"""How many passes' memory there is with CUDA graphs: theirs, and that of passes which are not captured."""
 _SMALL_BYTES = 32 << 20  # batches, cuBLAS's own workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRates:
+    """FLOP a second of causal attention on very long rows, and the row length at which half of that is reached."""
+
+    forward_flop: float
+    forward_half_tokens: float
+    backward_flop: float
+    backward_half_tokens: float
+
+    def seconds(self, forward_flop: float, row_tokens: float) -> tuple[float, float]:
+        """(forward, backward) for so many FLOP of the forward pass in rows of so many tokens. Backward has 2.5 times the FLOP."""
+        forward_s = forward_flop / self.forward_flop * (1 + self.forward_half_tokens / row_tokens)
+        backward_s = 2.5 * forward_flop / self.backward_flop * (1 + self.backward_half_tokens / row_tokens)
+        return forward_s, backward_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +53,21 @@ class Rates:
     """What a device does in a second; measured on an H200 with bf16 and the engine's own shapes."""
 
     gemm_flop: float = 670e12
-    attention_flop: float = 480e12
+    dense_attention: AttentionRates = AttentionRates(
+        forward_flop=620e12, forward_half_tokens=600, backward_flop=560e12, backward_half_tokens=1400
+    )
+    """cuDNN's, which rows of one length take: within 3 % of what was measured from 2,048 to 32,768 tokens."""
+    packed_attention: AttentionRates = AttentionRates(
+        forward_flop=355e12, forward_half_tokens=800, backward_flop=325e12, backward_half_tokens=1500
+    )
+    """Flash's, which packs of unlike rows take."""
     memory_bytes: float = 3.6e12
     host_bytes: float = 44e9
     """Over the bus in one direction while the card computes."""
-    launch_s: float = 0.8e-3
-    """What the launches of a layer's forward and backward pass cost a card that is not kept busy by them."""
+    launch_s: float = 2e-3
+    """Launching a layer's forward and backward pass, on a slow host. A card that is busy for longer waits for a tenth of it."""
+    overhead: float = 1.05
+    """Of computing time, for what is not counted below: the adapters' products and copies, the optimizer."""
     full_tokens: int = 256
     """Tokens at which products reach half their rate."""
 
@@ -93,13 +121,16 @@ class Plan:
     """Dequantized copies."""
     host_bytes: int = 0
     """Pinned."""
+    is_graphed: bool = False
+    """Whether passes are captured in CUDA graphs, which keep a pass's memory beside that of passes that are not captured."""
     step_s: float = 0.0
     """Estimated time of an optimizer step."""
 
     @property
     def card_bytes(self) -> int:
         """Everything besides weights, gradients and optimizer states."""
-        return self.activation_bytes + self.workspace_bytes + self.resident_bytes
+        num_held = _GRAPHED if self.is_graphed else 1
+        return num_held * (self.activation_bytes + self.workspace_bytes) + self.resident_bytes
 
 
 def keep_all(num_layers: int) -> Plan:
@@ -109,15 +140,27 @@ def keep_all(num_layers: int) -> Plan:
 
 
 def plan_step(
-    shape: ModelShape, work: Workload, *, card_bytes: int, host_bytes: int = 0, rates: Rates | None = None, pack_tokens: int | None = None
+    shape: ModelShape,
+    work: Workload,
+    *,
+    card_bytes: int,
+    host_bytes: int = 0,
+    rates: Rates | None = None,
+    pack_tokens: int | None = None,
+    is_capturable: bool = False,
 ) -> Plan:
     """The fastest plan for `work` whose activations and workspace take at most `card_bytes`, and at most `host_bytes` of pinned memory.
 
-    `pack_tokens` fixes the tokens of a forward pass. Raises ResourceExhaustedError where even recomputing everything does not fit: the
-    message says how many bytes would.
+    `pack_tokens` fixes the tokens of a forward pass; `is_capturable` says that small ones may be captured in CUDA graphs. Raises
+    ResourceExhaustedError where even recomputing everything does not fit: the message says how many bytes would.
     """
     rates = Rates() if rates is None else rates
-    plans = [_Planner(shape, work, rates, tokens).best(card_bytes, host_bytes) for tokens in _pack_sizes(work, pack_tokens)]
+    plans: list[Plan] = []
+    for tokens in _pack_sizes(work, pack_tokens):
+        plans.append(_Planner(shape, work, rates, tokens).best(card_bytes, host_bytes))
+        if is_capturable and padded_tokens(tokens) <= SMALL_TOKENS:
+            # A graph can not wait for what comes from the host.
+            plans.append(_Planner(shape, work, rates, tokens, is_graphed=True).best(card_bytes, host_bytes=0))
     fitting = [plan for plan in plans if plan.card_bytes <= card_bytes]
     if not fitting:
         least = min(plan.card_bytes for plan in plans)
@@ -151,12 +194,13 @@ class _Tiles:
 class _Planner:
     """Plans for packs of `tokens` tokens, with what they are padded to."""
 
-    def __init__(self, shape: ModelShape, work: Workload, rates: Rates, tokens: int) -> None:
-        self._pack_tokens = tokens
+    def __init__(self, shape: ModelShape, work: Workload, rates: Rates, tokens: int, *, is_graphed: bool = False) -> None:
+        self._pack_tokens, self._is_graphed = tokens, is_graphed
         self._num_packs = -(-work.num_tokens // tokens)
         tokens = padded_tokens(tokens)
         self._shape, self._work, self._rates, self._tokens = shape, work, rates, tokens
         self._layers = [_LayerCost(layer, work, rates, tokens) for layer in shape.layers]
+        self._spare = max(work.ranks.o, work.ranks.down)
 
     def best(self, card_bytes: int, host_bytes: int) -> Plan:
         """The fastest over the tile sizes; where nothing fits, the one that takes least."""
@@ -195,12 +239,13 @@ class _Planner:
 
     def _placed(self, room: int, host_bytes: int, *, tiles: _Tiles) -> Plan:
         is_tiled = tiles.mlp_rows < self._tokens
-        placed = _Placement(len(self._layers), room - sum(layer.fixed_bytes for layer in self._layers), host_bytes)
+        held = _GRAPHED if self._is_graphed else 1
+        placed = _Placement(len(self._layers), room // held - sum(layer.fixed_bytes for layer in self._layers), host_bytes)
         self._place_streams(placed)
         self._place_rest(placed, is_tiled=is_tiled)
         peak = self._peak(placed, tiles)
         kept = placed.card_bytes + sum(layer.fixed_bytes for layer in self._layers)
-        resident, resident_bytes = self._place_weights(room - peak)
+        resident, resident_bytes = self._place_weights(room - held * peak)
         return Plan(
             card=tuple(frozenset(names) for names in placed.card),
             host=tuple(frozenset(names) for names in placed.host),
@@ -213,16 +258,18 @@ class _Planner:
             workspace_bytes=peak - kept,
             resident_bytes=resident_bytes,
             host_bytes=placed.host_bytes,
+            is_graphed=self._is_graphed,
             step_s=self._step_s(placed, len(resident), tiles),
         )
 
     def _step_s(self, placed: _Placement, num_resident: int, tiles: _Tiles) -> float:
-        """What the bus cannot carry in time is waited for; small tiles are slower by a little."""
+        """What the bus cannot carry in time is waited for, and so are launches; small tiles are slower by a little."""
         computed_s = sum(layer.forward_s + layer.backward_s + sum(layer.saved_s.values()) for layer in self._layers) - placed.saved_s
         waited_s = 2 * max(0.0, placed.host_bytes / self._rates.host_bytes - sum(layer.forward_s for layer in self._layers))
         dequantized_s = self._dequantization_s() * (1 - num_resident / (4 * len(self._layers)))
-        launched_s = self._rates.launch_s * len(self._layers)
-        step_s = self._num_packs * (computed_s + waited_s + launched_s) + self._head_s()
+        launched_s = 0.0 if self._is_graphed else self._rates.launch_s * len(self._layers)
+        pass_s = max(self._rates.overhead * (computed_s + waited_s), launched_s) + launched_s / 10
+        step_s = self._num_packs * pass_s + self._head_s()
         slower = 0.01 * max(0, (4096 // tiles.mlp_rows).bit_length() - 1) + (0.002 if tiles.head_rows < 1024 else 0.0)
         slower += 0.01 if tiles.head_groups > 1 else 0.0
         return step_s * (1 + slower) + dequantized_s
@@ -239,12 +286,13 @@ class _Planner:
             stored = kept[i] + hosted[i]
             before = hosted[i - 1] if i else 0
             names = placed.card[i] | placed.host[i]
-            forward = below + before + stored + layer.forward_transient(names, mlp_rows)
+            forward = below + before + stored + layer.forward_transient(names, mlp_rows, tiles.head_groups)
             backward = below + stored + before + layer.backward_transient(names, mlp_rows, tiles.head_groups)
             peak = max(peak, forward, backward)
             below += kept[i]
         element = self._work.element_bytes
-        head = below + 5 * self._tokens * self._shape.hidden * element + min(tiles.head_rows, self._tokens) * self._shape.vocab_size * 4
+        head_row = self._shape.vocab_size * 4 + 2 * self._shape.hidden * element
+        head = below + 3 * self._layers[0].bytes["x"] + min(tiles.head_rows, self._tokens) * head_row + self._tokens * element * self._spare
         weights = sum(self._layers[0].weight_bytes.values()) if self._work.is_quantized else 0
         return max(peak, head, self._embedding_bytes()) + weights + self._rotary_bytes() + _SMALL_BYTES
 
@@ -341,6 +389,8 @@ class _LayerCost:
         self.bytes: Mapping[str, int] = {name: tokens * width * element for name, width in widths.items()}
         self._tokens, self._layer, self._element = tokens, layer, element
         norms = layer.num_heads + layer.num_kv_heads if layer.has_qk_norm else 0
+        self._statistics_bytes = tokens * 4 * (layer.num_heads + norms)
+        """Logsumexp and the heads' norms, made again beside those that are kept."""
         self.fixed_bytes = tokens * (8 + 4 * norms + ranks.o * element + (2 * layer.hidden * element + 8 if layer.has_post_norms else 0))
         gemms = {
             "qkv": layer.hidden * layer.num_qkv,
@@ -354,7 +404,8 @@ class _LayerCost:
             name: (size // outputs[name] + added[name]) * (outputs[name] + added[name]) * element for name, size in gemms.items()
         }
         seen = min(work.mean_row / 2, layer.window or NEVER)
-        attention_s = tokens * 4 * layer.num_attention * seen / rates.attention_flop
+        attention_rates = rates.dense_attention if work.mean_row >= work.longest_row else rates.packed_attention
+        attention_s, attention_backward_s = attention_rates.seconds(tokens * 4 * layer.num_attention * seen, work.mean_row)
 
         def gemm_s(name: str) -> float:
             return 2 * (tokens + rates.full_tokens) * gemms[name] / rates.gemm_flop
@@ -374,37 +425,48 @@ class _LayerCost:
         products_s = sum(gemm_s(name) for name in gemms)
         elementwise_s = traffic_s("x", "x", "h1", "h2", "qkv", "gate_up", "act")
         self.forward_s = products_s + attention_s + elementwise_s
-        self.backward_s = products_s * (2 if work.trains_weights else 1) + 2.5 * attention_s + 1.5 * elementwise_s
+        self.backward_s = products_s * (2 if work.trains_weights else 1) + attention_backward_s + 1.5 * elementwise_s
 
-    def forward_transient(self, names: set[str], mlp_rows: int) -> int:
+    def forward_transient(self, names: set[str], mlp_rows: int, head_groups: int) -> int:
         """Bytes beside what `names` keeps, at the forward pass's peak."""
-        stream = self.bytes["x"]
-        inner = (self.bytes["gate_up"] + self.bytes["act"]) * mlp_rows // self._tokens
+        stream, missing = self.bytes["x"], partial(self._missing, names)
         if mlp_rows == self._tokens:
-            inner -= sum(self.bytes[name] for name in ("gate_up", "act") if name in names)
-        mlp = self._missing(names, "x2", "h2") + inner + stream
-        attention = self._missing(names, "h1", "qkv", "o") + 2 * stream + self._copies(1)
+            mlp = missing("x2", "h2") + max(missing("gate_up", "act"), missing("act") + stream)
+        else:
+            mlp = missing("x2", "h2") + stream + (self.bytes["gate_up"] + self.bytes["act"]) * mlp_rows // self._tokens
+        attention = max(
+            stream + missing("h1"),
+            missing("h1", "qkv"),
+            missing("qkv", "o") + self._copies(1) + (self.bytes["o"] // head_groups + self._statistics_bytes if head_groups > 1 else 0),
+            missing("o") + stream,
+        )
         return max(mlp, attention)
 
     def backward_transient(self, names: set[str], mlp_rows: int, head_groups: int) -> int:
         """Bytes beside what `names` keeps, at the backward pass's peak; the stream's gradient is among them."""
-        stream = self.bytes["x"]
-        inner = self.bytes["act"] * mlp_rows // self._tokens
-        if "gate_up" not in names:
-            inner += self.bytes["gate_up"] * mlp_rows // self._tokens
-        restored = self._missing(names, "o") + (self._missing(names, "h1", "qkv") if "o" not in names else 0)
-        mlp = restored + self._missing(names, "x2", "h2") + 2 * stream + inner
+        stream, missing, is_long = self.bytes["x"], partial(self._missing, names), head_groups > 1
         # Attention's own: the gradients of q, k and v, of k and v by query head, and of q in float32.
         heads = self._tokens * self._layer.num_attention
         own = self._tokens * self._layer.num_qkv * self._element + heads * (2 * self._element + 4)
-        if head_groups == 1:
-            attention = self._missing(names, "h1", "qkv", "o") + 2 * stream + own + self._copies(2)
-        else:
-            # Group by group, with copies of what belongs to it; h1 comes again after attention.
+        restoring = restored = 0
+        if "o" not in names:
+            # Group by group, q, k and v are let go of again, and what they come from before them.
+            restoring = missing("qkv", "o") + self.bytes["o"] // head_groups if is_long else missing("h1", "qkv", "o")
+            restoring = stream + self._copies(1) + max(restoring, missing("h1", "qkv")) + self._statistics_bytes
+            restored = missing("o") if is_long else missing("h1", "qkv", "o")
+        inner = (self.bytes["act"] + missing("gate_up")) * mlp_rows // self._tokens
+        mlp = restored + missing("x2", "h2") + 2 * stream + inner
+        if is_long:
+            # With copies of what belongs to a group; h1 comes again after attention.
             copies = 2 * self.bytes["o"]
-            attention = self._missing(names, "qkv", "o") + 2 * stream + (own + copies) // head_groups + self._copies(2)
-            attention = max(attention, self._missing(names, "h1", "qkv") + 2 * stream)
-        return max(mlp, attention)
+            attention = missing("qkv", "o") + (own + copies) // head_groups + self._copies(2) + self._statistics_bytes
+            attention = max(attention, missing("h1", "qkv", "o"))
+        else:
+            attention = missing("h1", "qkv", "o") + own + self._copies(2)
+        # What was kept for the MLP and the post-norms is gone by then.
+        spent = sum(self.bytes[name] for name in ("x2", "h2", "gate_up", "act") if name in names)
+        spent += 2 * stream if self._layer.has_post_norms else 0
+        return max(restoring, mlp, attention + 2 * stream - spent)
 
     def _copies(self, number: int) -> int:
         """Of q, k and v, which a norm of the heads needs as they were, as they are and as gradients."""

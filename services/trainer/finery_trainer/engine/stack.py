@@ -112,9 +112,7 @@ class TrainingStack:
         """
         self.workspace.forget()
         tapes: list[Tape] = [{} for _ in self.blocks]
-        residual_TD, delta_TD = self._forward(batch, tapes)
-        loss, g_ext = self._loss_backward(residual_TD, delta_TD, batch, num_labels)
-        del residual_TD, delta_TD
+        loss, g_ext = self._loss_backward(self._forward(batch, tapes), batch, num_labels)
         for index in reversed(range(len(self.blocks))):
             self._offloader.fetched(index, tapes[index])
             self.blocks[index].backward(
@@ -133,8 +131,7 @@ class TrainingStack:
     def loss(self, batch: PackedBatch) -> torch.Tensor:
         """Cross-entropy summed over the batch's labels, a float32 scalar on the device; keeps nothing."""
         self.workspace.forget()
-        residual_TD, delta_TD = self._forward(batch, None)
-        hidden_TD, _, _ = self._final_norm(residual_TD, delta_TD)
+        hidden_TD, _, _ = self._final_norm(self._forward(batch, None))
         loss, _ = linear_cross_entropy_forward_backward(
             hidden_TD,
             self._head.weight,
@@ -152,19 +149,18 @@ class TrainingStack:
     def logits(self, batch: PackedBatch) -> torch.Tensor:
         """Of every token [T, V], in float32."""
         self.workspace.forget()
-        hidden_TD, _, _ = self._final_norm(*self._forward(batch, None))
+        hidden_TD, _, _ = self._final_norm(self._forward(batch, None))
         logits_TV = nn.functional.linear(hidden_TD, self._head.weight).float() * self.shape.logits_scale
         if (cap := self.shape.logits_softcap) is not None:
             logits_TV = torch.tanh(logits_TV / cap) * cap
         return logits_TV
 
-    def _forward(self, batch: PackedBatch, tapes: list[Tape] | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual, delta) after the last layer. Without tapes nothing is kept."""
-        residual_TD, delta_TD = None, self._embed(batch)
+    def _forward(self, batch: PackedBatch, tapes: list[Tape] | None) -> list[torch.Tensor]:
+        """[residual, delta] after the last layer. Without tapes nothing is kept."""
+        stream = [self._embed(batch)]
         for index, block in enumerate(self.blocks):
-            residual_TD, delta_TD = block.forward(
-                residual_TD,
-                delta_TD,
+            block.forward(
+                stream,
                 batch,
                 self._rotary_of(block.shape, batch),
                 keep=self.plan.card[index] | self.plan.host[index] if tapes is not None else frozenset(),
@@ -174,8 +170,7 @@ class TrainingStack:
             )
             if tapes is not None:
                 self._offloader.stored(index, tapes[index])
-        assert residual_TD is not None
-        return residual_TD, delta_TD
+        return stream
 
     def _embed(self, batch: PackedBatch) -> torch.Tensor:
         embedded_TD = batch.embedded_TD
@@ -188,7 +183,9 @@ class TrainingStack:
         # transformers rounds Gemma's to the weights' dtype.
         return float(torch.tensor(self.shape.embedding_scale, dtype=self.dtype))
 
-    def _final_norm(self, residual_TD: torch.Tensor, delta_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _final_norm(self, stream: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(norm of the sum of `stream`, the sum, the norm's rstd); empties `stream`."""
+        delta_TD, residual_TD = stream.pop(), stream.pop()
         return rms_norm_forward(
             delta_TD,
             cast("torch.Tensor", self._norm.weight),
@@ -199,10 +196,10 @@ class TrainingStack:
         )
 
     def _loss_backward(
-        self, residual_TD: torch.Tensor, delta_TD: torch.Tensor, batch: PackedBatch, num_labels: int | torch.Tensor
+        self, stream: list[torch.Tensor], batch: PackedBatch, num_labels: int | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, gradient of the last layer's stream with spare columns [T, D + R])."""
-        hidden_TD, stream_TD, rstd_T = self._final_norm(residual_TD, delta_TD)
+        hidden_TD, stream_TD, rstd_T = self._final_norm(stream)
         grad_scale = _reciprocal(num_labels, device=self.device)
         loss_sum, dhidden_TD = linear_cross_entropy_forward_backward(
             hidden_TD,
@@ -216,7 +213,8 @@ class TrainingStack:
             dweight_VD=self._gradients.get(id(self._head.weight)),
             ignore_index=IGNORE,
         )
-        g_ext = hidden_TD.new_empty(hidden_TD.shape[0], self.shape.hidden + self._spare)
+        del hidden_TD
+        g_ext = dhidden_TD.new_empty(dhidden_TD.shape[0], self.shape.hidden + self._spare)
         rms_norm_backward(
             dhidden_TD,
             stream_TD,
