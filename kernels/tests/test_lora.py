@@ -93,6 +93,35 @@ def test_output_and_gradients_keep_the_budget_on_a_gpu(name, dtype):
     check(name, dtype, "cuda")
 
 
+def runs(device, dtype):
+    """Output and gradients of the same inputs, again and again."""
+    x, weights, adapters, dy = operands("gate/up of unlike ranks", dtype, num_rows=515, device=device)
+    x, made, wanted = leaves(x, adapters, dtype)
+    for _ in range(3):
+        y = lora_projection(x, weights, made)
+        yield y, *torch.autograd.grad(y, wanted, dy)
+
+
+def test_runs_repeat_bit_by_bit():
+    first, *others = runs("cpu", torch.bfloat16)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_gpu_repeats_itself_bit_by_bit():
+    first, *others = runs("cuda", torch.bfloat16)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_no_rows_give_no_rows():
+    x, weights, adapters, dy = operands("q/k/v", torch.float32, num_rows=0)
+    x, made, wanted = leaves(x, adapters, torch.float32)
+    y = lora_projection(x, weights, made)
+    dx, *factors = torch.autograd.grad(y, wanted, dy)
+    assert (y.shape, dx.shape) == ((0, 40), (0, 48))
+    assert not any(factor.any() for factor in factors)
+
+
 def test_gradients_are_those_of_the_function():
     x, weights, adapters, _ = operands("q/k/v", torch.float64, num_rows=3)
     x, made, wanted = leaves(x, adapters, torch.float64)
@@ -138,10 +167,26 @@ def test_the_raw_functions_write_whole_views_of_wider_buffers_and_add_to_gradien
         torch.testing.assert_close(got.double(), 1 + wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_was_never_written_reaches_no_product(dtype):
+    layout = StackedLayout(80, (80,), (3,))
+    weight_ext = torch.zeros(layout.shape, dtype=dtype)
+    weight_ext[:80, :80] = random_normal(80, 80, seed=1, dtype=dtype)
+    pack_adapters_(weight_ext, layout, [Adapter(random_normal(3, 80, seed=2), random_normal(80, 3, seed=3), SCALING)])
+    x_ext, dy_ext = (poisoned(64, 88, dtype=dtype) for _ in range(2))
+    x_ext[:, :80] = dy_ext[:, :80] = random_normal(64, 80, seed=4, dtype=dtype)
+    lora_down(x_ext[:, :80], weight_ext, layout, out=x_ext[:, 80:])
+    for got in (x_ext, lora_forward(x_ext, weight_ext, layout), lora_backward_input(dy_ext, weight_ext, layout), dy_ext):
+        assert bool(torch.isfinite(got).all())
+
+
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [
-        (lambda x, w, a: (x[0], w, a), "x: got 1 dimensions, wanted 2"),
+        (lambda x, w, a: (x[0], w, a), "x: got torch.float32 of 1 dimensions, wanted 2"),
+        (lambda x, w, a: (x.int(), [each.int() for each in w], a), "x: got torch.int32 of 2 dimensions, wanted 2"),
+        (lambda x, w, a: (x, [w[0].sum(), *w[1:]], a), r"weights\[0\]: got shape \(\), wanted two dimensions"),
+        (lambda x, w, a: (x, w, [Adapter(a[0].a[0], a[0].b, 1.0), *a[1:]]), r"adapters\[0\].a: got shape \(48,\), wanted two"),
         (lambda x, w, a: (x, [w[0][:, :-1], *w[1:]], a), r"weights\[0\]: got shape \(24, 47\), wanted \(24, 48\)"),
         (lambda x, w, a: (x, [w[0].double(), *w[1:]], a), r"weights\[0\]: got torch.float64"),
         (lambda x, w, a: (x, w, a[:2]), "got 3, 2 and 3"),

@@ -94,6 +94,7 @@ def pack_adapters_(weight_ext: torch.Tensor, layout: StackedLayout, adapters: Se
 
 def lora_down(x_TK: torch.Tensor, weight_ext: torch.Tensor, layout: StackedLayout, *, out: torch.Tensor) -> None:
     """`x·Aᵀ` of all members into `out` [T, R]."""
+    _clear_spare(out)
     torch.mm(x_TK, weight_ext[layout.num_outputs :, : layout.in_features].T, out=out)
 
 
@@ -125,6 +126,7 @@ def lora_backward_input(
     """dx [T, K] of `lora_forward` and of `lora_down` together; `dy_ext` [T, N + R] gets `dy·(s·B)` in its spare columns on the way."""
     num_outputs, num_inputs = layout.num_outputs, layout.in_features
     if layout.num_ranks:
+        _clear_spare(dy_ext[:, num_outputs:])
         torch.mm(dy_ext[:, :num_outputs], weight_ext[:num_outputs, num_inputs:], out=dy_ext[:, num_outputs:])
     if out is None:
         out = dy_ext.new_empty(dy_ext.shape[0], num_inputs)
@@ -134,6 +136,16 @@ def lora_backward_input(
     else:
         torch.addmm(out, dy_ext, weight, beta=0, alpha=scale, out=out)
     return out
+
+
+def _clear_spare(spare_TR: torch.Tensor) -> None:
+    """Zeros, off the GPU, in columns that a product is about to fill beside its own operand.
+
+    oneDNN's bf16 product (AMX, torch 2.13) reads an operand's rows on to the next multiple of 32 and multiplies what lies there by zero.
+    What was never written may be NaN, and so would the product be.
+    """
+    if not spare_TR.is_cuda:
+        spare_TR.zero_()
 
 
 def lora_backward_adapters(
@@ -243,16 +255,23 @@ def _check(
         raise UnsupportedError(
             f"weights, adapters, biases: got {len(weights_NK)}, {len(adapters)} and {len(biases_N)}, wanted one of each for every member."
         )
-    if x_TK.dim() != 2:
-        raise UnsupportedError(f"x: got {x_TK.dim()} dimensions, wanted 2, [rows, inputs].")
+    if x_TK.dim() != 2 or not x_TK.is_floating_point():
+        raise UnsupportedError(f"x: got {x_TK.dtype} of {x_TK.dim()} dimensions, wanted 2, [rows, inputs], of floating point.")
     for member, (weight, adapter, bias) in enumerate(zip(weights_NK, adapters, biases_N, strict=True)):
+        _check_matrix(f"weights[{member}]", weight)
         _check_operand(f"weights[{member}]", weight, x_TK, shape=(weight.shape[0], x_TK.shape[1]), same_dtype=True)
         if bias is not None:
             _check_operand(f"biases[{member}]", bias, x_TK, shape=(weight.shape[0],), same_dtype=True)
         if adapter is not None:
+            _check_matrix(f"adapters[{member}].a", adapter.a)
             rank = adapter.a.shape[0]
             _check_operand(f"adapters[{member}].a", adapter.a, x_TK, shape=(rank, x_TK.shape[1]), same_dtype=False)
             _check_operand(f"adapters[{member}].b", adapter.b, x_TK, shape=(weight.shape[0], rank), same_dtype=False)
+
+
+def _check_matrix(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dim() != 2:
+        raise UnsupportedError(f"{name}: got shape {tuple(tensor.shape)}, wanted two dimensions.")
 
 
 def _check_operand(name: str, tensor: torch.Tensor, x: torch.Tensor, *, shape: tuple[int, ...], same_dtype: bool) -> None:
