@@ -92,7 +92,7 @@ def in_bfloat16(values, *, truncating):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("grads_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grads_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_step_errs_no_more_than_eager_torch(name, grads_dtype):
     module, device = implementation(name)
     for seed, size in enumerate(SIZES):
@@ -325,7 +325,7 @@ def test_no_elements_are_fine(name):
     assert module.grad_norm(empty).item() == 0.0
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*itertools.product(IMPLEMENTATIONS, [torch.float32, torch.bfloat16])])
+@pytest.mark.parametrize(("name", "dtype"), [*itertools.product(IMPLEMENTATIONS, [torch.float32, torch.bfloat16, torch.float16])])
 def test_the_norm_is_that_of_fp64(name, dtype):
     module, device = implementation(name)
     for size in (1, 1000, 70_001):
@@ -444,7 +444,7 @@ def test_kernels_compile_and_move_16_bytes_at_a_time(arch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("grads_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grads_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gpu_keeps_the_budget(grads_dtype):
     size = 1_000_003
     tensors = draw(size, grads=grads_dtype)

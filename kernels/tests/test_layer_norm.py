@@ -372,3 +372,24 @@ def test_a_gpu_repeats_itself_bit_by_bit():
         runs.append((y, s, mean, rstd, dx, dweight, dbias))
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_forward_and_backward():
+    case = make_case(300, 1024, torch.bfloat16, device="cuda")
+    dweight, dbias = torch.zeros(2, 1024, device="cuda")
+
+    def step():
+        y, s, mean, rstd = op.layer_norm_forward(case.x, case.weight, case.bias, eps=EPS, residual_TD=case.residual)
+        options = {"dresidual_TD": case.dresidual, "dweight_D": dweight, "dbias_D": dbias}
+        return y, op.layer_norm_backward(case.dy, s, case.weight, mean, rstd, **options)
+
+    want = [tensor.clone() for tensor in step()]
+    once = dweight.clone(), dbias.clone()
+    dweight.zero_()
+    dbias.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip((*got, dweight, dbias), (*want, *once), strict=True))
