@@ -29,5 +29,7 @@ class WorkerSettings(ServiceSettings):
     """Time between heartbeats."""
     worker_tolerance_s: float = Field(default=300.0, gt=0)
     """How long training goes on while the server cannot be reached."""
+    cpu_threads: int | None = Field(default=None, ge=1)
+    """Threads that compute on a CPU; none: `OMP_NUM_THREADS`, or as many as the worker may use CPUs."""
     metrics_target_file: Path | None = None
     """Where the worker tells Prometheus of its `/metrics`; whoever set it removes it."""

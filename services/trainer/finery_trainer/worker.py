@@ -32,7 +32,7 @@ from finery_trainer.client import Assignment, Command
 from finery_trainer.launchers import work_dir
 from finery_trainer.launchers.local import STOPPED_EXIT_CODE
 from finery_trainer.link import AttemptOver, Link, ServerGone
-from finery_trainer.machine import check_this_machine
+from finery_trainer.machine import check_this_machine, use_cpus
 from finery_trainer.publishing import MetricsTable, Publisher
 from finery_trainer.records import CheckpointReport, StepMetrics
 from finery_trainer.settings import WorkerSettings
@@ -99,6 +99,7 @@ class Worker:
 
         transformers_logging.disable_progress_bar()
         check_this_machine(assignment.spec)
+        log.info("computing on the CPU", num_threads=use_cpus(self._settings.cpu_threads))
         store = ArtifactStore.connect(self._settings.s3())
         inputs = self._fetch(assignment, store)
         self._enter("loading the base model")

@@ -12,6 +12,7 @@ from typing import cast
 
 import psutil
 import pytest
+import torch
 
 from finery.training.v1 import worker_pb2, worker_pb2_grpc
 from finery_common.artifacts import ArtifactRef
@@ -19,13 +20,14 @@ from finery_common.errors import FailedPreconditionError, InternalError, Invalid
 from finery_common.rpc.server import RpcServer, Servicer, token_authenticator
 from finery_common.rpc.tokens import Principal, TokenSigner
 from finery_common.spec import TrainingSpec
+from finery_trainer import machine
 from finery_trainer.client import Assignment, Command
 from finery_trainer.engine import adapter as adapters
 from finery_trainer.engine.loop import Action, Outcome, StepReport
 from finery_trainer.launchers import work_dir
 from finery_trainer.launchers.local import LocalLauncher
 from finery_trainer.link import Link, ServerGone
-from finery_trainer.machine import check_machine
+from finery_trainer.machine import check_machine, cpu_limit, use_cpus
 from finery_trainer.records import StepMetrics
 from finery_trainer.worker import Inputs, _Run
 
@@ -208,3 +210,34 @@ async def test_several_gpus_for_a_model_outside_the_families_are_refused_before_
         with pytest.raises(FailedPreconditionError, match="got 2, wanted 1 for other, .*model_type gpt_neox.*set it to 1") as caught:
             await system.create(spec={"base_model": "other", "gpus": 2, "lora": lora}, deploy=False)
     assert caught.value.param == "spec.gpus"
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "garbage\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_cpus_are_read_from_its_control_group(tmp_path, files, wanted):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu_limit(tmp_path) == wanted
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "omp", "limit", "wanted"),
+    [(3, "1", 1.0, 3), (None, None, 2.9, 2), (None, None, 0.5, 1), (None, None, 64.0, 4), (None, None, None, 4), (None, "7", 2.0, 4)],
+)
+def test_torch_computes_with_the_threads_that_are_set_or_that_the_container_has_cpus_for(monkeypatch, num_threads, omp, limit, wanted):
+    monkeypatch.setattr(machine, "cpu_limit", lambda: limit)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    torch.set_num_threads(4)
+    assert use_cpus(num_threads) == torch.get_num_threads() == wanted
