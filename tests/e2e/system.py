@@ -85,7 +85,8 @@ def start_system(state_dir: Path, base_model_dir: Path, *, database_url: str = "
     with (state_dir / "up.log").open("ab") as log:
         process = subprocess.Popen(
             command,
-            env={**os.environ, "FINERY_DATABASE_URL": database_url},
+            # SmolLM2's template has no place for tools; with a parser it calls those that it is made to.
+            env={**os.environ, "FINERY_DATABASE_URL": database_url, "FINERY_TOOL_CALL_PARSER": "hermes"},
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,

@@ -47,6 +47,11 @@ def parse_parent(parent: str, *, project: str) -> str:
     return parts[1]
 
 
+def is_resource_id(text: str) -> bool:
+    """Whether `text` can be the id of anything."""
+    return _RESOURCE_ID.fullmatch(text) is not None
+
+
 def new_id(prefix: str) -> str:
     """A fresh id such as `ftjob-<24 hex>`, for `prefix` `ftjob-`."""
     return prefix + secrets.token_hex(12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -26,6 +27,8 @@ from finery_common.spec import place_of, plain_words
 
 DEFAULT_RETRY_AFTER_S = 1.0
 _NOT_REPEATED = {409, 504, 507}
+# What pydantic puts between field names: the member of a union that it tried.
+_FIELD = re.compile(r"(?!(?:str|int|float|bool|none|dict|list|tuple|literal)$)[a-z0-9_$]+")
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -125,7 +128,10 @@ async def _on_unknown_error(_request: Request, error: Exception) -> Response:
 
 def _violation(item: dict[str, Any]) -> Violation:
     location = place_of(item)
-    field = ".".join(location[1:]) if location and location[0] in ("body", "query", "path", "header") else ".".join(location)
+    if location and location[0] in ("body", "query", "path", "header"):
+        location = location[1:]
+    # The first is the caller's own word, whatever it looks like.
+    field = ".".join(part for number, part in enumerate(location) if not number or _FIELD.fullmatch(part))
     if item["type"] == "json_invalid":
         return Violation("", "the body is not JSON; send valid JSON with content-type application/json")
     if item["type"] == "extra_forbidden":

@@ -32,8 +32,12 @@ from finery_gateway.errors import envelope
 from finery_gateway.metrics import FIRST_BYTE_SECONDS, RETRIED, STREAMS, TOKENS
 from finery_gateway.resources import Route
 from finery_gateway.routes import Routes
-from finery_gateway.usage import BodyTap, StreamTap
+from finery_gateway.usage import BodyTap, ResponsesTap, StreamTap
 
+CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
+RESPONSES_PATH = "/v1/responses"
+EMBEDDINGS_PATH = "/v1/embeddings"
 CONNECT_TIMEOUT_S = 5.0
 _ERROR_BYTES = 64 * 1024
 _UNIX = re.compile(r"unix://(/.+)")
@@ -51,6 +55,8 @@ class Generation:
     streams: bool
     wants_usage: bool
     """The client asked for the usage event of a stream."""
+    calls_tools: bool = False
+    """Only a vLLM that was started for tools may get it."""
 
 
 class Proxy:
@@ -104,6 +110,8 @@ class Proxy:
             "x-finery-alias": generation.model,
             "x-finery-version": route.version,
         }
+        if generation.calls_tools:
+            headers["x-finery-needs"] = "tools"
         client = self._client(route.replica_address)
         request = client.build_request("POST", generation.path, content=json.dumps(body).encode(), headers=headers)
         return await client.send(request, stream=True)
@@ -154,7 +162,7 @@ class GenerationResponse(Response):
     async def _relay(self, send: Send, *, started_s: float) -> None:
         generation = self._generation
         response = await self._proxy.open(generation)
-        tap = StreamTap(hide_usage=not generation.wants_usage) if generation.streams else BodyTap()
+        tap = _tap(generation)
         try:
             content_type = response.headers.get("content-type", "application/json").encode("latin-1")
             headers = [(b"content-type", content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
@@ -181,6 +189,14 @@ class GenerationResponse(Response):
             TOKENS.labels(generation.project, "completion").inc(tap.usage.completion_tokens)
 
 
+def _tap(generation: Generation) -> StreamTap | BodyTap:
+    if not generation.streams:
+        return BodyTap()
+    if generation.path == RESPONSES_PATH:
+        return ResponsesTap()
+    return StreamTap(hide_usage=not generation.wants_usage)
+
+
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -203,6 +219,7 @@ async def _failure(response: httpx.Response, generation: Generation, *, version:
         body.clear()
     finally:
         await response.aclose()
+    # The middleware has taken everything of the inside out of them.
     message, param = _words(bytes(body))
     message = message.replace(version, generation.model)
     if response.status_code in (400, 413, 422):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 
-_PROMPT = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
-_COMPLETION = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
+# `/v1/responses` has other names for the same counts.
+_PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d+)')
+_COMPLETION = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d+)')
 # In a JSON string the quotes would be escaped, so neither is ever found in generated text.
 _USAGE_EVENT = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _TAIL_BYTES = 4096
+_USAGE_OBJECT = re.compile(rb'"usage"\s*:\s*\{')
 
 
 class Usage:
@@ -22,7 +24,7 @@ class Usage:
         self.completion_tokens = 0
 
     def read(self, data: bytes) -> None:
-        """Takes the last counts in `data`."""
+        """Takes the last counts in `data`: what a request says may be repeated before them, never behind."""
         for match in _PROMPT.finditer(data):
             self.prompt_tokens = int(match[1])
         for match in _COMPLETION.finditer(data):
@@ -49,16 +51,15 @@ class StreamTap:
                 return b""
             self._held = chunk[end:]
             chunk = chunk[:end]
-        if b'"usage"' not in chunk:
-            return chunk
-        return self._without_usage(chunk)
+        return self._counted(chunk) if b'"usage"' in chunk else chunk
 
     def end(self) -> bytes:
         """What is left when the stream is over."""
         held, self._held = self._held, b""
         return held
 
-    def _without_usage(self, chunk: bytes) -> bytes:
+    def _counted(self, chunk: bytes) -> bytes:
+        """Whole events, of which one may carry the usage, as they may go on."""
         kept: list[bytes] = []
         for event in chunk.split(b"\n\n")[:-1]:
             if _USAGE_EVENT.search(event):
@@ -67,6 +68,18 @@ class StreamTap:
                     continue
             kept.append(event + b"\n\n")
         return b"".join(kept)
+
+
+class ResponsesTap(StreamTap):
+    """The same for the events of `/v1/responses`: the last one carries the usage and always goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(hide_usage=False)
+
+    def _counted(self, chunk: bytes) -> bytes:
+        if _USAGE_OBJECT.search(chunk):
+            self.usage.read(chunk)
+        return chunk
 
 
 class BodyTap:

@@ -289,6 +289,8 @@ class FakeVllm:
     error: tuple[int, dict[str, object]] | None = None
     endless: bool = False
     break_off: bool = False
+    embeds: bool = False
+    paths: list[str] = field(default_factory=list)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope, receive, send) -> None:
@@ -301,12 +303,17 @@ class FakeVllm:
                 break
         fields = json.loads(body)
         self.requests.append((headers, fields))
+        self.paths.append(scope["path"])
         if headers.get("x-finery-replica-token") != REPLICA_TOKEN:
             await self._json(send, 401, {"error": {"message": "token"}})
         elif headers["x-finery-version"] not in self.admitted:
             await self._json(send, 409, {"error": {"message": "retired"}}, retired=True)
         elif self.error is not None:
             await self._json(send, self.error[0], self.error[1])
+        elif scope["path"] == "/v1/responses":
+            await self._responses(send, fields, alias=headers["x-finery-alias"])
+        elif scope["path"] == "/v1/embeddings":
+            await self._embeddings(send, fields, alias=headers["x-finery-alias"])
         elif fields.get("stream"):
             await self._stream(receive, send, alias=headers["x-finery-alias"], include_usage=bool(fields.get("stream_options")))
         else:
@@ -325,6 +332,53 @@ class FakeVllm:
                     "usage": usage,
                 },
             )
+
+    async def _embeddings(self, send, fields, *, alias) -> None:
+        if not self.embeds:
+            await self._json(send, 501, {"error": {"message": "This model does not offer this.", "param": None, "code": 501}})
+            return
+        vectors = [{"object": "embedding", "index": index, "embedding": [0.5, -1.0]} for index, _ in enumerate(fields["input"])]
+        usage = {"prompt_tokens": 4, "total_tokens": 4, "completion_tokens": 0}
+        await self._json(send, 200, {"id": "e1", "object": "list", "created": 1, "model": alias, "data": vectors, "usage": usage})
+
+    async def _responses(self, send, fields, *, alias) -> None:
+        text = {"type": "output_text", "text": "Paris", "annotations": [], "logprobs": None}
+        message = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [text]}
+        response = {
+            "id": "resp_1",
+            "object": "response",
+            "created_at": 1,
+            "model": alias,
+            "output": [message],
+            "parallel_tool_calls": True,
+            "tool_choice": "auto",
+            "tools": [{"type": "function", "name": "f", "parameters": {"input_tokens": 99}}],
+            "status": "completed",
+            "usage": {
+                "input_tokens": 7,
+                "input_tokens_details": {"cached_tokens": 0},
+                "output_tokens": 3,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": 10,
+            },
+        }
+        if not fields.get("stream"):
+            await self._json(send, 200, response)
+            return
+        begun = {**response, "output": [], "status": "in_progress", "usage": None}
+        delta = {"content_index": 0, "output_index": 0, "item_id": "msg_1", "logprobs": [], "delta": "Paris"}
+        events = [
+            {"type": "response.created", "response": begun},
+            {"type": "response.output_text.delta", **delta},
+            {"type": "response.completed", "response": response},
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for number, event in enumerate(events):
+            body = f"event: {event['type']}\ndata: {json.dumps({**event, 'sequence_number': number})}\n\n".encode()
+            # Cut in the middle, as a network may.
+            for part in (body[:90], body[90:]):
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _json(self, send, status, body, *, retired=False) -> None:
         extra = [(b"x-finery-retired", b"1")] if retired else []

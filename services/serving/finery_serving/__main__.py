@@ -24,6 +24,7 @@ from finery_serving.metrics import ReplicaCollector
 from finery_serving.preflight import BaseModel, base_shapes
 from finery_serving.server import ServingServicer, servicer_of
 from finery_serving.settings import ServingSettings
+from finery_serving.tool_calls import tool_call_parser
 from finery_serving.vllm_process import VllmConfig, make_runtime
 
 # With the time that vLLM has for its end, below the 30 s after which supervisors kill.
@@ -104,6 +105,7 @@ def vllm_config(settings: ServingSettings, *, entry: BaseModelEntry, base_dir: P
         max_cpu_loras=max(settings.max_loras, settings.max_cpu_loras),
         max_lora_rank=settings.max_lora_rank or _DEFAULT_LORA_RANK[device],
         max_model_len=settings.max_model_len or entry.max_sequence_length,
+        tool_call_parser=tool_call_parser(settings.tool_call_parser, base_model_dir=base_dir),
         kv_cache_gib=settings.vllm_kv_cache_gib,
         start_timeout_s=settings.vllm_start_timeout_s,
         private_paths=(str(settings.state_dir), str(settings.artifact_cache_dir)),

@@ -37,6 +37,8 @@ class ServingSettings(ServiceSettings):
     """Context length in tokens; 0 takes the model's own."""
     vllm_kv_cache_gib: int = Field(default=2, ge=1)
     """Memory for attention caches in GiB, on a CPU."""
+    tool_call_parser: str = Field(default="auto", pattern=r"^[A-Za-z0-9_.-]+$")
+    """How the model writes tool calls: a name of vLLM's `--tool-call-parser`; `auto` goes by the chat template; `off` refuses tools."""
     vllm_start_timeout_s: float = Field(default=900.0, gt=0)
     """A vLLM that does not answer by then is killed and started again."""
     runtime_dir: Path | None = None

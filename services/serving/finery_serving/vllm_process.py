@@ -56,6 +56,8 @@ class VllmConfig:
     start_timeout_s: float
     private_paths: tuple[str, ...]
     """What must never show in an answer."""
+    tool_call_parser: str = ""
+    """Of vLLM's names; empty where tools are refused."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def vllm_command(config: VllmConfig, *, socket: Path) -> list[str]:
     command += ["--enable-lora", "--max-loras", str(config.max_loras), "--max-cpu-loras", str(config.max_cpu_loras)]
     command += ["--disable-uvicorn-access-log", "--max-lora-rank", str(config.max_lora_rank), "--api-server-count", "1"]
     command += ["--middleware", f"{finery_vllm_middleware.__name__.rpartition('.')[2]}.{finery_vllm_middleware.FineryMiddleware.__name__}"]
+    if config.tool_call_parser:
+        command += ["--enable-auto-tool-choice", "--tool-call-parser", config.tool_call_parser]
     if config.max_model_len:
         command += ["--max-model-len", str(config.max_model_len)]
     if config.device == "cpu":
@@ -186,6 +190,7 @@ class VllmProcess:
             "replica_token": self.runtime.replica_token,
             "admin_token": self.runtime.admin_token,
             "base_model": self.config.base_model,
+            "tools": bool(self.config.tool_call_parser),
             "private_paths": [*self.config.private_paths, str(self.config.base_model_dir), str(self.runtime.folder)],
         }
         file = self._middleware_config

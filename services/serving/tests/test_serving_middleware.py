@@ -9,7 +9,13 @@ import pytest
 from finery_serving.middleware.finery_vllm_middleware import FineryMiddleware
 
 BASE, VERSION, ALIAS = "SmolLM2", "ftjob-1-20-0a1b2c3d", "ft:SmolLM2:demo::1"
-CONFIG = {"replica_token": "r" * 8, "admin_token": "a" * 8, "base_model": BASE, "private_paths": ["/state/cache", "/run/finery-x"]}
+CONFIG = {
+    "replica_token": "r" * 8,
+    "admin_token": "a" * 8,
+    "base_model": BASE,
+    "tools": False,
+    "private_paths": ["/state/cache", "/run/finery-x"],
+}
 
 
 class App:
@@ -131,6 +137,90 @@ async def test_an_error_tells_nothing_of_the_inside(status, message, shown):
     assert VERSION.encode() not in answer.body
 
 
+HOSTILE = [
+    "1 validation error for ChatCompletionRequest\nmessages.0 Field required [type=missing] see https://errors.pydantic.dev/2.13/v/missing",
+    '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+    "Set VLLM_ENABLE_RESPONSES_API_STORE=1 when launching",
+    "vLLM 0.32.0 does not support this",
+    "Failed to compile: json_schema_converter.cc:123: unsupported",
+    'File "x", line 3, in generate',
+    "no file ~/models/x nor /mnt/disk/model",
+    "<class 'foo'> object at 0x7f00deadbeef",
+    "module a.b.c raised RuntimeError",
+    "EngineCore encountered an issue",
+    "x" * 5000,
+]
+
+
+@pytest.mark.parametrize("message", HOSTILE)
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_words_of_the_inside_are_replaced_whole(message, streamed):
+    error = {"message": message, "type": "vllm.exceptions.VLLMValidationError", "param": "body.tools", "code": 400, "trace": "/venv/x.py"}
+    body = json.dumps({"error": error}).encode()
+    if streamed:
+        answer = await call(await admitted(App(b"data: " + body + b"\n\n", b"", content_type="text/event-stream")))
+        shown = json.loads(answer.body.removeprefix(b"data: "))["error"]
+    else:
+        answer = await call(await admitted(App(body, status=400)))
+        shown = json.loads(answer.body)["error"]
+    assert shown == {
+        "message": "The model refused the request because of tools; change it and send it again.",
+        "type": "invalid_request_error",
+        "param": "tools",
+        "code": 400,
+    }
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 2048 tokens. However, you requested 5000 output tokens. Please reduce the length.",
+        "Conversation roles must alternate user/assistant/user/assistant/...",
+        "The engine prompt length 600 exceeds the max_model_len 512. Please reduce prompt.",
+        "top_p must be in (0, 1], got 1.5.",
+    ],
+)
+async def test_words_for_the_caller_are_kept(message):
+    body = json.dumps(
+        {"error": {"message": message + " (parameter=top_p, value=1.5)", "param": "function-wrap[x]()", "code": 400}}
+    ).encode()
+    answer = await call(await admitted(App(body, status=400)))
+    assert json.loads(answer.body)["error"] == {"message": message, "type": "invalid_request_error", "param": None, "code": 400}
+
+
+@pytest.mark.parametrize("body", [b'{"detail":"Not Found"}', b'{"error":{"message":"Not Found","type":"Not Found","code":404}}'])
+async def test_a_kind_of_request_that_the_model_has_not_is_501(body):
+    answer = await call(await admitted(App(body, status=404)), "/v1/embeddings")
+    assert (answer.status, json.loads(answer.body)["error"]["code"]) == (501, 501)
+
+
+async def test_the_fingerprint_with_vllms_version_is_taken_out():
+    body = b'{"model":"m","system_fingerprint":"vllm-0.32.0-tp2-0123abcd","choices":[{"text":"\\"system_fingerprint\\":\\"x\\""}]}'
+    assert json.loads((await call(await admitted(App(body)))).body)["system_fingerprint"] is None
+    answer = await call(await admitted(App(b"data: " + body + b"\n\n", b"", content_type="text/event-stream")))
+    assert b"vllm" not in answer.body
+    assert json.loads(answer.body.removeprefix(b"data: "))["choices"] == [{"text": '"system_fingerprint":"x"'}]
+
+
+async def test_events_of_responses_name_the_alias_inside_their_objects():
+    event = {"response": {"id": "resp_1", "model": VERSION, "output": []}, "sequence_number": 0, "type": "response.created"}
+    stream = b"event: response.created\ndata: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
+    answer = await call(await admitted(App(stream, b"", content_type="text/event-stream")), "/v1/responses")
+    assert json.loads(answer.body.partition(b"data: ")[2])["response"]["model"] == ALIAS
+    assert VERSION.encode() not in answer.body
+
+
+@pytest.mark.parametrize(("tools", "status"), [(False, 400), (True, 200)])
+async def test_tools_are_refused_before_vllm_sees_them_unless_it_was_started_for_them(tools, status):
+    app = App(b"{}")
+    headers = {"x-finery-replica-token": "r" * 8, "x-finery-version": BASE, "x-finery-alias": BASE, "x-finery-needs": "tools"}
+    answer = await call(FineryMiddleware(app, {**CONFIG, "tools": tools}), headers=headers)
+    assert (answer.status, len(app.paths)) == (status, int(tools))
+    if not tools:
+        error = json.loads(answer.body)["error"]
+        assert (error["param"], "FINERY_TOOL_CALL_PARSER" in error["message"]) == ("tools", True)
+
+
 async def test_a_plain_text_fault_becomes_an_error_without_its_text():
     answer = await call(await admitted(App(b"Internal Server Error at /venv", status=500, content_type="text/plain")))
     assert json.loads(answer.body)["error"]["code"] == 500
@@ -150,7 +240,9 @@ async def test_an_error_within_a_stream_tells_nothing_of_the_inside():
     [
         ("POST", "/adapters"),
         ("POST", "/invocations"),
-        ("POST", "/v1/embeddings"),
+        ("GET", "/v1/responses/resp_1"),
+        ("POST", "/v1/responses/resp_1/cancel"),
+        ("POST", "/pooling"),
         ("POST", "/tokenize"),
         ("GET", "/v1/chat/completions"),
         ("POST", "/v1/chat/completions/"),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ import pytest
 from finery_common.errors import FailedPreconditionError
 from finery_serving.__main__ import base_entry, vllm_config
 from finery_serving.settings import ServingSettings
+from finery_serving.tool_calls import tool_call_parser
 from finery_serving.vllm_client import VllmClient
 from finery_serving.vllm_process import Runtime, VllmConfig, VllmProcess, kill_leftover, make_runtime, vllm_command, vllm_environment
 
@@ -52,6 +54,37 @@ async def process(config, runtime, tmp_path):
     client = VllmClient(runtime.socket, replica_token="", admin_token="")
     yield VllmProcess(config, runtime=runtime, state_dir=tmp_path / "state", environment=os.environ, client=client)
     await client.close()
+
+
+def test_tools_are_on_where_a_parser_is_set(config):
+    assert "--enable-auto-tool-choice" not in vllm_command(config, socket=Path("/s"))
+    command = vllm_command(replace(config, tool_call_parser="hermes"), socket=Path("/s"))
+    assert command[command.index("--enable-auto-tool-choice") :][:3] == ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "template", "parser"),
+    [
+        ("auto", "{% for m in messages %}{{ m.content }}{% endfor %}", ""),
+        ("auto", "{% if tools %}<tool_call>{% endif %}", "hermes"),
+        ("auto", "{% if tools %}<tool_call>\n<function=name>{% endif %}", "qwen3_coder"),
+        ("auto", "{% if tools %}Environment: ipython{% endif %}", "llama3_json"),
+        ("auto", "{% if tools %}something else{% endif %}", ""),
+        ("auto", [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "{{ tools }}[TOOL_CALLS]"}], "mistral"),
+        ("auto", None, ""),
+        ("off", "{% if tools %}<tool_call>{% endif %}", ""),
+        ("pythonic", "x", "pythonic"),
+    ],
+)
+def test_the_parser_of_tool_calls_goes_by_the_chat_template(tmp_path, setting, template, parser):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert tool_call_parser(setting, base_model_dir=tmp_path) == parser
+
+
+def test_a_chat_template_in_its_own_file_goes_first(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
+    (tmp_path / "chat_template.jinja").write_text("{{ tools }}<tool_call>")
+    assert tool_call_parser("auto", base_model_dir=tmp_path) == "hermes"
 
 
 def test_no_secret_and_no_module_of_ours_reaches_vllm(config):
@@ -157,6 +190,7 @@ def test_vllm_ends_with_a_killed_agent(config, runtime, tmp_path):
     program = """
 import asyncio, os, sys
 from pathlib import Path
+from finery_serving.tool_calls import tool_call_parser
 from finery_serving.vllm_client import VllmClient
 from finery_serving.vllm_process import Runtime, VllmConfig, VllmProcess
 

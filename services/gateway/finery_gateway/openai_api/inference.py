@@ -1,16 +1,16 @@
-"""`/v1/chat/completions` and `/v1/completions`, for base models and aliases."""
+"""`/v1/chat/completions`, `/v1/completions`, `/v1/responses` and `/v1/embeddings`, for base models and aliases."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from finery_common.errors import NotFoundError
+from finery_common.resource_names import is_resource_id
 from finery_gateway.context import GatewayParts, Project
-from finery_gateway.inference_fields import ChatFields, CompletionFields, GenerationFields
-from finery_gateway.proxy import Generation, GenerationResponse
-
-CHAT_PATH = "/v1/chat/completions"
-COMPLETIONS_PATH = "/v1/completions"
+from finery_gateway.inference_fields import ChatFields, CompletionFields, EmbeddingFields, RequestFields
+from finery_gateway.proxy import CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH, RESPONSES_PATH, Generation, GenerationResponse
+from finery_gateway.responses_fields import ResponsesFields
 
 router = APIRouter(tags=["inference"])
 
@@ -27,5 +27,27 @@ async def create_completion(fields: CompletionFields, gateway: GatewayParts, pro
     return GenerationResponse(gateway.proxy, _generation(fields, project=project, path=COMPLETIONS_PATH))
 
 
-def _generation(fields: GenerationFields, *, project: str, path: str) -> Generation:
-    return Generation(project, fields.model, path, fields.upstream_body(), streams=bool(fields.stream), wants_usage=fields.wants_usage)
+@router.post(RESPONSES_PATH)
+async def create_response(fields: ResponsesFields, gateway: GatewayParts, project: Project) -> Response:
+    """Answer a conversation in OpenAI's newer form, streamed or whole. Nothing is stored: send all of it every time."""
+    return GenerationResponse(gateway.proxy, _generation(fields, project=project, path=RESPONSES_PATH))
+
+
+@router.post(EMBEDDINGS_PATH)
+async def create_embedding(fields: EmbeddingFields, gateway: GatewayParts, project: Project) -> Response:
+    """Turn texts into vectors, where the model is one that does."""
+    return GenerationResponse(gateway.proxy, _generation(fields, project=project, path=EMBEDDINGS_PATH))
+
+
+def _generation(fields: RequestFields, *, project: str, path: str) -> Generation:
+    if not is_resource_id(fields.model):
+        raise NotFoundError(f"There is no model {fields.model!r}; list models to see what there is.", param="model", code="model_not_found")
+    return Generation(
+        project,
+        fields.model,
+        path,
+        fields.upstream_body(),
+        streams=fields.streams,
+        wants_usage=fields.wants_usage,
+        calls_tools=fields.calls_tools,
+    )

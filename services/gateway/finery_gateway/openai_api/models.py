@@ -69,6 +69,7 @@ def _shown_base(base: ServedBase) -> dict[str, Any]:
         "created": _unix(min(started, default=None)),
         "owned_by": "finery",
         "base_model": base.base_model,
+        "parent": None,
         "sha256": base.base_model_sha256,
         "max_model_len": base.max_model_len,
         "ready": any(replica.ready for replica in base.replicas),

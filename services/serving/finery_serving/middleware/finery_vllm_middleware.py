@@ -6,19 +6,23 @@ library only, since it lives in vLLM's environment.
 
 The gateway's contract
 ----------------------
-Send `POST /v1/chat/completions` or `POST /v1/completions` to the route's address (over a Unix socket the host means nothing), with
+Send `POST` to one of INFERENCE_PATHS at the route's address (over a Unix socket the host means nothing), with
 
     x-finery-replica-token   the route's `replica_token`
     x-finery-version         the route's `version`
     x-finery-alias           the public name to write out: the model the caller asked for
+    x-finery-needs           `tools` where the model is to be offered tools
     body `model`             the route's `version` too
 
-Answers are vLLM's, with the alias wherever it says `model`, in JSON and in every chunk of a stream, and in the text of errors. Beyond them:
+Answers are vLLM's, with the alias wherever it says `model`, in JSON and in every chunk of a stream, and in the text of errors, which say
+nothing of vLLM's inside. Beyond them:
 
+    400                              tools are needed, and this vLLM was not started for them.
     409 with `x-finery-retired: 1`   the version is not admitted here (swapped out, evicted, or not loaded again after a restart). Nothing
                                      was started: resolve the model again and repeat the request once.
     401                              the token is not this replica's, which also happens after its agent restarted: resolve again as well.
     404                              the path is not open.
+    501                              the path is open, but not offered by a model of this kind (embeddings by one that generates).
 
 A connection that cannot be made or that breaks before the first byte means that vLLM is restarting: resolve again, which waits for it.
 Closing the connection aborts the generation.
@@ -46,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_VARIABLE = "FINERY_MIDDLEWARE_CONFIG"
-INFERENCE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+INFERENCE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"})
 ADMIN_PATHS = frozenset(
     {
         ("GET", "/health"),
@@ -57,6 +61,22 @@ ADMIN_PATHS = frozenset(
     }
 )
 _ERROR_LINE = re.compile(rb'data:\s*\{\s*"error"\s*:')
+# vLLM's version and a digest of its configuration.
+_FINGERPRINT = re.compile(rb'"system_fingerprint"\s*:\s*"[^"]*"')
+_MAX_MESSAGE = 1000
+_PARAMETER = re.compile(r"[A-Za-z_][\w.\[\]]{0,63}")
+_PARAMETER_NOTE = re.compile(r"\s*\(parameter=[^()]*\)$")
+_NO_ROUTE = "Not Found"
+# What an error's words must not have: names of software, files, addresses, options, variables, versions, modules and classes.
+_INSIDE = re.compile(
+    r"(?i:vllm|pydantic|torch|cuda|xgrammar|outlines|guidance|jinja|transformers|huggingface|traceback|validation error)"
+    r"|\bFile \"|\.(?:py|pyx|cc|cpp|cu|so|h)\b"
+    r"|(?<![\w.…])~?/\w[\w.-]*/|https?://|<path>|\b0x[0-9a-fA-F]{4,}|(?<!\w)--[a-z]|\b[A-Z]{2,}_[A-Z_]+\b"
+    r"|\b\d+\.\d+\.\d+|\b[a-z_]+\.[a-z_]+\.[a-z_]+\b|<class |\bobject at\b"
+    r"|\b[A-Z]\w*[a-z](?:Error|Exception|Request|Params|Config|Core|Engine|Parser|Tokenizer|Processor|Serving\w*)\b"
+)
+
+_NO_TOOLS = "This model is served without tools; leave tools out. The operator turns them on with FINERY_TOOL_CALL_PARSER."
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -66,8 +86,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class FineryMiddleware:
-    """Wraps vLLM's app. `config` has `replica_token`, `admin_token`, `base_model` and `private_paths`; vLLM passes none, so that it
-    is read from the JSON file which the variable FINERY_MIDDLEWARE_CONFIG names.
+    """Wraps vLLM's app. `config` has `replica_token`, `admin_token`, `base_model`, `tools` and `private_paths`; vLLM passes none, so that
+    it is read from the JSON file which the variable FINERY_MIDDLEWARE_CONFIG names.
     """
 
     def __init__(self, app: App, config: dict[str, Any] | None = None) -> None:
@@ -77,6 +97,7 @@ class FineryMiddleware:
         self._admin_token = config["admin_token"].encode()
         self._private_paths = tuple(config["private_paths"])
         self._base_model = config["base_model"]
+        self._has_tools = config["tools"]
         self._admitted = {self._base_model}
         self._in_flight: dict[str, int] = {}
 
@@ -112,6 +133,9 @@ class FineryMiddleware:
         alias = headers.get(b"x-finery-alias", b"").decode("latin-1")
         if not version or not alias:
             await _refuse(send, 400, "x-finery-version and x-finery-alias are wanted.")
+            return
+        if headers.get(b"x-finery-needs") == b"tools" and not self._has_tools:
+            await _refuse(send, 400, _NO_TOOLS, param="tools")
             return
         if version not in self._admitted:
             await _refuse(send, 409, "The version is not served here; resolve the model again.", headers=[(b"x-finery-retired", b"1")])
@@ -199,10 +223,15 @@ class _Renamed:
     def _lines(self, lines: bytes) -> bytes:
         if _ERROR_LINE.search(lines):
             lines = b"\n".join(self._error_line(line) if _ERROR_LINE.match(line) else line for line in lines.split(b"\n"))
-        return self._pattern.sub(lambda _: self._replacement, lines)
+        return self._public(lines)
+
+    def _public(self, data: bytes) -> bytes:
+        if b'"system_fingerprint"' in data:
+            data = _FINGERPRINT.sub(b'"system_fingerprint":null', data)
+        return self._pattern.sub(lambda _: self._replacement, data)
 
     def _error_line(self, line: bytes) -> bytes:
-        return b"data: " + self._public_error(line.partition(b":")[2], status=500)
+        return b"data: " + self._public_error(line.partition(b":")[2], status=500)[1]
 
     async def _whole(self, message: Message) -> None:
         self._held += message.get("body", b"")
@@ -212,27 +241,40 @@ class _Renamed:
         status = int(self._start["status"])
         body = self._held
         if status >= 400:
-            body = self._public_error(body, status=status)
+            status, body = self._public_error(body, status=status)
         else:
-            body = self._pattern.sub(lambda _: self._replacement, body)
+            body = self._public(body)
         headers = [(key, value) for key, value in self._start["headers"] if key.lower() != b"content-length"]
-        await self._send({**self._start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+        await self._send({**self._start, "status": status, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
         await self._send({"type": "http.response.body", "body": body})
 
-    def _public_error(self, body: bytes, *, status: int) -> bytes:
+    def _public_error(self, body: bytes, *, status: int) -> tuple[int, bytes]:
         """vLLM's error without names and paths of the inside; of its own faults only that there was one."""
         try:
-            error = dict(json.loads(body)["error"])
+            data = json.loads(body)
+            # vLLM has no words of its own for a path that it has not.
+            error = dict(data["error"]) if "error" in data else {"message": data["detail"]}
             code = int(error.get("code") or status)
-            message = str(error["message"])
+            message, param = str(error["message"]), error.get("param")
         except (ValueError, KeyError, TypeError):
-            error, code, message = {"type": "InternalServerError", "param": None}, status, ""
-        if code >= 500 or not message:
-            message = "The model could not answer this request. Repeat it; if it fails again, the operator finds the cause in vLLM's log."
-        message = message.replace(self._version, self._alias)
+            code, message, param = status, "", None
+        if code == 404 and message == _NO_ROUTE:
+            # The path is on our list, so vLLM has no such route for a model of this kind.
+            code, message = 501, "This model does not offer this kind of request; ask another model, or another path."
+        param = param.removeprefix("body.") if isinstance(param, str) and _PARAMETER.fullmatch(param) else None
+        message = self._public_words(message, code=code, param=param)
+        return (501 if code == 501 else status), _error_body(message, code=code, param=param)
+
+    def _public_words(self, message: str, *, code: int, param: str | None) -> str:
+        if (code >= 500 and code != 501) or not message:
+            return "The model could not answer this request. Repeat it; if it fails again, the operator finds the cause in vLLM's log."
         for path in self._private_paths:
             message = message.replace(path, "…")
-        return json.dumps({"error": {**error, "message": message, "code": code}}, ensure_ascii=False, separators=(",", ":")).encode()
+        message = _PARAMETER_NOTE.sub("", message.strip())
+        # The alias may look like anything, so it is put in once the rest is judged.
+        if len(message) > _MAX_MESSAGE or _INSIDE.search(message.replace(self._version, "")):
+            return f"The model refused the request because of {param or 'one of its fields'}; change it and send it again."
+        return message.replace(self._version, self._alias)
 
 
 def _configured() -> dict[str, Any]:
@@ -257,6 +299,13 @@ async def _answer(send: Send, status: int, payload: dict[str, Any], *, headers: 
     await send({"type": "http.response.body", "body": body})
 
 
-async def _refuse(send: Send, status: int, message: str, *, headers: list[tuple[bytes, bytes]] | None = None) -> None:
-    error = {"message": message, "type": "finery", "param": None, "code": status}
+async def _refuse(
+    send: Send, status: int, message: str, *, param: str | None = None, headers: list[tuple[bytes, bytes]] | None = None
+) -> None:
+    error = {"message": message, "type": "finery", "param": param, "code": status}
     await _answer(send, status, {"error": error}, headers=headers)
+
+
+def _error_body(message: str, *, code: int, param: str | None) -> bytes:
+    kind = "rate_limit_error" if code == 429 else "server_error" if code >= 500 else "invalid_request_error"
+    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}, ensure_ascii=False).encode()
