@@ -10,12 +10,10 @@ import asyncio
 import hashlib
 import hmac
 import json
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import httpx
 import structlog
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -32,15 +30,14 @@ from finery_gateway.errors import envelope
 from finery_gateway.metrics import FIRST_BYTE_SECONDS, RETRIED, STREAMS, TOKENS
 from finery_gateway.resources import Route
 from finery_gateway.routes import Routes
+from finery_gateway.upstream import Answer, Upstream, UpstreamError, UpstreamTimeoutError
 from finery_gateway.usage import BodyTap, ResponsesTap, StreamTap
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 RESPONSES_PATH = "/v1/responses"
 EMBEDDINGS_PATH = "/v1/embeddings"
-CONNECT_TIMEOUT_S = 5.0
 _ERROR_BYTES = 64 * 1024
-_UNIX = re.compile(r"unix://(/.+)")
 log = structlog.get_logger(__name__)
 
 
@@ -65,16 +62,17 @@ class Proxy:
     def __init__(self, routes: Routes, *, secret: str, timeout_s: float) -> None:
         self._routes = routes
         self._secret = secret.encode()
-        self._timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=CONNECT_TIMEOUT_S)
-        self._clients: dict[str, httpx.AsyncClient] = {}
+        self._timeout_s = timeout_s
+        self._upstreams: dict[str, Upstream] = {}
+        self._cache_salts: dict[str, str] = {}
 
     async def close(self) -> None:
-        """Closes every connection."""
+        """Closes every connection that is not in use."""
         await self._routes.close()
-        for client in self._clients.values():
-            await client.aclose()
+        for upstream in self._upstreams.values():
+            upstream.close()
 
-    async def open(self, generation: Generation) -> httpx.Response:
+    async def open(self, generation: Generation) -> Answer:
         """vLLM's answer, its body still to be read; the caller closes it.
 
         Tries twice: a retired version, a restarted vLLM and a broken connection all mean that the route is no longer good. Raises
@@ -85,24 +83,24 @@ class Proxy:
             route = await self._routes.route(generation.project, generation.model)
             try:
                 response = await self._send(generation, route)
-            except httpx.ReadTimeout as error:
+            except UpstreamTimeoutError as error:
                 # It works on it, or hangs; a second try would only double the work.
                 raise DeadlineExceededError(f"{generation.model} gave no answer in time; ask for fewer tokens, or stream.") from error
-            except httpx.TransportError as error:
+            except UpstreamError as error:
                 log.warning("vLLM did not answer", error=repr(error), version=route.version)
                 failure, cause = _not_there(generation.model), "connection"
             else:
-                if response.status_code == 200:
+                if response.status == 200:
                     return response
                 failure = await _failure(response, generation, version=route.version)
                 if not _is_outdated(response):
                     raise failure
-                cause = "retired" if response.status_code == 409 else "token"
+                cause = "retired" if response.status == 409 else "token"
             RETRIED.labels(cause).inc()
             self._routes.forget(generation.project, generation.model, route=route)
         raise _not_there(generation.model) from failure
 
-    async def _send(self, generation: Generation, route: Route) -> httpx.Response:
+    async def _send(self, generation: Generation, route: Route) -> Answer:
         body = {**generation.body, "model": route.version, "cache_salt": self._cache_salt(generation.project)}
         headers = {
             "content-type": "application/json",
@@ -112,27 +110,17 @@ class Proxy:
         }
         if generation.calls_tools:
             headers["x-finery-needs"] = "tools"
-        client = self._client(route.replica_address)
-        request = client.build_request("POST", generation.path, content=json.dumps(body).encode(), headers=headers)
-        return await client.send(request, stream=True)
-
-    def _client(self, address: str) -> httpx.AsyncClient:
-        client = self._clients.get(address)
-        if client is None:
-            # vLLM bounds what runs at once; a second bound here would only hide its queue.
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30)
-            unix = _UNIX.fullmatch(address)
-            if unix:
-                transport = httpx.AsyncHTTPTransport(uds=unix[1], limits=limits)
-                client = httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=self._timeout)
-            else:
-                client = httpx.AsyncClient(base_url=address, limits=limits, timeout=self._timeout, trust_env=False)
-            self._clients[address] = client
-        return client
+        upstream = self._upstreams.get(route.replica_address)
+        if upstream is None:
+            upstream = self._upstreams[route.replica_address] = Upstream(route.replica_address, timeout_s=self._timeout_s)
+        return await upstream.post(generation.path, headers=headers, body=json.dumps(body).encode())
 
     def _cache_salt(self, project: str) -> str:
         """A prefix cache shared between projects would tell by its timing what others asked."""
-        return hmac.new(self._secret, f"cache_salt:{project}".encode(), hashlib.sha256).hexdigest()
+        salt = self._cache_salts.get(project)
+        if salt is None:
+            salt = self._cache_salts[project] = hmac.new(self._secret, f"cache_salt:{project}".encode(), hashlib.sha256).hexdigest()
+        return salt
 
 
 class GenerationResponse(Response):
@@ -167,15 +155,14 @@ class GenerationResponse(Response):
             content_type = response.headers.get("content-type", "application/json").encode("latin-1")
             headers = [(b"content-type", content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            first = True
             try:
-                async for chunk in response.aiter_raw():
-                    if first:
-                        FIRST_BYTE_SECONDS.labels(generation.path).observe(time.perf_counter() - started_s)
-                        first = False
+                chunk = await response.read()
+                FIRST_BYTE_SECONDS.labels(generation.path).observe(time.perf_counter() - started_s)
+                while chunk:
                     if out := tap.feed(chunk):
                         await send({"type": "http.response.body", "body": out, "more_body": True})
-            except httpx.TransportError as error:
+                    chunk = await response.read()
+            except UpstreamError as error:
                 log.warning("vLLM broke off an answer", error=repr(error), model=generation.model)
                 if not generation.streams:
                     raise
@@ -184,7 +171,7 @@ class GenerationResponse(Response):
             else:
                 await send({"type": "http.response.body", "body": tap.end(), "more_body": False})
         finally:
-            await response.aclose()
+            response.close()
             TOKENS.labels(generation.project, "prompt").inc(tap.usage.prompt_tokens)
             TOKENS.labels(generation.project, "completion").inc(tap.usage.completion_tokens)
 
@@ -202,35 +189,33 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _is_outdated(response: httpx.Response) -> bool:
+def _is_outdated(response: Answer) -> bool:
     """The route is no longer good: a version that is not admitted, a token of an earlier vLLM, a name vLLM does not know."""
-    return (response.status_code == 409 and response.headers.get("x-finery-retired") == "1") or response.status_code in (401, 403, 404)
+    return (response.status == 409 and response.headers.get("x-finery-retired") == "1") or response.status in (401, 403, 404)
 
 
-async def _failure(response: httpx.Response, generation: Generation, *, version: str) -> FineryError:
+async def _failure(response: Answer, generation: Generation, *, version: str) -> FineryError:
     """vLLM's error as one of ours. Its own words go on only for what the request itself is to blame for."""
     body = bytearray()
     try:
-        async for chunk in response.aiter_bytes():
+        while (chunk := await response.read()) and len(body) <= _ERROR_BYTES:
             body += chunk
-            if len(body) > _ERROR_BYTES:
-                break
-    except httpx.TransportError:
+    except UpstreamError:
         body.clear()
     finally:
-        await response.aclose()
+        response.close()
     # The middleware has taken everything of the inside out of them.
     message, param = _words(bytes(body))
     message = message.replace(version, generation.model)
-    if response.status_code in (400, 413, 422):
+    if response.status in (400, 413, 422):
         return InvalidArgumentError(message or "The model refused the request.", param=param, code="invalid_request")
-    if response.status_code == 429:
+    if response.status == 429:
         return ResourceExhaustedError(message or "The model has too many requests; try again.", retry_after_s=2)
-    if response.status_code == 501:
+    if response.status == 501:
         return InvalidArgumentError(message or "The model does not offer this.", param=param, code="not_supported")
-    if response.status_code == 503:
+    if response.status == 503:
         return _not_there(generation.model)
-    log.error("vLLM failed", status=response.status_code, model=generation.model, error=message)
+    log.error("vLLM failed", status=response.status, model=generation.model, error=message)
     return InternalError(f"{generation.model} failed on this request; the operator's log says more. Try again, or change the request.")
 
 
