@@ -23,7 +23,13 @@ S = TypeVar("S", bound=ServiceSettings)
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
-def run_service(name: str, settings_type: type[S], serve: Callable[[S], Awaitable[None]]) -> int:
+def run_service(
+    name: str,
+    settings_type: type[S],
+    serve: Callable[[S], Awaitable[None]],
+    *,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> int:
     """Reads settings and runs `serve` until it returns. Answers the exit status: 1, with one line on standard error, for a FineryError.
 
     Until `serve` reaches `until_stopped`, SIGTERM and SIGINT cancel it; the process ends with status 0 once it has cleaned up.
@@ -31,7 +37,8 @@ def run_service(name: str, settings_type: type[S], serve: Callable[[S], Awaitabl
     try:
         settings = settings_type()
         configure_logging(name, level=settings.log_level)
-        asyncio.run(_awaited(serve, settings))
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(_awaited(serve, settings))
     except ValidationError as error:
         sys.stderr.write(f"finery_{name}: settings (FINERY_…): {invalid_fields(error).message}\n")
         return 1

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+from pydantic import Field
+
 from finery_common.settings import ServiceSettings
 
 
@@ -22,3 +26,10 @@ class GatewaySettings(ServiceSettings):
     """How long a request waits for a model that is being loaded before it gets a 503."""
     generation_timeout_s: float = 600.0
     """How long vLLM may be silent within one request."""
+    gateway_workers: int = Field(default=0, ge=0, le=64)
+    """Processes that answer HTTP on the one port; 0 takes one for every four cores of this machine, four at the most."""
+
+    @property
+    def num_workers(self) -> int:
+        """As many as are to run."""
+        return self.gateway_workers or min(4, max(1, len(os.sched_getaffinity(0)) // 4))

@@ -9,7 +9,10 @@ import stat
 import sys
 
 import httpx
+import psutil
 import pytest
+
+from finery_gateway.settings import GatewaySettings
 
 
 @pytest.fixture
@@ -64,6 +67,79 @@ async def test_it_starts_writes_the_first_key_answers_and_drains(environment, tm
     out, _ = await asyncio.wait_for(process.communicate(), 25)
     assert process.returncode == 0
     assert out == b""
+
+
+async def _until(process: asyncio.subprocess.Process, event: str, *, times: int = 1) -> list[dict]:
+    """The log lines with `event`, once there are as many."""
+    assert process.stderr is not None
+    found = []
+    async with asyncio.timeout(60):
+        while len(found) < times:
+            line = json.loads(await process.stderr.readline())
+            found += [line] if line["event"] == event else []
+    return found
+
+
+async def test_workers_share_the_port_are_replaced_when_they_die_and_drain_at_the_end(environment, tmp_path):
+    process = await _start(environment | {"FINERY_GATEWAY_WORKERS": "2"})
+    (served,) = await _until(process, "serving HTTP")
+    assert served["workers"] == 2
+    workers = {line["worker"]: line for line in await _until(process, "a worker serves HTTP", times=2)}
+    assert set(workers) == {0, 1}
+    key = (tmp_path / "api_key").read_text().strip()
+    url = f"http://127.0.0.1:{served['port']}"
+
+    async def ask() -> int:
+        # A new connection every time, so that both workers come to answer.
+        async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=60) as plain:
+            return (await plain.get("/v1/files")).status_code
+
+    async def counted() -> dict[int, int]:
+        """What each worker has answered, by the port that it told Prometheus."""
+        counts = {}
+        for number in (0, 1):
+            (target,) = json.loads((tmp_path / "prometheus" / f"gateway-worker-{number}.json").read_text())
+            assert target["labels"] == {"service": "gateway-worker"}
+            async with httpx.AsyncClient() as plain:
+                text = (await plain.get(f"http://{target['targets'][0]}/metrics")).text
+            lines = [line for line in text.splitlines() if line.startswith("finery_gateway_requests_total{")]
+            counts[number] = sum(int(float(line.rpartition(" ")[2])) for line in lines)
+        return counts
+
+    assert await asyncio.gather(*(ask() for _ in range(40))) == [200] * 40
+    assert sum((await counted()).values()) == 40
+
+    children = [child for child in psutil.Process(process.pid).children() if "finery_gateway.workers" in child.cmdline()]
+    assert len(children) == 2
+    children[0].kill()
+    # Whoever comes meanwhile is answered by the other one, or waits.
+    assert await asyncio.gather(*(ask() for _ in range(10))) == [200] * 10
+    (again,) = await _until(process, "a worker serves HTTP")
+    assert again["worker"] in (0, 1)
+    assert await ask() == 200
+
+    process.send_signal(signal.SIGTERM)
+    await asyncio.wait_for(process.communicate(), 25)
+    assert process.returncode == 0
+    assert not any(child.is_running() for child in children)
+    assert list((tmp_path / "prometheus").glob("*.json")) == []
+
+
+async def test_workers_end_with_a_killed_parent(environment):
+    process = await _start(environment | {"FINERY_GATEWAY_WORKERS": "2"})
+    await _until(process, "a worker serves HTTP", times=2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    await process.wait()
+    _, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=25)
+    assert alive == []
+
+
+def test_a_small_machine_has_one_worker_and_a_large_one_four(monkeypatch):
+    for cores, workers in ((1, 1), (2, 1), (8, 2), (16, 4), (128, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert GatewaySettings().num_workers == workers
+    assert GatewaySettings(gateway_workers=7).num_workers == 7
 
 
 async def test_a_taken_port_or_a_missing_setting_is_one_clear_line(environment):
