@@ -70,6 +70,10 @@ bench-profile: ## The engine's kernels by time, on a GPU: ROWS="qlora 2x2048x4" 
 	@PYTHONPATH="$(GPU_PATH):$$PYTHONPATH" $(GPU_PYTHON) kernels/benchmarks/train.py profile --rows "$(ROWS)" --model "$(MODEL)" \
 		--out "$(OUT)" $(if $(ENGINES),--engines "$(ENGINES)") $(BENCH_ARGS)
 
+.PHONY: bench-serving
+bench-serving: setup ## A vLLM straight and through the gateway: MODEL=DIR [BENCH_ARGS="--dummy --streams 64 256"], FINERY_VLLM_PYTHON for another vLLM
+	@$(BIN)/python services/gateway/benchmarks/serving.py --model "$(MODEL)" $(BENCH_ARGS)
+
 .PHONY: bench-cpu
 bench-cpu: setup ## LoRA on SmolLM2 on this CPU, beside transformers' Trainer: tokens a second
 	@$(BIN)/python kernels/benchmarks/cpu.py $(BENCH_ARGS)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import httpx
 import openai
 import pytest
 from e2e.system import System
-from openai import OpenAI
 
 from finery_cli.local.stack import QUICKSTART_MODEL
 
@@ -25,7 +25,7 @@ TOOL = {"type": "function", "function": {"name": "paint", "description": "Paints
 INSIDE = ("vllm", "0.32", "pydantic", "ftjob-", "/work", "/tmp", ".py", "Traceback", "site-packages", "replica")
 
 
-def ask(client: OpenAI, **fields):
+def ask(client: Any, **fields: Any) -> Any:
     return client.chat.completions.create(model=QUICKSTART_MODEL, messages=MESSAGES, **{"max_tokens": 8, "temperature": 0, **fields})
 
 
@@ -34,7 +34,7 @@ def follows_schema(text: str) -> bool:
     return set(value) == {"colour", "count"} and value["colour"] in ("red", "green") and value["count"] in range(10)
 
 
-def test_n_seed_stop_and_logprobs(client: OpenAI):
+def test_n_seed_stop_and_logprobs(client: Any):
     first = ask(client, n=3, temperature=1, seed=5, logprobs=True, top_logprobs=2)
     again = ask(client, n=3, temperature=1, seed=5)
     texts = [choice.message.content for choice in first.choices]
@@ -50,7 +50,7 @@ def test_n_seed_stop_and_logprobs(client: OpenAI):
     assert (stopped.finish_reason, stopped.message.content) == ("stop", whole.message.content.partition(word)[0])
 
 
-def test_a_stream_is_the_whole_answer_with_its_usage_and_the_models_public_name(client: OpenAI):
+def test_a_stream_is_the_whole_answer_with_its_usage_and_the_models_public_name(client: Any):
     whole = ask(client, logprobs=True)
     chunks = list(ask(client, stream=True, logprobs=True, stream_options={"include_usage": True}))
     choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
@@ -61,7 +61,7 @@ def test_a_stream_is_the_whole_answer_with_its_usage_and_the_models_public_name(
     assert not [word for chunk in chunks for word in INSIDE if word in chunk.model_dump_json()]
 
 
-def test_answers_keep_to_a_json_schema(client: OpenAI):
+def test_answers_keep_to_a_json_schema(client: Any):
     schema = {"type": "json_schema", "json_schema": {"name": "wall", "schema": SCHEMA, "strict": True}}
     assert follows_schema(ask(client, response_format=schema, max_tokens=40).choices[0].message.content)
     flat = {"format": {"type": "json_schema", "name": "wall", "schema": SCHEMA}}
@@ -69,7 +69,7 @@ def test_answers_keep_to_a_json_schema(client: OpenAI):
     assert follows_schema(response.output_text)
 
 
-def test_tools_are_called_whole_and_streamed_and_their_results_taken(client: OpenAI):
+def test_tools_are_called_whole_and_streamed_and_their_results_taken(client: Any):
     choice = {"type": "function", "function": {"name": "paint"}}
     answer = ask(client, tools=[TOOL], tool_choice=choice, max_tokens=100)
     message = answer.choices[0].message
@@ -87,7 +87,7 @@ def test_tools_are_called_whole_and_streamed_and_their_results_taken(client: Ope
     assert after.choices[0].message.content
 
 
-def test_responses_come_whole_and_streamed_and_are_not_kept(client: OpenAI, system: System):
+def test_responses_come_whole_and_streamed_and_are_not_kept(client: Any, system: System):
     whole = client.responses.create(model=QUICKSTART_MODEL, input="Name a colour.", max_output_tokens=6, temperature=0)
     assert (whole.model, whole.status, whole.usage.output_tokens) == (QUICKSTART_MODEL, "incomplete", 6)
     events = list(client.responses.create(model=QUICKSTART_MODEL, input="Name a colour.", max_output_tokens=6, temperature=0, stream=True))
@@ -103,13 +103,13 @@ def test_responses_come_whole_and_streamed_and_are_not_kept(client: OpenAI, syst
         client.responses.create(model=QUICKSTART_MODEL, input="x", previous_response_id=whole.id)
 
 
-def test_completions_take_several_prompts(client: OpenAI):
+def test_completions_take_several_prompts(client: Any):
     answer = client.completions.create(model=QUICKSTART_MODEL, prompt=["One, two,", "Red, green,"], n=2, max_tokens=3, logprobs=1, seed=1)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert all(len(choice.logprobs.tokens) == 3 for choice in answer.choices)
 
 
-def test_embeddings_are_not_offered_by_a_model_that_generates(client: OpenAI):
+def test_embeddings_are_not_offered_by_a_model_that_generates(client: Any):
     with pytest.raises(openai.BadRequestError, match="does not offer") as caught:
         client.embeddings.create(model=QUICKSTART_MODEL, input="x")
     assert caught.value.code == "not_supported"
@@ -157,5 +157,5 @@ def test_what_vllm_refuses_tells_nothing_of_the_inside(system: System, path, fie
     assert not [word for word in INSIDE if word in answer.text], answer.text
 
 
-def test_the_system_still_answers(client: OpenAI):
+def test_the_system_still_answers(client: Any):
     assert ask(client).choices[0].message.content

@@ -1,71 +1,39 @@
-"""What the gateway's hop costs: chunks a second a core, and what it adds to the first byte.
+"""What the gateway's hop costs: CPU a piece of a stream, and what it adds to the first byte.
 
-    python services/gateway/benchmarks/proxy_hop.py [--streams 64] [--chunks 500] [--step-ms 10]
+    python services/gateway/benchmarks/proxy_hop.py [--streams 64 256] [--workers 1 2] [--chunks 128] [--step-ms 50]
 
 A fake vLLM on a Unix socket gives every stream one event a step, as an engine does; clients read them straight from it and through the
-gateway. With --step-ms 0 it is as fast as it can, and events reach the gateway several at a time. The gateway has its own process, so its
-CPU time is its own. Keys, routes and metrics are the real ones; the serving service is a stand-in.
+gateway, in turns. Starts are spread over the length of a stream, as they are in a running system; --burst starts all at once. Clients and
+the fake run on the same machine and cost as much as the gateway: with fewer than four free cores only the CPU times mean something.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
+import os
 import platform
-import resource
-import socket
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import uvicorn
+from harness import Gateways, Streams, Target, run_streams, through
 
-from finery_common.database import Database
-from finery_gateway.app import create_app
-from finery_gateway.client import ServingClient
-from finery_gateway.context import Gateway
-from finery_gateway.creates import Creates
-from finery_gateway.keys import KeyStore
-from finery_gateway.proxy import Proxy
-from finery_gateway.resources import AliasEvent, Route
-from finery_gateway.routes import Routes
-from finery_gateway.tables import migrate
+from finery_gateway.http_server import loop_factory
+from finery_gateway.resources import Route
 
 MODEL = "bench"
-_DELTA = {"role": None, "content": " token"}
+PATH = "/v1/chat/completions"
 _EVENT = {"id": "chatcmpl-0123456789abcdef", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
-_CHUNK = f"data: {json.dumps({**_EVENT, 'choices': [{'index': 0, 'delta': _DELTA, 'finish_reason': None}]})}\n\n".encode()
-_WARM_UP_CHUNKS = 200
-_SAMPLES = 200
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-class _Serving:
-    """Stands in for the serving service: one model, one replica."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-
-    async def resolve(self, project: str, *, model: str, after_epoch: int, timeout_s: float) -> Route:
-        return Route(version=MODEL, replica_address=self._address, replica_token="bench")
-
-    async def watch_aliases(self, project: str) -> AsyncIterator[AliasEvent]:
-        await asyncio.Event().wait()
-        yield  # pyright: ignore[reportReturnType]
+_CHOICE = {"index": 0, "delta": {"content": " token"}, "logprobs": None, "finish_reason": None}
+_CHUNK = f"data: {json.dumps({**_EVENT, 'choices': [_CHOICE]})}\n\n".encode()
+_REPEATS = 3
 
 
 async def _fake_vllm(scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -79,135 +47,89 @@ async def _fake_vllm(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 
 def _run_vllm(uds: str) -> None:
-    asyncio.run(_Server(uvicorn.Config(_fake_vllm, uds=uds, log_config=None, access_log=False, lifespan="off")).serve())
+    server = uvicorn.Server(uvicorn.Config(_fake_vllm, uds=uds, log_config=None, access_log=False, lifespan="off"))
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(server.serve())
 
 
-def _run_gateway(uds: str, folder: str, pipe: Connection) -> None:
-    asyncio.run(_gateway(uds, folder, pipe))
-
-
-async def _gateway(uds: str, folder: str, pipe: Connection) -> None:
-    db = await Database.open(f"sqlite:///{folder}/gateway.sqlite", schema="gateway")
-    await migrate(db)
-    keys = KeyStore(db)
-    _, key = await keys.create("bench")
-    nothing = cast("Any", None)
-    routes = Routes(cast("ServingClient", _Serving(f"unix://{uds}")), training=nothing, cold_wait_s=5)
-    proxy = Proxy(routes, secret="s" * 40, timeout_s=60)
-    files = cast("Any", type("NoFiles", (), {"limit_bytes": 1, "settle": lambda _: asyncio.sleep(0)})())
-    gateway = Gateway(db, nothing, keys, Creates(db), files, nothing, nothing, nothing, nothing, proxy)
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = _Server(uvicorn.Config(create_app(gateway, body_limit_bytes=1 << 20), log_config=None, access_log=False))
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    pipe.send((listener.getsockname()[1], key))
-    loop = asyncio.get_running_loop()
-    while await loop.run_in_executor(None, pipe.recv):
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        pipe.send(usage.ru_utime + usage.ru_stime)
-    server.should_exit = True
-    await serving
-    await proxy.close()
-    await db.close()
-
-
-async def _read(address: str | int, *, key: str, num_chunks: int, step_s: float) -> tuple[float, int]:
-    """One stream by hand, so that the client costs little; answers seconds to the first event, and events seen."""
-    opened = asyncio.open_unix_connection(address) if isinstance(address, str) else asyncio.open_connection("127.0.0.1", address)
-    reader, writer = await opened
+def _body(*, num_chunks: int, step_s: float) -> bytes:
     fields = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "stream": True, "max_tokens": num_chunks, "min_p": step_s}
-    body = json.dumps(fields).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
-    started_s = time.perf_counter()
-    writer.write(head.encode() + f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
-    first_s, seen, tail = 0.0, 0, b""
-    while data := await reader.read(1 << 18):
-        seen += data.count(b'"delta"')
-        tail = (tail + data)[-64:]
-        if not first_s and seen:
-            first_s = time.perf_counter() - started_s
-    writer.close()
-    assert b"[DONE]" in tail, tail
-    return first_s, seen
+    return json.dumps(fields).encode()
 
 
-async def _measure(address: str | int, *, key: str, num_streams: int, num_chunks: int, step_s: float) -> tuple[float, int]:
-    started_s = time.perf_counter()
-    results = await asyncio.gather(*(_read(address, key=key, num_chunks=num_chunks, step_s=step_s) for _ in range(num_streams)))
-    return time.perf_counter() - started_s, sum(seen for _, seen in results)
+def _measure(arguments: argparse.Namespace, uds: str, *, num_workers: int) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        route = Route(version=MODEL, replica_address=f"unix://{uds}", replica_token="bench")
+        gateways = Gateways(route, num_workers=num_workers, folder=Path(folder))
+        straight, hop = Target("straight", uds, {}), through(gateways)
+        step_s = arguments.step_ms / 1000
+        for target in (straight, hop):
+            _streams(target, [_body(num_chunks=20, step_s=0)] * 8, spread_s=0)
+        for num_streams in arguments.streams:
+            bodies = [_body(num_chunks=arguments.chunks, step_s=step_s)] * num_streams
+            spread_s = 0 if arguments.burst else arguments.chunks * step_s
+            alone = _streams(straight, bodies, spread_s=spread_s)
+            before_s = gateways.cpu_s()
+            passed = _streams(hop, bodies, spread_s=spread_s)
+            spent_s = gateways.cpu_s() - before_s
+            # Requests of one piece each tell what a request costs without its stream.
+            short = [_body(num_chunks=1, step_s=0)] * 8
+            before_s = gateways.cpu_s()
+            _streams(hop, short, spread_s=0, repeats=25)
+            request_s = (gateways.cpu_s() - before_s) / 200
+            rows.append(_row(num_workers, num_streams, alone=alone, passed=passed, spent_s=spent_s, request_s=request_s))
+        gateways.close()
+    return rows
 
 
-async def _first_byte_ms(address: str | int, *, key: str) -> float:
-    return statistics.median([(await _read(address, key=key, num_chunks=1, step_s=0))[0] for _ in range(_SAMPLES)]) * 1000
+def _streams(target: Target, bodies: list[bytes], *, spread_s: float, repeats: int = _REPEATS) -> Streams:
+    return asyncio.run(run_streams(target, PATH, [[body] * repeats for body in bodies], spread_s=spread_s))
 
 
-async def _compare(
-    uds: str, port: int, key: str, pipe: Connection, *, num_streams: int, num_chunks: int, step_s: float
-) -> dict[str, object]:
-    def cpu_s() -> float:
-        pipe.send(True)
-        return pipe.recv()
-
-    for address in (uds, port):
-        await _measure(address, key=key, num_streams=4, num_chunks=_WARM_UP_CHUNKS, step_s=0)
-    straight_s, straight_seen = await _measure(uds, key=key, num_streams=num_streams, num_chunks=num_chunks, step_s=step_s)
-    before_s = await asyncio.to_thread(cpu_s)
-    through_s, seen = await _measure(port, key=key, num_streams=num_streams, num_chunks=num_chunks, step_s=step_s)
-    spent_s = await asyncio.to_thread(cpu_s) - before_s
-    straight_ms = await _first_byte_ms(uds, key=key)
-    before_s = await asyncio.to_thread(cpu_s)
-    through_ms = await _first_byte_ms(port, key=key)
-    request_ms = (await asyncio.to_thread(cpu_s) - before_s) / _SAMPLES * 1000
-    versions = {name: importlib.metadata.version(name) for name in ("uvicorn", "starlette", "httpx")}
+def _row(num_workers: int, num_streams: int, *, alone: Streams, passed: Streams, spent_s: float, request_s: float) -> dict[str, object]:
+    num_requests = len(passed.first_s)
+    chunk_s = (spent_s - request_s * num_requests) / passed.num_events
     return {
+        "workers": num_workers,
         "streams": num_streams,
-        "chunks_per_stream": num_chunks,
-        "step_ms": step_s * 1000,
-        "straight_chunks_per_s": round(straight_seen / straight_s),
-        "gateway_chunks_per_s": round(seen / through_s),
-        "gateway_chunks_per_cpu_s": round(seen / spent_s),
-        "gateway_cpu_us_per_chunk": round(spent_s / seen * 1e6, 1),
-        "gateway_cpu_ms_per_request": round(request_ms, 2),
-        "first_byte_ms_p50_straight": round(straight_ms, 2),
-        "first_byte_ms_p50_gateway": round(through_ms, 2),
-        "first_byte_ms_p50_added": round(through_ms - straight_ms, 2),
-        "machine": f"{platform.processor() or platform.machine()}, {multiprocessing.cpu_count()} cores, Python {platform.python_version()}",
-        "versions": versions,
+        "straight_chunks_per_s": round(alone.events_per_s),
+        "gateway_chunks_per_s": round(passed.events_per_s),
+        "cpu_us_per_chunk": round(chunk_s * 1e6, 1),
+        "chunks_per_s_a_core": round(1 / chunk_s),
+        "cpu_ms_per_request": round(request_s * 1000, 2),
+        "first_byte_ms_p50": [alone.first_ms(50), passed.first_ms(50)],
+        "first_byte_ms_p99": [alone.first_ms(99), passed.first_ms(99)],
     }
 
 
 def main() -> None:
-    """Prints one JSON object."""
+    """Prints one JSON object a row; pairs are straight and through the gateway."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--chunks", type=int, default=500)
-    parser.add_argument("--step-ms", type=float, default=10.0)
+    parser.add_argument("--streams", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--chunks", type=int, default=128)
+    parser.add_argument("--step-ms", type=float, default=50.0)
+    parser.add_argument("--burst", action="store_true")
     arguments = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         uds = str(Path(folder) / "vllm.sock")
-        ours, theirs = spawn.Pipe()
-        processes = [spawn.Process(target=_run_vllm, args=(uds,)), spawn.Process(target=_run_gateway, args=(uds, folder, theirs))]
-        for process in processes:
-            process.start()
+        vllm = spawn.Process(target=_run_vllm, args=(uds,))
+        vllm.start()
         try:
-            port, key = ours.recv()
             while not Path(uds).exists():
                 time.sleep(0.05)
-            measured = _compare(
-                uds,
-                port,
-                key,
-                cast("Connection", ours),
-                num_streams=arguments.streams,
-                num_chunks=arguments.chunks,
-                step_s=arguments.step_ms / 1000,
-            )
-            report = asyncio.run(measured)
-            sys.stdout.write(json.dumps(report, indent=2) + "\n")
+            faster = [name for name in ("uvloop", "httptools") if importlib.util.find_spec(name)]
+            about = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0], "with": faster}
+            sys.stdout.write(json.dumps(about) + "\n")
+            for num_workers in arguments.workers:
+                for row in _measure(arguments, uds, num_workers=num_workers):
+                    sys.stdout.write(json.dumps(row) + "\n")
+                    sys.stdout.flush()
         finally:
-            for process in processes:
-                process.terminate()
-                process.join()
+            vllm.terminate()
+            vllm.join()
 
 
 if __name__ == "__main__":

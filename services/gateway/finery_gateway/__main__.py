@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -41,32 +40,34 @@ async def _run(settings: GatewaySettings) -> None:
         grpc_port = await rpc.start()
         port, num_workers = listener.getsockname()[1], settings.num_workers
         log.info("serving HTTP", port=port, grpc_port=grpc_port, metrics_port=metrics_port, workers=num_workers)
-        try:
-            async with _answering(settings, gateway, listener) as http:
+        http, stop = _start_http(settings, gateway, listener)
+        async with doing_chores(gateway):
+            try:
                 await until_stopped([http])
-        finally:
-            await rpc.stop(drain_s=DRAIN_S - 2)
+            finally:
+                await asyncio.gather(stop(), rpc.stop(drain_s=DRAIN_S - 2))
 
 
-@contextlib.asynccontextmanager
-async def _answering(settings: GatewaySettings, gateway: Gateway, listener: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
-    """Answers HTTP, here or by workers, and drains at the end."""
+def _start_http(
+    settings: GatewaySettings, gateway: Gateway, listener: socket.socket
+) -> tuple[asyncio.Task[None], Callable[[], Awaitable[None]]]:
+    """Answers HTTP, here or by workers; with what runs, how to drain and end it."""
     if settings.num_workers > 1:
         workers = asyncio.create_task(Workers(listener, count=settings.num_workers).run(), name="workers")
-        try:
-            async with doing_chores(gateway):
-                yield workers
-        finally:
+
+        async def stop_workers() -> None:
             workers.cancel()
             await asyncio.gather(workers, return_exceptions=True)
-        return
+
+        return workers, stop_workers
     server = HttpServer(create_app(gateway, body_limit_bytes=settings.body_limit_bytes))
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
-    try:
-        yield serving
-    finally:
+
+    async def stop_serving() -> None:
         server.should_exit = True
-        await serving
+        await asyncio.gather(serving, return_exceptions=True)
+
+    return serving, stop_serving
 
 
 if __name__ == "__main__":

@@ -26,14 +26,10 @@ _DESCRIPTION = "OpenAI-compatible under /v1, Finery's own under /api/v1."
 log = structlog.get_logger(__name__)
 
 
-def create_app(gateway: Gateway, *, body_limit_bytes: int, has_chores: bool = True) -> FastAPI:
-    """The app over `gateway`'s parts. `body_limit_bytes` holds for every body but an upload's.
-
-    It does the installation's chores while it runs, unless another process does.
-    """
+def create_app(gateway: Gateway, *, body_limit_bytes: int) -> FastAPI:
+    """The app over `gateway`'s parts. `body_limit_bytes` holds for every body but an upload's."""
     # No docs from a script on the internet: /docs is our own page.
-    lifespan = _lifespan if has_chores else None
-    app = FastAPI(title="Finery", version="1", description=_DESCRIPTION, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="Finery", version="1", description=_DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.gateway = gateway
     install_error_handlers(app)
     # In this order they are tried: what is asked most comes first.
@@ -63,14 +59,8 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async with doing_chores(app.state.gateway):
-        yield
-
-
-@contextlib.asynccontextmanager
 async def doing_chores(gateway: Gateway) -> AsyncIterator[None]:
-    """Settles files and sweeps the store now and then, until it is left."""
+    """Settles files and sweeps the store now and then, until it is left. One process of an installation does."""
     chores = [asyncio.create_task(chore(gateway)) for chore in (_settle_files, _sweep_store)]
     try:
         yield

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -58,26 +60,44 @@ class Workers:
             await asyncio.sleep(backoff_s)
 
     async def _life(self, number: int) -> int:
-        descriptor = self._listener.fileno()
-        command = [sys.executable, "-m", "finery_gateway.workers", str(descriptor), str(number)]
-        process = await asyncio.create_subprocess_exec(*leashed(command, number=signal.SIGTERM), pass_fds=[descriptor])
+        process = _spawn(self._listener.fileno(), number)
         log.info("a worker starts", worker=number, pid=process.pid)
         try:
-            return await process.wait()
+            return await _ended(process)
         finally:
             await _end(process)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
+def _spawn(descriptor: int, number: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "finery_gateway.workers", str(descriptor), str(number)]
+    # Not by the loop: uvloop forks, of which gRPC's threads complain on standard error.
+    return subprocess.Popen(leashed(command, number=signal.SIGTERM), pass_fds=[descriptor])
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> int:
+    """Waits for the end of `process`; answers its exit status."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    descriptor = os.pidfd_open(process.pid)
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+    return process.wait()
+
+
+async def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
         return
     process.terminate()
     try:
         async with asyncio.timeout(HTTP_DRAIN_S + _STOP_MARGIN_S):
-            await process.wait()
+            await _ended(process)
     except TimeoutError:
         process.kill()
-        await process.wait()
+        await _ended(process)
 
 
 def main(descriptor: int, number: int) -> int:
@@ -95,7 +115,7 @@ async def _serve(settings: GatewaySettings, *, descriptor: int, number: int) -> 
     # The parent has the port that the settings name; Prometheus finds this one by its file.
     metrics_port = serve_metrics(host=settings.metrics_host, port=0)
     async with open_gateway(settings, migrates=False) as gateway:
-        server = HttpServer(create_app(gateway, body_limit_bytes=settings.body_limit_bytes, has_chores=False))
+        server = HttpServer(create_app(gateway, body_limit_bytes=settings.body_limit_bytes))
         with _announced(settings, number=number, port=metrics_port):
             serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
             log.info("a worker serves HTTP", metrics_port=metrics_port)

@@ -1,0 +1,182 @@
+"""A real vLLM straight and through the gateway, in turns: output tokens a second, first-token latency, and their ratios.
+
+    make bench-serving MODEL=DIR [BENCH_ARGS="--streams 64 256 --rounds 2"]
+
+`--dummy` gives the model random weights, so that a folder with `config.json` and a tokenizer is enough. "Straight" speaks to vLLM's
+socket, our middleware inside it included. Prompts are random tokens, another for every request, so that no cache helps. Every stream
+starts at once and asks `--repeats` times; a round is one run each way, and the order changes from round to round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from harness import Gateways, Streams, Target, run_streams, through
+
+from finery_common.leash import leashed
+from finery_gateway.resources import Route
+from finery_serving.vllm_client import VllmClient
+from finery_serving.vllm_process import Runtime, VllmConfig, make_runtime, vllm_command, vllm_environment
+
+MODEL = "bench"
+PATH = "/v1/completions"
+_START_S = 900.0
+_POLL_S = 0.5
+_MAX_LORA_RANK = 16
+
+
+@contextlib.contextmanager
+def _vllm(arguments: argparse.Namespace) -> Iterator[Runtime]:
+    """A vLLM that answers, started as serving starts it."""
+    config = VllmConfig(
+        python=arguments.vllm_python,
+        base_model=MODEL,
+        base_model_dir=arguments.model,
+        device=arguments.device,
+        max_loras=1,
+        max_cpu_loras=1,
+        max_lora_rank=_MAX_LORA_RANK,
+        max_model_len=arguments.max_model_len,
+        kv_cache_gib=arguments.kv_cache_gib,
+        start_timeout_s=_START_S,
+        private_paths=(),
+    )
+    runtime = make_runtime(None, xdg_runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
+    tokens = {"replica_token": runtime.replica_token, "admin_token": runtime.admin_token}
+    middleware = runtime.folder / "middleware.json"
+    middleware.touch(mode=0o600)
+    middleware.write_text(json.dumps({**tokens, "base_model": MODEL, "tools": False, "private_paths": []}))
+    command = vllm_command(config, socket=runtime.socket) + (["--load-format", "dummy"] if arguments.dummy else [])
+    command += shlex.split(arguments.vllm_args)
+    environment = vllm_environment(os.environ, config=config, middleware_config=middleware)
+    log_file = runtime.folder / "vllm.log"
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            leashed(command, number=signal.SIGTERM), env=environment, cwd=runtime.folder, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        asyncio.run(_until_healthy(runtime, process, log_file))
+        yield runtime
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        runtime.remove()
+
+
+async def _until_healthy(runtime: Runtime, process: subprocess.Popen[bytes], log_file: Path) -> None:
+    client = VllmClient(runtime.socket, replica_token=runtime.replica_token, admin_token=runtime.admin_token)
+    deadline_s = time.monotonic() + _START_S
+    try:
+        while not await client.is_healthy():
+            if process.poll() is not None or time.monotonic() > deadline_s:
+                text = await asyncio.to_thread(log_file.read_text, errors="replace")
+                raise SystemExit("vLLM did not start:\n" + "\n".join(text.splitlines()[-30:]))
+            await asyncio.sleep(_POLL_S)
+    finally:
+        await client.close()
+
+
+def _bodies(arguments: argparse.Namespace, numbers: random.Random, *, num_streams: int) -> list[list[bytes]]:
+    def body() -> bytes:
+        # Small ids are in every vocabulary; the first hundred or so may be special.
+        prompt = [numbers.randrange(200, 20_000) for _ in range(arguments.prompt)]
+        fields = {"model": MODEL, "prompt": prompt, "max_tokens": arguments.output, "ignore_eos": True, "temperature": 0, "stream": True}
+        return json.dumps(fields).encode()
+
+    return [[body() for _ in range(arguments.repeats)] for _ in range(num_streams)]
+
+
+def _compare(arguments: argparse.Namespace, targets: Sequence[Target], *, num_streams: int) -> dict[str, object]:
+    numbers = random.Random(num_streams)
+    runs: dict[str, list[Streams]] = {target.name: [] for target in targets}
+    for number in range(arguments.rounds):
+        for target in targets if number % 2 == 0 else targets[::-1]:
+            bodies = _bodies(arguments, numbers, num_streams=num_streams)
+            runs[target.name].append(asyncio.run(run_streams(target, PATH, bodies, spread_s=0)))
+    merged = {name: _merged(each, num_tokens=arguments.output) for name, each in runs.items()}
+    straight, gateway = merged["straight"], merged["gateway"]
+    return {
+        "streams": num_streams,
+        "prompt_tokens": arguments.prompt,
+        "output_tokens": arguments.output,
+        "requests_each": num_streams * arguments.repeats * arguments.rounds,
+        **merged,
+        "throughput_ratio": round(gateway["output_tokens_per_s"] / straight["output_tokens_per_s"], 4),
+        "first_token_added_ms_p50": round(gateway["first_token_ms_p50"] - straight["first_token_ms_p50"], 2),
+        "first_token_added_ms_p99": round(gateway["first_token_ms_p99"] - straight["first_token_ms_p99"], 2),
+    }
+
+
+def _merged(runs: Sequence[Streams], *, num_tokens: int) -> dict[str, float]:
+    """All rounds as one. `ignore_eos` makes every request's tokens known, however many an event has."""
+    first_s = [first for run in runs for first in run.first_s]
+    whole = Streams(sum(run.wall_s for run in runs), first_s, sum(run.num_events for run in runs))
+    return {
+        "output_tokens_per_s": round(len(first_s) * num_tokens / whole.wall_s, 1),
+        "first_token_ms_p50": whole.first_ms(50),
+        "first_token_ms_p99": whole.first_ms(99),
+    }
+
+
+def _folder(text: str) -> Path:
+    folder = Path(text).resolve()
+    if not (folder / "config.json").exists():
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a model's folder, with config.json in it")
+    return folder
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=_folder, required=True, help="the model's folder")
+    parser.add_argument("--vllm-python", type=Path, default=Path(os.environ.get("FINERY_VLLM_PYTHON", ".venv-vllm/bin/python")).absolute())
+    parser.add_argument("--dummy", action="store_true", help="random weights instead of the folder's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if Path("/dev/nvidiactl").exists() else "cpu")
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--kv-cache-gib", type=int, default=1, help="on a CPU")
+    parser.add_argument("--vllm-args", default="", help="more options of vLLM, as one string")
+    parser.add_argument("--streams", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--prompt", type=int, default=256, help="tokens")
+    parser.add_argument("--output", type=int, default=128, help="tokens")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=max(1, min(4, (os.cpu_count() or 1) // 4)))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints one JSON object for the set-up and one for each number of streams."""
+    arguments = _arguments()
+    with _vllm(arguments) as runtime, tempfile.TemporaryDirectory() as folder:
+        route = Route(version=MODEL, replica_address=runtime.address, replica_token=runtime.replica_token)
+        gateways = Gateways(route, num_workers=arguments.workers, folder=Path(folder))
+        headers = {"x-finery-replica-token": runtime.replica_token, "x-finery-version": MODEL, "x-finery-alias": MODEL}
+        targets = [Target("straight", str(runtime.socket), headers), through(gateways)]
+        try:
+            warm_up = _bodies(arguments, random.Random(0), num_streams=2)
+            for target in targets:
+                asyncio.run(run_streams(target, PATH, warm_up, spread_s=0))
+            about = {"device": arguments.device, "cores": os.cpu_count(), "workers": arguments.workers, "dummy": arguments.dummy}
+            sys.stdout.write(json.dumps({**about, "model": arguments.model.name, "load": os.getloadavg()[0]}) + "\n")
+            for num_streams in arguments.streams:
+                sys.stdout.write(json.dumps(_compare(arguments, targets, num_streams=num_streams)) + "\n")
+                sys.stdout.flush()
+        finally:
+            gateways.close()
+
+
+if __name__ == "__main__":
+    main()
