@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import REGISTRY
 
 from finery_common.artifacts import ArtifactStore
 from finery_common.database import Database
@@ -86,6 +87,8 @@ async def _gateway(settings: GatewaySettings) -> AsyncIterator[tuple[Gateway, Pu
         routes = Routes(serving, training=training, cold_wait_s=settings.cold_wait_s)
         proxy = Proxy(routes, secret=secret, timeout_s=settings.generation_timeout_s)
         stack.push_async_callback(proxy.close)
+        REGISTRY.register(proxy.reports)
+        stack.callback(REGISTRY.unregister, proxy.reports)
         gateway = Gateway(
             db=db,
             store=store,

@@ -129,7 +129,7 @@ class GenerationFields(Closed):
         None, max_length=MAX_LOGIT_BIAS
     )
     user: str | None = Field(None, max_length=512)
-    """Of no effect here; kept since clients send it as a matter of course."""
+    """Keeps a caller on one version where an alias has a canary, unless the header `x-finery-sticky` does."""
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:

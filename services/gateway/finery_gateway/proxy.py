@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx
 import structlog
@@ -32,7 +32,9 @@ from finery_gateway.errors import envelope
 from finery_gateway.metrics import FIRST_BYTE_SECONDS, RETRIED, STREAMS, TOKENS
 from finery_gateway.resources import Route
 from finery_gateway.routes import Routes
+from finery_gateway.splits import chosen, new_key
 from finery_gateway.usage import BodyTap, StreamTap
+from finery_gateway.version_reports import Outcome, VersionReports
 
 CONNECT_TIMEOUT_S = 5.0
 _ERROR_BYTES = 64 * 1024
@@ -51,6 +53,8 @@ class Generation:
     streams: bool
     wants_usage: bool
     """The client asked for the usage event of a stream."""
+    sticky_key: str = field(default_factory=new_key)
+    """Whose request it is, where versions share an alias: one key stays on one version."""
 
 
 class Proxy:
@@ -61,6 +65,11 @@ class Proxy:
         self._secret = secret.encode()
         self._timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=CONNECT_TIMEOUT_S)
         self._clients: dict[str, httpx.AsyncClient] = {}
+
+    @property
+    def reports(self) -> VersionReports:
+        """What has been counted of each version of an alias."""
+        return self._routes.reports
 
     async def close(self) -> None:
         """Closes every connection."""
@@ -75,12 +84,16 @@ class Proxy:
         FineryError where there is no answer with status 200.
         """
         failure: FineryError | None = None
+        version = generation.model
         for _ in range(2):
-            route = await self._routes.route(generation.project, generation.model)
+            known = await self._routes.route(generation.project, generation.model)
+            route = chosen(known, key=generation.sticky_key)
+            version = route.version
             try:
                 response = await self._send(generation, route)
             except httpx.ReadTimeout as error:
                 # It works on it, or hangs; a second try would only double the work.
+                self._count(generation, version, "failed")
                 raise DeadlineExceededError(f"{generation.model} gave no answer in time; ask for fewer tokens, or stream.") from error
             except httpx.TransportError as error:
                 log.warning("vLLM did not answer", error=repr(error), version=route.version)
@@ -90,11 +103,16 @@ class Proxy:
                     return response
                 failure = await _failure(response, generation, version=route.version)
                 if not _is_outdated(response):
+                    self._count(generation, version, "refused" if failure.http_status < 500 else "failed")
                     raise failure
                 cause = "retired" if response.status_code == 409 else "token"
             RETRIED.labels(cause).inc()
-            self._routes.forget(generation.project, generation.model, route=route)
+            self._routes.forget(generation.project, generation.model, route=known)
+        self._count(generation, version, "failed")
         raise _not_there(generation.model) from failure
+
+    def _count(self, generation: Generation, version: str, outcome: Outcome) -> None:
+        self.reports.of(generation.project, generation.model, version).count(outcome)
 
     async def _send(self, generation: Generation, route: Route) -> httpx.Response:
         body = {**generation.body, "model": route.version, "cache_salt": self._cache_salt(generation.project)}
@@ -154,28 +172,38 @@ class GenerationResponse(Response):
     async def _relay(self, send: Send, *, started_s: float) -> None:
         generation = self._generation
         response = await self._proxy.open(generation)
+        version = response.request.headers["x-finery-version"]
+        outcome: Outcome = "cancelled"
+        report = self._proxy.reports.of(generation.project, generation.model, version)
         tap = StreamTap(hide_usage=not generation.wants_usage) if generation.streams else BodyTap()
         try:
             content_type = response.headers.get("content-type", "application/json").encode("latin-1")
             headers = [(b"content-type", content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+            headers.append((b"x-finery-version", version.encode()))
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             first = True
             try:
                 async for chunk in response.aiter_raw():
                     if first:
-                        FIRST_BYTE_SECONDS.labels(generation.path).observe(time.perf_counter() - started_s)
+                        first_byte_s = time.perf_counter() - started_s
+                        FIRST_BYTE_SECONDS.labels(generation.path).observe(first_byte_s)
+                        report.first_byte.observe(first_byte_s)
                         first = False
                     if out := tap.feed(chunk):
                         await send({"type": "http.response.body", "body": out, "more_body": True})
             except httpx.TransportError as error:
                 log.warning("vLLM broke off an answer", error=repr(error), model=generation.model)
+                outcome = "failed"
                 if not generation.streams:
                     raise
                 # What was held back is half an event; the error takes its place.
                 await send({"type": "http.response.body", "body": _broken_off(generation.model), "more_body": False})
             else:
                 await send({"type": "http.response.body", "body": tap.end(), "more_body": False})
+                outcome = "answered"
+                report.whole.observe(time.perf_counter() - started_s)
         finally:
+            report.finish(outcome, tap.usage)
             await response.aclose()
             TOKENS.labels(generation.project, "prompt").inc(tap.usage.prompt_tokens)
             TOKENS.labels(generation.project, "completion").inc(tap.usage.completion_tokens)
