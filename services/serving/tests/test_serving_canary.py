@@ -282,7 +282,7 @@ async def test_a_promotion_whose_draining_a_crash_cut_short_is_done(serving, pub
     async with serving() as client:
         old = await client.served(publish())
         canary = (await client.with_canary(publish())).canary.version
-        request = asyncio.create_task(ask(await client.route(), old.version, user="5"))
+        request = asyncio.create_task(ask(await client.route(), old.version, user="3"))
         async with asyncio.timeout(5):
             while not (await client.here.agent.client.state()).in_flight:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
