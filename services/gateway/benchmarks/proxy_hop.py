@@ -36,7 +36,7 @@ from finery_gateway.context import Gateway
 from finery_gateway.creates import Creates
 from finery_gateway.keys import KeyStore
 from finery_gateway.proxy import Proxy
-from finery_gateway.resources import AliasEvent, Route
+from finery_gateway.resources import Alias, AliasEvent, Route
 from finery_gateway.routes import Routes
 from finery_gateway.tables import migrate
 
@@ -62,6 +62,10 @@ class _Serving:
 
     async def resolve(self, project: str, *, model: str, after_epoch: int, timeout_s: float) -> Route:
         return Route(version=MODEL, replica_address=self._address, replica_token="bench")
+
+    async def all_aliases(self, project: str) -> AsyncIterator[Alias]:
+        return
+        yield  # pyright: ignore[reportUnreachable]
 
     async def watch_aliases(self, project: str) -> AsyncIterator[AliasEvent]:
         await asyncio.Event().wait()

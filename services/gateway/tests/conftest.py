@@ -28,6 +28,7 @@ from finery_common.errors import (
     AbortedError,
     AlreadyExistsError,
     DeadlineExceededError,
+    FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
     UnavailableError,
@@ -169,6 +170,22 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
         self.resolved: list[str] = []
         self.cold: set[str] = set()
         self.changed = asyncio.Event()
+        self.requests: list[tuple[str, str]] = []
+
+    def split(self, project: str, alias: str, version: str, *, weight: int) -> serving_pb2.Alias:
+        """Makes `version` the alias' canary, or changes its weight; 0 drops it."""
+        made = self.aliases[f"projects/{project}/aliases/{alias}"]
+        if weight:
+            made.canary.version, made.canary.weight = version, weight
+        else:
+            made.ClearField("canary")
+        self._touch(made)
+        return made
+
+    def _touch(self, alias: serving_pb2.Alias) -> None:
+        alias.epoch += 1
+        alias.etag = f"e{alias.epoch}"
+        self.changed.set()
 
     def flip(self, project: str, alias: str, version: str, *, job_id: str = "") -> serving_pb2.Alias:
         name = f"projects/{project}/aliases/{alias}"
@@ -190,7 +207,39 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
         name = f"projects/{require_project()}/aliases/{request.alias}"
         if request.etag and (name not in self.aliases or self.aliases[name].etag != request.etag):
             raise AbortedError("the alias has another etag")
-        return self.flip(require_project(), request.alias, f"{request.adapter.prefix.split('/')[-2]}-cafe0123")
+        version = f"{request.adapter.prefix.split('/')[-2]}-cafe0123"
+        if request.HasField("canary_weight"):
+            return self.split(require_project(), request.alias, version, weight=request.canary_weight)
+        return self.flip(require_project(), request.alias, version)
+
+    def _change(self, method: str, request) -> serving_pb2.Alias:
+        alias = self._find(request.name)
+        if request.etag and request.etag != alias.etag:
+            raise AbortedError("the alias has another etag")
+        self.requests.append((method, getattr(request, "request_id", "")))
+        return alias
+
+    async def SetCanaryWeight(self, request, context):
+        alias = self._change("SetCanaryWeight", request)
+        return self.split(require_project(), alias.alias, alias.canary.version, weight=request.weight)
+
+    async def PromoteAlias(self, request, context):
+        alias = self._change("PromoteAlias", request)
+        if not alias.HasField("canary"):
+            raise FailedPreconditionError("the alias has no canary")
+        alias.previous.version, alias.version = alias.version, alias.canary.version
+        return self.split(require_project(), alias.alias, "", weight=0)
+
+    async def RollBackAlias(self, request, context):
+        return self.split(require_project(), self._change("RollBackAlias", request).alias, "", weight=0)
+
+    async def PinAlias(self, request, context):
+        self._find(request.name).pinned = True
+        return self._find(request.name)
+
+    async def UnpinAlias(self, request, context):
+        self._find(request.name).pinned = False
+        return self._find(request.name)
 
     def _find(self, name: str) -> serving_pb2.Alias:
         parse_name(name, collection="aliases", project=require_project())
@@ -226,8 +275,16 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
         if request.model == BASE:
             return serving_pb2.Route(version=BASE, replica_address=self.address, replica_token=REPLICA_TOKEN, base_model=BASE)
         alias = self._find(f"{request.parent}/aliases/{request.model}")
+        targets = [serving_pb2.RouteTarget(version=alias.version, weight=100 - alias.canary.weight)]
+        if alias.HasField("canary"):
+            targets.append(serving_pb2.RouteTarget(version=alias.canary.version, weight=alias.canary.weight))
         return serving_pb2.Route(
-            version=alias.version, epoch=alias.epoch, replica_address=self.address, replica_token=REPLICA_TOKEN, base_model=BASE
+            version=alias.version,
+            epoch=alias.epoch,
+            replica_address=self.address,
+            replica_token=REPLICA_TOKEN,
+            base_model=BASE,
+            targets=targets,
         )
 
 
@@ -289,6 +346,8 @@ class FakeVllm:
     error: tuple[int, dict[str, object]] | None = None
     endless: bool = False
     break_off: bool = False
+    go_on: asyncio.Event | None = None
+    """Where set, a stream says its version in each chunk, and waits for this before the second."""
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope, receive, send) -> None:
@@ -308,7 +367,13 @@ class FakeVllm:
         elif self.error is not None:
             await self._json(send, self.error[0], self.error[1])
         elif fields.get("stream"):
-            await self._stream(receive, send, alias=headers["x-finery-alias"], include_usage=bool(fields.get("stream_options")))
+            await self._stream(
+                receive,
+                send,
+                alias=headers["x-finery-alias"],
+                version=headers["x-finery-version"],
+                include_usage=bool(fields.get("stream_options")),
+            )
         else:
             message = {"role": "assistant", "content": "Paris"}
             choice = {"index": 0, "message": message, "text": "Paris", "finish_reason": "stop"}
@@ -331,14 +396,18 @@ class FakeVllm:
         await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json"), *extra]})
         await send({"type": "http.response.body", "body": json.dumps(body, separators=(",", ":")).encode()})
 
-    async def _stream(self, receive, send, *, alias, include_usage) -> None:
+    async def _stream(self, receive, send, *, alias, version, include_usage) -> None:
         async def event(data) -> None:
             text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
             await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
 
         head = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": alias}
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
-        for word in ("Par", "is"):
+        for number, word in enumerate(("Par", "is")):
+            if self.go_on is not None:
+                word = version
+                if number:
+                    await self.go_on.wait()
             await event({**head, "choices": [{"index": 0, "delta": {"content": word}, "text": word, "finish_reason": None}]})
         if self.break_off:
             raise ConnectionResetError("vLLM dies here")
