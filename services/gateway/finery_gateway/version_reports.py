@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from finery_gateway.metrics import version_families
 from finery_gateway.usage import Usage
 
 Outcome = Literal["answered", "refused", "failed", "cancelled"]
 """`refused` is the request's own fault, `failed` is not; `cancelled` by a client that left."""
 OUTCOMES: tuple[Outcome, ...] = ("answered", "refused", "failed", "cancelled")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-_LABELS = ("project", "alias", "version")
 
 
 @dataclass
@@ -101,13 +101,14 @@ class VersionReports(Collector):
 
     def describe(self) -> list[Metric]:
         """Empty families: which versions there are is known only while they serve."""
-        return list(self._families())
+        return list(version_families(OUTCOMES))
 
     def collect(self) -> Iterator[Metric]:
         """Every report as it is now."""
-        requests, tokens, first_byte, whole = self._families()
-        for (project, alias), versions in self._reports.items():
-            for version, report in versions.items():
+        requests, tokens, first_byte, whole = version_families(OUTCOMES)
+        # Scrapes come on a thread of their own, so what changes size meanwhile is copied first.
+        for (project, alias), versions in list(self._reports.items()):
+            for version, report in list(versions.items()):
                 labels = [project, alias, version]
                 for outcome, count in report.requests.items():
                     requests.add_metric([*labels, outcome], count)
@@ -116,22 +117,3 @@ class VersionReports(Collector):
                 first_byte.add_metric(labels, report.first_byte.buckets, report.first_byte.sum_s)
                 whole.add_metric(labels, report.whole.buckets, report.whole.sum_s)
         yield from (requests, tokens, first_byte, whole)
-
-    @staticmethod
-    def _families() -> tuple[CounterMetricFamily, CounterMetricFamily, HistogramMetricFamily, HistogramMetricFamily]:
-        return (
-            CounterMetricFamily(
-                "finery_gateway_version_requests_total",
-                f"Inference requests that a version of an alias ended; outcome is {', '.join(OUTCOMES[:-1])} or {OUTCOMES[-1]}.",
-                labels=[*_LABELS, "outcome"],
-            ),
-            CounterMetricFamily(
-                "finery_gateway_version_tokens_total", "Tokens by version; kind is prompt or completion.", labels=[*_LABELS, "kind"]
-            ),
-            HistogramMetricFamily(
-                "finery_gateway_version_first_byte_seconds", "From a request's arrival to the first byte of its answer.", labels=_LABELS
-            ),
-            HistogramMetricFamily(
-                "finery_gateway_version_request_seconds", "From a request's arrival to the last byte of its answer.", labels=_LABELS
-            ),
-        )

@@ -5,6 +5,7 @@ import secrets
 from contextlib import asynccontextmanager
 
 import grpc
+import grpc.aio
 import httpx
 import pytest
 from prometheus_client import REGISTRY

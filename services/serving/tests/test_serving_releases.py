@@ -373,7 +373,9 @@ async def test_aliases_of_before_this_release_are_taken_over(tmp_path):
     before = await store.get("alpha", "m")
     assert (before.version, before.canary, before.previous, before.pinned) == (version(1), None, None, False)
     await canary(store, 2)
-    assert (await promote(Releases(database, changes=Changes()))).previous.version == version(1)
+    promoted = await promote(Releases(database, changes=Changes()))
+    assert promoted.previous is not None
+    assert promoted.previous.version == version(1)
     await database.close()
 
 

@@ -154,8 +154,9 @@ class ServingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RollBackAlias(self, request, context):
-        """With a canary: drops it at once, then drains and unloads it. Without: rolls out the version that served before, which
-        `rollout` follows; rolling back once more returns. ABORTED where something else changed the alias first. The same
+        """Ends what is newer than the version that serves: a rollout under way, and a canary, which is then drained and unloaded.
+        Without either, rolls out the version that served before, which `rollout` follows; rolling back once more returns.
+        FAILED_PRECONDITION where there is nothing of all that; ABORTED where something else changed the alias first. The same
         `request_id` and body roll back once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -53,8 +53,9 @@ class ServingServiceStub:
     where something else changed the alias first. The same `request_id` and body promote once.
     """
     RollBackAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.RollBackAliasRequest, _serving_pb2.Alias]
-    """With a canary: drops it at once, then drains and unloads it. Without: rolls out the version that served before, which
-    `rollout` follows; rolling back once more returns. ABORTED where something else changed the alias first. The same
+    """Ends what is newer than the version that serves: a rollout under way, and a canary, which is then drained and unloaded.
+    Without either, rolls out the version that served before, which `rollout` follows; rolling back once more returns.
+    FAILED_PRECONDITION where there is nothing of all that; ABORTED where something else changed the alias first. The same
     `request_id` and body roll back once.
     """
     PinAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.PinAliasRequest, _serving_pb2.Alias]
@@ -90,8 +91,9 @@ class ServingServiceAsyncStub(ServingServiceStub):
     where something else changed the alias first. The same `request_id` and body promote once.
     """
     RollBackAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.RollBackAliasRequest, _serving_pb2.Alias]  # type: ignore[assignment]
-    """With a canary: drops it at once, then drains and unloads it. Without: rolls out the version that served before, which
-    `rollout` follows; rolling back once more returns. ABORTED where something else changed the alias first. The same
+    """Ends what is newer than the version that serves: a rollout under way, and a canary, which is then drained and unloaded.
+    Without either, rolls out the version that served before, which `rollout` follows; rolling back once more returns.
+    FAILED_PRECONDITION where there is nothing of all that; ABORTED where something else changed the alias first. The same
     `request_id` and body roll back once.
     """
     PinAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.PinAliasRequest, _serving_pb2.Alias]  # type: ignore[assignment]
@@ -172,8 +174,9 @@ class ServingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _serving_pb2.RollBackAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_serving_pb2.Alias, _abc.Awaitable[_serving_pb2.Alias]]:
-        """With a canary: drops it at once, then drains and unloads it. Without: rolls out the version that served before, which
-        `rollout` follows; rolling back once more returns. ABORTED where something else changed the alias first. The same
+        """Ends what is newer than the version that serves: a rollout under way, and a canary, which is then drained and unloaded.
+        Without either, rolls out the version that served before, which `rollout` follows; rolling back once more returns.
+        FAILED_PRECONDITION where there is nothing of all that; ABORTED where something else changed the alias first. The same
         `request_id` and body roll back once.
         """
 
