@@ -111,9 +111,9 @@ class Releases:
         outcome = None
         try:
             async with self._db.begin() as session:
-                known = await _is_known(session, project, request_id, body_sha256=body_sha256)
                 row = await _locked(session, project, alias)
-                if not known:
+                # Behind the lock: of one request that comes twice at once, the second finds the first done.
+                if not await _is_known(session, project, request_id, body_sha256=body_sha256):
                     # Without an etag as well: what was read when the request came in must still hold, or two at once would both act.
                     check_etag(row, etag=seen, alias=alias)
                     session.add(RequestRow(project=project, request_id=request_id, body_sha256=body_sha256, created_at=datetime.now(UTC)))

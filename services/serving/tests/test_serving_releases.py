@@ -68,8 +68,8 @@ def roll_back(releases, *, request_id="b", etag="", project="alpha"):
     return releases.roll_back(project, "m", request_id=request_id, etag=etag)
 
 
-async def both(releases, first, second, *, have_etags=False):
-    """The winner's alias of two calls that come at once: neither has begun to write before the other has read."""
+async def at_once(releases, first, second, *, have_etags=False):
+    """Results of two calls: neither has begun to write before the other has read."""
     read, met = releases._etag, asyncio.Barrier(2)
 
     async def read_and_meet(project, alias):
@@ -79,7 +79,12 @@ async def both(releases, first, second, *, have_etags=False):
 
     if not have_etags:
         releases._etag = read_and_meet
-    results = await asyncio.gather(first, second, return_exceptions=True)
+    return await asyncio.gather(first, second, return_exceptions=True)
+
+
+async def both(releases, first, second, *, have_etags=False):
+    """The winner's alias of two calls that come at once, the other of which is aborted."""
+    results = await at_once(releases, first, second, have_etags=have_etags)
     won = [result for result in results if not isinstance(result, BaseException)]
     assert [type(result) for result in results if isinstance(result, BaseException)] == [AbortedError]
     return won[0]
@@ -220,6 +225,14 @@ async def test_the_same_request_promotes_once_and_another_body_is_refused(store,
     for request_id in ("", "x" * 129):
         with pytest.raises(InvalidArgumentError):
             await promote(releases, request_id=request_id)
+
+
+async def test_one_request_that_comes_twice_at_once_is_answered_twice(store, releases):
+    await serving(store, 1)
+    before = await canary(store, 2)
+    first, second = await at_once(releases, promote(releases), promote(releases))
+    assert first == second == await store.get("alpha", "m")
+    assert first.epoch == before.epoch + 1
 
 
 async def test_without_a_canary_nothing_is_promoted(store, releases):

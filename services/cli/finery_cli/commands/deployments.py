@@ -116,7 +116,7 @@ def list_deployments(*, as_json: Json = False) -> None:
 
 @app.command()
 def get(alias: Alias, *, as_json: Json = False) -> None:
-    """Show an alias, and how its versions have done since the gateway started."""
+    """Show an alias, and how its versions have done since the gateway's process started."""
     with connected() as gateway:
         found = gateway.native.get(f"/deployments/{alias}").json()
         versions = gateway.native.get(f"/deployments/{alias}/versions").json()

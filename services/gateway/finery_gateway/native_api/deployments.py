@@ -52,7 +52,7 @@ class CanaryFields(BaseModel):
 
 
 class VersionCounts(BaseModel):
-    """What one version of an alias has done since the gateway started; means are in seconds, none before the first answer."""
+    """What one version of an alias has done since this process started; means are in seconds, none before the first answer."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
@@ -116,7 +116,10 @@ async def get_deployment(gateway: GatewayParts, project: Project, alias: str, re
 
 @router.get("/{alias}/versions")
 async def compare_versions(gateway: GatewayParts, project: Project, alias: str) -> tuple[VersionCounts, ...]:
-    """The version that serves and its canary beside each other, as this gateway has counted them since it started."""
+    """The version that serves and its canary beside each other, as this process of the gateway has counted since it started.
+
+    `finery_gateway_version_*` in Prometheus has the counts of all processes.
+    """
     targets = targets_of(await gateway.serving.get_alias(project, alias=alias))
     reports = [gateway.proxy.reports.peek(project, alias, target.version) for target in targets]
     return tuple(_counts(*item) for item in zip(("serving", "canary"), targets, reports, strict=False) if item[1].version)
