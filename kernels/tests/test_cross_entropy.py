@@ -280,6 +280,8 @@ def test_kernel_compiles_for_ampere_and_hopper():
                     )
                 )
     for compiled in compile_all(orders):
+        # A program of 32 warps has 64 registers a thread, and under a softcap wants some more.
+        assert compiled.stack_bytes <= 16
         assert compiled.shared_bytes <= 1024, "maxima are taken within threads, not through shared memory"
 
 
