@@ -357,6 +357,14 @@ def test_public_functions_keep_the_budget_on_a_gpu(dtype, num_rows, num_columns)
     assert torch.equal(x.grad, residual.grad)
 
 
+def test_the_norm_and_the_sum_are_not_written_to_one_place():
+    x, ones, wide = torch.zeros(2, 8), torch.ones(8), torch.zeros(2, 12)
+    for out, residual_out in ((x, x), (wide[:, :8], wide[:, 4:])):
+        options = {"eps": EPS, "residual_TD": torch.zeros(2, 8), "out": out, "residual_out": residual_out}
+        with pytest.raises(UnsupportedError, match="out overlaps residual_out; wanted memory of its own"):
+            op.rms_norm_forward(x, ones, **options)
+
+
 @pytest.mark.gpu
 def test_a_gpu_repeats_itself_bit_by_bit():
     case = make_case(4099, 4096, torch.bfloat16, device="cuda")
