@@ -208,12 +208,12 @@ def _compile(order: Compilation) -> Compiled:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack a thread, by the disassembler that comes with Triton."""
-    import triton
+    from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
