@@ -250,6 +250,19 @@ def test_files_that_are_quantized_already_are_taken_as_what_they_are_and_nothing
         assert caught.value.param == "spec.quantization"
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantization_that_would_reach_little_is_refused(tmp_path, quantization):
+    import transformers as t
+
+    few = {key: value for key, value in SIZES.items() if key not in ("intermediate_size", "num_key_value_heads", "max_position_embeddings")}
+    configs = {"falcon": (t.FalconConfig(**few), "0%"), "mixtral": (t.MixtralConfig(**SIZES, num_local_experts=4), r"1\d%")}
+    for family, (config, share) in configs.items():
+        t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
+        with pytest.raises(FailedPreconditionError, match=f"got {quantization}, .* only {share} of this model's weights") as caught:
+            load_base(tmp_path / family, dtype=torch.float32, quantization=Quantization(quantization), device=CPU)
+        assert caught.value.param == "spec.quantization"
+
+
 @pytest.mark.gpu
 def test_nf4_is_quantized_while_loading_within_memory_and_time(tmp_path):
     """Two layers of an 8B model between its embedding and head. Limits: 16 GB in 15 s, and one 16-bit weight beside what stays."""

@@ -18,6 +18,9 @@ from finery_common.errors import FailedPreconditionError, InvalidArgumentError
 from finery_common.spec import LoraSpec, MethodType, Precision, Quantization, TrainingSpec
 from finery_trainer.engine.layers import replace_layers
 
+_LEAST_SHARE = 0.5
+"""Of a model's weights, without embeddings and head, that quantization must reach to be worth its name."""
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -132,6 +135,22 @@ def _check_quantized(base: PreTrainedModel, quantization: Quantization) -> None:
             "use a base model of 16 or 32 bits, or the quantization that its files have.",
             param="spec.quantization",
         )
+    if quantization is not Quantization.NONE and (share := _quantized_share(base)) < _LEAST_SHARE:
+        raise FailedPreconditionError(
+            f"quantization: got {quantization.value}, which is for linear layers, and only {share:.0%} of this model's weights without "
+            "embeddings and head are in such (experts and some families' own layers are not); use none.",
+            param="spec.quantization",
+        )
+
+
+def _quantized_share(base: PreTrainedModel) -> float:
+    """Of the weights that are neither embeddings nor head, how many are in quantized layers."""
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    quantized = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, Linear4bit | Linear8bitLt))
+    ends = {id(end.weight) for end in (base.get_input_embeddings(), base.get_output_embeddings()) if isinstance(end, torch.nn.Module)}
+    others = sum(p.numel() for p in base.parameters() if id(p) not in ends and p.is_floating_point() and p.dim() > 1)
+    return quantized / max(1, quantized + others)
 
 
 def _unusable(what: str) -> FailedPreconditionError:
