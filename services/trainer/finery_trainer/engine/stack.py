@@ -12,7 +12,7 @@ Shapes: T tokens of a packed batch, D hidden, V vocabulary, L labelled positions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -105,15 +105,23 @@ class TrainingStack:
             group.grads_N.zero_()
 
     @torch.no_grad()
-    def forward_backward(self, batch: PackedBatch, *, num_labels: int | torch.Tensor) -> torch.Tensor:
+    def forward_backward(
+        self, batch: PackedBatch, *, num_labels: int | torch.Tensor, backward_layers: Collection[int] | None = None
+    ) -> torch.Tensor:
         """Adds the gradients of (summed cross-entropy / `num_labels`) and answers that loss, a float32 scalar on the device.
 
         `batch` is on the model's device. `num_labels` is the whole optimizer step's, so that it may be split into any batches.
+        `backward_layers` is for a pass whose peak of memory is looked for: only those layers' backward passes run, each with as much memory
+        beside it as in a whole pass, and the embedding's does not. Gradients are right down to the first layer that is left out.
         """
         self.workspace.forget()
         tapes: list[Tape] = [{} for _ in self.blocks]
         loss, g_ext = self._loss_backward(self._forward(batch, tapes), batch, num_labels)
         for index in reversed(range(len(self.blocks))):
+            if backward_layers is not None and index not in backward_layers:
+                tapes[index].clear()
+                self._offloader.skipped(index)
+                continue
             self._offloader.fetched(index, tapes[index])
             self.blocks[index].backward(
                 g_ext,
@@ -123,7 +131,7 @@ class TrainingStack:
                 mlp_rows=self.plan.mlp_rows,
                 head_groups=self.plan.head_groups,
             )
-        if self.trains_embedding:
+        if self.trains_embedding and backward_layers is None:
             self._embedding_backward(batch, g_ext[:, : self.shape.hidden])
         return loss
 
