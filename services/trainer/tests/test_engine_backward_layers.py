@@ -17,7 +17,7 @@ NUM_LAYERS = 4
 NOTHING = (frozenset[str](),) * NUM_LAYERS
 
 
-def stack_of(*, lora: bool) -> TrainingStack:
+def stack_of(*, lora: bool, device: str = "cpu") -> TrainingStack:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,8 +27,10 @@ def stack_of(*, lora: bool) -> TrainingStack:
     if lora:
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=targets, init_lora_weights=False))
-    if torch.cuda.is_available():
-        model = model.cuda().bfloat16()
+    if device == "cuda":
+        # As a run has them: adapters stay in float32.
+        for name, parameter in model.cuda().named_parameters():
+            parameter.data = parameter.data if "lora_" in name else parameter.data.bfloat16()
     return TrainingStack(model)
 
 
@@ -64,12 +66,12 @@ def test_the_last_layers_gradients_are_those_of_a_whole_pass(lora, plan):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backward_layers", [set[int](), {3}, {2, 3}, {0, 3}])
 def test_what_stayed_on_the_host_is_not_taken_for_the_next_pass_s(backward_layers):
-    stack = stack_of(lora=True)
+    stack = stack_of(lora=True, device="cuda" if torch.cuda.is_available() else "cpu")
     everything = frozenset({"x", *RECOMPUTABLE})
     stack.follow(Plan(card=NOTHING, host=(everything,) * NUM_LAYERS))
     wanted = gradients(stack, batch_of(1, stack.device))
     gradients(stack, batch_of(0, stack.device), backward_layers=backward_layers)
     got = gradients(stack, batch_of(1, stack.device))
-    assert got[0] == wanted[0]
+    assert got[0] == pytest.approx(wanted[0], rel=1e-3)
     for one, other in zip(got[1], wanted[1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-6)
+        assert (one - other).norm() <= 1e-2 * other.norm()
