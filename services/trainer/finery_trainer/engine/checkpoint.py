@@ -35,7 +35,7 @@ class Cursor:
 def save(folder: Path, *, model: torch.nn.Module, stepper: Stepper, cursor: Cursor) -> None:
     """Writes the state into `folder`, which must exist."""
     tensors = {f"weight.{name}": parameter.detach() for name, parameter in _trained(model).items()}
-    moments, numbers = stepper.optimizer.state()
+    moments, numbers = stepper.state()
     tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
     tensors[_CPU_RNG] = torch.get_rng_state()
     for index in range(torch.cuda.device_count()):
@@ -61,12 +61,12 @@ def restore(folder: Path, *, model: torch.nn.Module, stepper: Stepper) -> Cursor
     if _forms(trained) != _forms(weights):
         raise DataLossError("The checkpoint's weights are not those of this model, precision and LoRA shape; start the job anew.")
     moments = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
-    if _forms(moments) != _forms(stepper.optimizer.state()[0]):
+    if _forms(moments) != _forms(stepper.state()[0]):
         raise DataLossError("The checkpoint's optimizer states are not those of this optimizer.type and model; start the job anew.")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
-    stepper.optimizer.load_state((moments, numbers))
+    stepper.load_state((moments, numbers))
     stepper.step = cursor.step
     torch.set_rng_state(tensors[_CPU_RNG])
     for index in range(torch.cuda.device_count()):

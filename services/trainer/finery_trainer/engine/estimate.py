@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
-from finery_common.spec import LoraBias, LoraSpec, MethodType, OptimizerType, Precision, Quantization, TrainingSpec
+from finery_common.spec import LoraBias, LoraSpec, MethodType, OptimizerType, Quantization, TrainingSpec
 from finery_kernels.adamw.state import GROUP_BLOCK, QUANTIZATION_BLOCK
 from finery_kernels.lora import StackedLayout
 from finery_trainer.engine import configs
 from finery_trainer.engine.architecture import ModelShape, decoder_of, describe
 from finery_trainer.engine.generic import without_budget
 from finery_trainer.engine.host_embedding import GENERIC, TIED, not_offloaded
+from finery_trainer.engine.model import dtype_of
 from finery_trainer.engine.passes import RESERVE_BYTES, is_capturable
 from finery_trainer.engine.planner import Plan, Ranks, Workload, plan_step
 from finery_trainer.engine.weights import PROJECTIONS
@@ -359,8 +360,7 @@ def _element_bytes(spec: TrainingSpec) -> int:
 
 
 def _dtype(spec: TrainingSpec) -> torch.dtype:
-    """On a GPU auto is bfloat16."""
-    return torch.float32 if spec.precision is Precision.FLOAT32 else torch.bfloat16
+    return dtype_of(spec.precision, torch.device("cuda"))
 
 
 def _without_memory(config: PretrainedConfig) -> PreTrainedModel:

@@ -166,7 +166,7 @@ def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
     """The element type of weights and arithmetic; auto is bfloat16 on a GPU and float32 on a CPU."""
     if precision is Precision.AUTO:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
+    return {Precision.BFLOAT16: torch.bfloat16, Precision.FLOAT16: torch.float16, Precision.FLOAT32: torch.float32}[precision]
 
 
 def lora_config(spec: LoraSpec, base: torch.nn.Module) -> LoraConfig:

@@ -24,6 +24,7 @@ from finery_kernels.lora import Adapter
 from finery_kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from finery_trainer.engine.architecture import LayerShape, ModelShape, base_of, decoder_of, describe, norms_of, rotary_tables
 from finery_trainer.engine.block import Block, Gradients, Rotary, Tape
+from finery_trainer.engine.loss_scale import loss_scale_of
 from finery_trainer.engine.offload import Offloader
 from finery_trainer.engine.packing import IGNORE, PackedBatch
 from finery_trainer.engine.planner import Plan, keep_all
@@ -60,6 +61,8 @@ class TrainingStack:
         # The embedding may be on the host.
         self.dtype, self.device = self._embedding.weight.dtype, cast("torch.Tensor", self._norm.weight).device
         self.workspace = Workspace(dtype=self.dtype, device=self.device)
+        self.loss_scale = loss_scale_of(self.dtype, self.device)
+        """By which gradients are multiplied, where their type wants it."""
         self._gradients: dict[int, torch.Tensor] = {}
         layers = list(cast("nn.ModuleList", decoder.layers))
         projections = [
@@ -214,7 +217,7 @@ class TrainingStack:
             self._head.weight,
             batch.targets_L,
             rows_L=batch.rows_L,
-            grad_scale=grad_scale,
+            grad_scale=grad_scale if self.loss_scale is None else grad_scale * self.loss_scale.factor_1,
             softcap=self.shape.logits_softcap,
             scale=self.shape.logits_scale,
             tile_rows=self.plan.head_rows,
