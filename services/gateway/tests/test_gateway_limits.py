@@ -226,7 +226,7 @@ async def test_a_client_that_leaves_while_the_model_is_being_loaded_is_never_gen
     assert (len(world.vllm.requests), world.serving.resolved) == (1, ["m"])
 
 
-async def test_new_limits_hold_once_the_keys_cache_is_old(world):
+async def test_new_limits_hold_at_once_where_they_are_set(world):
     key_id, text = await _limited(world)
     async with world.client(text) as client:
         await _chat(client)
