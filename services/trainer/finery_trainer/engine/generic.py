@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError
-from finery_common.spec import TrainingSpec
+from finery_common.spec import Quantization, TrainingSpec
 from finery_kernels.linear_cross_entropy import linear_cross_entropy
 from finery_kernels.nf4 import Nf4State, dequantize
 from finery_trainer.engine.architecture import base_of
@@ -85,7 +85,7 @@ class GenericPasses:
         check_quantization(model)
         self._model, self._spec = model, spec
         self._device = base_of(model).device
-        with deterministic_operations(spec, self._device):
+        with deterministic_operations(spec, self._device), _explained(spec):
             self.stack = GenericStack(model)
 
     def stepper(self, num_steps: int) -> Stepper:
@@ -226,6 +226,22 @@ def without_budget(spec: TrainingSpec) -> FailedPreconditionError:
         "leave it out, and lower batch.micro_batch_size or batch.max_tokens where memory is short.",
         param="spec.memory.budget",
     )
+
+
+@contextlib.contextmanager
+def _explained(spec: TrainingSpec) -> Iterator[None]:
+    """A model's first tokens: where it computes with weights past their layers, as Mamba does, quantized ones fail it in torch."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if spec.quantization is Quantization.NONE:
+            raise
+        raise FailedPreconditionError(
+            f"quantization: got {spec.quantization.value}, but this model cannot compute with quantized weights ({error}); use none.",
+            param="spec.quantization",
+        ) from error
 
 
 def check_quantization(model: PeftModel | PreTrainedModel) -> None:
