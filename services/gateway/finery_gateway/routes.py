@@ -120,6 +120,8 @@ class Routes:
         )
 
     async def _watch(self, project: str) -> None:
+        # It outlives the request that began it.
+        structlog.contextvars.unbind_contextvars("request_id")
         while True:
             with contextlib.suppress(FineryError):
                 async for event in self._serving.watch_aliases(project):
