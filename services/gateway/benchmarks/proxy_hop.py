@@ -30,11 +30,13 @@ from typing import Any, cast
 import uvicorn
 
 from finery_common.database import Database
+from finery_common.telemetry import configure_logging
 from finery_gateway.app import create_app
 from finery_gateway.client import ServingClient
 from finery_gateway.context import Gateway
 from finery_gateway.creates import Creates
 from finery_gateway.keys import KeyStore
+from finery_gateway.limit_table import LimitTable
 from finery_gateway.proxy import Proxy
 from finery_gateway.resources import Alias, AliasEvent, Route
 from finery_gateway.routes import Routes
@@ -87,6 +89,9 @@ def _run_vllm(uds: str) -> None:
 
 
 def _run_gateway(uds: str, folder: str, pipe: Connection) -> None:
+    # It logs as the service does, but not onto the screen.
+    sys.stderr = (Path(folder) / "gateway.log").open("w")
+    configure_logging("gateway")
     asyncio.run(_gateway(uds, folder, pipe))
 
 
@@ -94,12 +99,13 @@ async def _gateway(uds: str, folder: str, pipe: Connection) -> None:
     db = await Database.open(f"sqlite:///{folder}/gateway.sqlite", schema="gateway")
     await migrate(db)
     keys = KeyStore(db)
+    limits = LimitTable.open(Path(folder) / "limits")
     _, key = await keys.create("bench")
     nothing = cast("Any", None)
     routes = Routes(cast("ServingClient", _Serving(f"unix://{uds}")), training=nothing, cold_wait_s=5)
     proxy = Proxy(routes, secret="s" * 40, timeout_s=60)
     files = cast("Any", type("NoFiles", (), {"limit_bytes": 1, "settle": lambda _: asyncio.sleep(0)})())
-    gateway = Gateway(db, nothing, keys, Creates(db), files, nothing, nothing, nothing, nothing, proxy)
+    gateway = Gateway(db, nothing, keys, limits, Creates(db), files, nothing, nothing, nothing, nothing, proxy)
     listener = socket.create_server(("127.0.0.1", 0))
     server = _Server(uvicorn.Config(create_app(gateway, body_limit_bytes=1 << 20), log_config=None, access_log=False))
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -27,6 +27,7 @@ from finery_gateway.context import Gateway
 from finery_gateway.creates import Creates
 from finery_gateway.files import Files
 from finery_gateway.keys import KeyStore
+from finery_gateway.limit_table import LimitTable
 from finery_gateway.proxy import Proxy
 from finery_gateway.routes import Routes
 from finery_gateway.server import CALLER, PublicRpc, Targets
@@ -55,7 +56,7 @@ async def _run(settings: GatewaySettings) -> None:
     async with _gateway(settings) as (gateway, rpc):
         if await gateway.keys.ensure_first(settings.state_dir / "api_key"):
             log.info("made the first API key", file=str(settings.state_dir / "api_key"))
-        app = create_app(gateway, body_limit_bytes=settings.body_limit_bytes)
+        app = create_app(gateway, body_limit_bytes=settings.body_limit_bytes, log_content=settings.log_content)
         grpc_port = await rpc.start()
         log.info("serving HTTP", port=listener.getsockname()[1], grpc_port=grpc_port, metrics_port=metrics_port)
         await _serve(app, rpc, listener)
@@ -67,6 +68,8 @@ async def _gateway(settings: GatewaySettings) -> AsyncIterator[tuple[Gateway, Pu
     signer = TokenSigner(secret)
     targets = _targets(settings)
     async with contextlib.AsyncExitStack() as stack:
+        limits = LimitTable.open(settings.limits_file)
+        stack.callback(limits.close)
         db = await Database.open(settings.service_database_url("gateway"), schema="gateway")
         stack.push_async_callback(db.close)
         await migrate(db)
@@ -93,6 +96,7 @@ async def _gateway(settings: GatewaySettings) -> AsyncIterator[tuple[Gateway, Pu
             db=db,
             store=store,
             keys=keys,
+            limits=limits,
             creates=creates,
             files=Files(db, store=store, creates=creates, limit_bytes=settings.upload_limit_bytes),
             training=training,

@@ -28,6 +28,7 @@ from finery_common.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from finery_gateway.admission import Admission, GenerationRecord, admitted
 from finery_gateway.errors import envelope
 from finery_gateway.metrics import FIRST_BYTE_SECONDS, RETRIED, STREAMS, TOKENS
 from finery_gateway.resources import Route
@@ -55,6 +56,8 @@ class Generation:
     """The client asked for the usage event of a stream."""
     sticky_key: str = field(default_factory=new_key)
     """Whose request it is, where versions share an alias: one key stays on one version."""
+    record: GenerationRecord = field(default_factory=GenerationRecord, compare=False)
+    """Filled on the way."""
 
 
 class Proxy:
@@ -89,6 +92,7 @@ class Proxy:
             known = await self._routes.route(generation.project, generation.model)
             route = chosen(known, key=generation.sticky_key)
             version = route.version
+            generation.record.version = version
             try:
                 response = await self._send(generation, route)
             except httpx.ReadTimeout as error:
@@ -155,8 +159,13 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.perf_counter()
-        with STREAMS.track_inprogress():
-            relay = asyncio.ensure_future(self._relay(send, started_s=started_s))
+        generation = self._generation
+        scope.setdefault("state", {})["generation"] = generation
+        with (
+            admitted(scope, path=generation.path, body=generation.body, record=generation.record, streams=generation.streams) as admission,
+            STREAMS.track_inprogress(),
+        ):
+            relay = asyncio.ensure_future(self._relay(send, started_s=started_s, admission=admission))
             gone = asyncio.ensure_future(_disconnected(receive))
             try:
                 await asyncio.wait((relay, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -165,11 +174,11 @@ class GenerationResponse(Response):
                 for task in (relay, gone):
                     task.cancel()
                 results = await asyncio.gather(relay, gone, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result
 
-    async def _relay(self, send: Send, *, started_s: float) -> None:
+    async def _relay(self, send: Send, *, started_s: float, admission: Admission | None) -> None:
         generation = self._generation
         response = await self._proxy.open(generation)
         version = response.request.headers["x-finery-version"]
@@ -189,6 +198,8 @@ class GenerationResponse(Response):
                         FIRST_BYTE_SECONDS.labels(generation.path).observe(first_byte_s)
                         report.first_byte.observe(first_byte_s)
                         first = False
+                    if admission is not None:
+                        admission.saw(chunk)
                     if out := tap.feed(chunk):
                         await send({"type": "http.response.body", "body": out, "more_body": True})
             except httpx.TransportError as error:
@@ -204,6 +215,8 @@ class GenerationResponse(Response):
                 report.whole.observe(time.perf_counter() - started_s)
         finally:
             report.finish(outcome, tap.usage)
+            generation.record.prompt_tokens = tap.usage.prompt_tokens
+            generation.record.completion_tokens = tap.usage.completion_tokens
             await response.aclose()
             TOKENS.labels(generation.project, "prompt").inc(tap.usage.prompt_tokens)
             TOKENS.labels(generation.project, "completion").inc(tap.usage.completion_tokens)

@@ -127,6 +127,8 @@ class Routes:
         )
 
     async def _watch(self, project: str) -> None:
+        # It outlives the request that began it.
+        structlog.contextvars.unbind_contextvars("request_id")
         while True:
             with contextlib.suppress(FineryError):
                 # A watch tells of what is there, not of what was deleted before it began.

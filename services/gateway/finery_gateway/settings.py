@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from finery_common.settings import ServiceSettings
 
 
@@ -20,5 +22,12 @@ class GatewaySettings(ServiceSettings):
     """The largest body of any other request."""
     cold_wait_s: float = 30.0
     """How long a request waits for a model that is being loaded before it gets a 503."""
+    log_content: bool = False
+    """Also logs what was asked and answered, in the line of each generation. What users write is then in the log."""
     generation_timeout_s: float = 600.0
     """How long vLLM may be silent within one request."""
+
+    @property
+    def limits_file(self) -> Path:
+        """Where this machine's gateway processes count what keys use. Another layout of the file takes another name."""
+        return self.state_dir / "run" / "limits-1"

@@ -7,6 +7,7 @@ import contextlib
 import json
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,6 +45,7 @@ from finery_gateway.context import Gateway
 from finery_gateway.creates import Creates
 from finery_gateway.files import Files
 from finery_gateway.keys import KeyStore
+from finery_gateway.limit_table import LimitTable
 from finery_gateway.proxy import Proxy
 from finery_gateway.routes import Routes
 from finery_gateway.server import CALLER, PublicRpc, Targets
@@ -169,6 +171,7 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
         self.aliases: dict[str, serving_pb2.Alias] = {}
         self.resolved: list[str] = []
         self.cold: set[str] = set()
+        self.loading: asyncio.Event | None = None
         self.changed = asyncio.Event()
         self.requests: list[tuple[str, str]] = []
 
@@ -270,6 +273,8 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
 
     async def ResolveModel(self, request, context):
         self.resolved.append(request.model)
+        if self.loading is not None:
+            await self.loading.wait()
         if request.model in self.cold:
             raise DeadlineExceededError("still loading")
         if request.model == BASE:
@@ -348,6 +353,9 @@ class FakeVllm:
     break_off: bool = False
     go_on: asyncio.Event | None = None
     """Where set, a stream says its version in each chunk, and waits for this before the second."""
+    silent: bool = False
+    """It takes the request, and then nothing comes."""
+    busy: asyncio.Event = field(default_factory=asyncio.Event)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope, receive, send) -> None:
@@ -364,6 +372,9 @@ class FakeVllm:
             await self._json(send, 401, {"error": {"message": "token"}})
         elif headers["x-finery-version"] not in self.admitted:
             await self._json(send, 409, {"error": {"message": "retired"}}, retired=True)
+        elif self.silent:
+            self.busy.set()
+            await self._until_the_client_leaves(receive)
         elif self.error is not None:
             await self._json(send, self.error[0], self.error[1])
         elif fields.get("stream"):
@@ -391,6 +402,11 @@ class FakeVllm:
                 },
             )
 
+    async def _until_the_client_leaves(self, receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.aborted.set()
+
     async def _json(self, send, status, body, *, retired=False) -> None:
         extra = [(b"x-finery-retired", b"1")] if retired else []
         await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json"), *extra]})
@@ -412,9 +428,7 @@ class FakeVllm:
         if self.break_off:
             raise ConnectionResetError("vLLM dies here")
         if self.endless:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            self.aborted.set()
+            await self._until_the_client_leaves(receive)
             return
         if include_usage:
             await event({**head, "choices": [], "usage": {"prompt_tokens": 7, "total_tokens": 9, "completion_tokens": 2}})
@@ -445,6 +459,20 @@ async def _running(app, **options) -> AsyncIterator[int]:
         await serving
 
 
+class Clock:
+    """The clock of the keys' limits: it stands, unless a test lets it run."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self._running_since_s: float | None = None
+
+    def run(self) -> None:
+        self._running_since_s = time.monotonic()
+
+    def __call__(self) -> float:
+        return self.now_s + (0.0 if self._running_since_s is None else time.monotonic() - self._running_since_s)
+
+
 @dataclass
 class World:
     """Everything a test touches."""
@@ -459,6 +487,7 @@ class World:
     conversions: FakeConversions
     vllm: FakeVllm
     project: str
+    clock: Clock
 
     def client(self, api_key: str | None = None, *, max_retries: int = 0) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key or self.api_key, max_retries=max_retries)
@@ -469,7 +498,13 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
+def log_content() -> bool:
+    """A test may log content by its own fixture of this name."""
+    return False
+
+
+@pytest.fixture
+async def world(tmp_path: Path, object_store, log_content: bool) -> AsyncIterator[World]:
     async with contextlib.AsyncExitStack() as stack:
         vllm = FakeVllm()
         uds = str(tmp_path / "v.sock")
@@ -497,6 +532,9 @@ async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
         stack.push_async_callback(db.close)
         await migrate(db)
         keys, creates = KeyStore(db), Creates(db)
+        clock = Clock()
+        limits = LimitTable.open(tmp_path / "limits", clock=clock)
+        stack.callback(limits.close)
         serving_client = ServingClient(channel)
         training_client = TrainingClient(channel)
         proxy = Proxy(Routes(serving_client, training=training_client, cold_wait_s=1), secret="s" * 40, timeout_s=10)
@@ -505,6 +543,7 @@ async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
             db=db,
             store=object_store,
             keys=keys,
+            limits=limits,
             creates=creates,
             files=Files(db, store=object_store, creates=creates, limit_bytes=UPLOAD_LIMIT_BYTES),
             training=training_client,
@@ -519,9 +558,9 @@ async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
         rpc = PublicRpc(address="127.0.0.1:0", targets=targets, keys=keys, signer=SIGNER)
         grpc_port = await rpc.start()
         stack.push_async_callback(partial(rpc.stop, drain_s=0))
-        port = await stack.enter_async_context(_running(create_app(gateway, body_limit_bytes=BODY_LIMIT_BYTES)))
+        port = await stack.enter_async_context(_running(create_app(gateway, body_limit_bytes=BODY_LIMIT_BYTES, log_content=log_content)))
         url, grpc_address = f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}"
-        yield World(url, grpc_address, api_key, gateway, training, serving, datasets, conversions, vllm, project)
+        yield World(url, grpc_address, api_key, gateway, training, serving, datasets, conversions, vllm, project, clock)
 
 
 @pytest.fixture
