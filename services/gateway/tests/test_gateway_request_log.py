@@ -133,6 +133,10 @@ async def test_a_watch_that_outlives_its_request_does_not_speak_under_its_id(lin
         async def resolve(self, *_args, **_options):
             return Route(version="v", replica_address="unix:///v.sock", replica_token="t")
 
+        async def all_aliases(self, project):
+            for alias in ():
+                yield alias
+
         async def watch_aliases(self, _project):
             for event in ():
                 yield event
