@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from benchmarks.workloads import parse
+from benchmarks.workloads import DETERMINISTIC, Workload, parse
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).parent / "baselines"
@@ -38,11 +38,17 @@ class Row:
     loss: float | None = None
     """Of the last measured step; of a CPU's epoch, the mean."""
     first_loss: float | None = None
-    """Of the first warm-up step."""
+    """Of the first warm-up step; of peers' short rows the mean of the first five."""
     context_tokens: int | None = None
     """The longest row that trained, of a context workload."""
     is_lower_bound: bool | None = None
     """Whether the search for `context_tokens` ended for lack of time: longer ones may train."""
+    is_probe: bool | None = None
+    """Whether the search ran passes only as far as their peak of memory: `step_s` is that of one."""
+    estimate_gib: float | None = None
+    """What Finery said beforehand that `peak_alloc_gib` would be."""
+    losses: list[float] | None = None
+    """Means of five steps each from the first on, of short rows."""
     load_s: float | None = None
     error: str | None = None
     gpu: str = ""
@@ -58,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times the peer's figure ours is, within the run `run_id`. `of` names the figure."""
+    """How many times better our figure is than the other's, within the run `run_id`. `of` names the figure; `peer` may be ourselves."""
 
     workload: str
     peer: str
@@ -111,25 +117,25 @@ def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 
 def shape_of(row: Row) -> str:
-    """The name of the row's work without a limit on memory; rows of one shape are compared."""
-    try:
-        return parse(row.workload).base.name
-    except ValueError:
-        return row.workload
+    """The name of the row's work as peers do it; rows of one shape are compared."""
+    workload = _workload_of(row)
+    return row.workload if workload is None else workload.base.name
 
 
 def ratios(rows: Sequence[Row]) -> list[Ratio]:
-    """Ours against each peer's row of the same shape and run. Contexts are compared by length, where the peer's is known to be its
-    longest; everything else by speed."""
+    """Ours against what it is compared with in the same run: peers' rows of its shape, or our own of the same work done otherwise.
+
+    Contexts are compared by length, where the other's is known to be its longest; loading by seconds; everything else by speed.
+    """
     found: list[Ratio] = []
     for ours in rows:
-        for peer in rows:
-            if ours.engine != OURS or peer.engine == OURS or (ours.run_id, shape_of(ours)) != (peer.run_id, peer.workload):
+        for other in rows:
+            if ours.engine != OURS or ours.run_id != other.run_id or not _are_compared(ours, other):
                 continue
-            of = "context_tokens" if ours.workload.startswith("context ") else "tok_s"
-            mine, theirs = getattr(ours, of), getattr(peer, of)
-            if mine and theirs and not peer.is_lower_bound:
-                found.append(Ratio(ours.workload, peer.engine, mine / theirs, of, ours.run_id))
+            of = _compared_figure(ours)
+            mine, theirs = getattr(ours, of), getattr(other, of)
+            if mine and theirs and not other.is_lower_bound:
+                found.append(Ratio(ours.workload, other.engine, theirs / mine if of == "load_s" else mine / theirs, of, ours.run_id))
     return found
 
 
@@ -138,7 +144,7 @@ def table(rows: Sequence[Row]) -> str:
     by_row: dict[tuple[str, str], list[str]] = {}
     for ratio in ratios(rows):
         by_row.setdefault((ratio.workload, ratio.run_id), []).append(f"{ratio.value:.2f} x {ratio.peer}")
-    header = ("workload", "engine", "tok/s", "step s", "alloc GiB", "reserved GiB", "loss", "ratio", "run")
+    header = ("workload", "engine", "tok/s", "step s", "alloc GiB", "estimate GiB", "reserved GiB", "loss", "ratio", "run")
     lines = [header, tuple("---" for _ in header)]
     for row in rows:
         mine = by_row.get((row.workload, row.run_id), []) if row.engine == OURS else []
@@ -147,14 +153,54 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
-def _figures(row: Row) -> tuple[str, str, str, str, str]:
-    speed = (row.error or "")[:48] or (f"{row.tok_s:,.0f}" if row.tok_s else "–")
+def said(row: Row) -> str:
+    """The row's figure, or why there is none."""
+    if row.error:
+        return row.error
     if row.context_tokens:
-        speed = f"{'≥ ' if row.is_lower_bound else ''}{row.context_tokens:,} tokens at {speed}"
+        how = "in passes to their peak" if row.is_probe else f"at {_speed(row)}"
+        return f"{'≥ ' if row.is_lower_bound else ''}{row.context_tokens:,} tokens {how}"
+    return f"loaded in {row.load_s:.1f} s" if _is_loading(row) and row.load_s is not None else _speed(row)
+
+
+def _speed(row: Row) -> str:
+    return f"{row.tok_s:,.0f}" if row.tok_s else "–"
+
+
+def _workload_of(row: Row) -> Workload | None:
+    """None where no workload has that name."""
+    try:
+        return parse(row.workload)
+    except ValueError:
+        return None
+
+
+def _is_loading(row: Row) -> bool:
+    return row.workload.startswith("load ")
+
+
+def _compared_figure(row: Row) -> str:
+    return "context_tokens" if row.workload.startswith("context ") else "load_s" if _is_loading(row) else "tok_s"
+
+
+def _are_compared(ours: Row, other: Row) -> bool:
+    """Peers' rows with ours of their shape on one GPU; ours on several with ours on one, ours in deterministic mode with ours without."""
+    workload = _workload_of(ours)
+    if workload is not None and workload.num_gpus:
+        return other.engine == OURS and workload.num_gpus > 1 and other.workload == workload.on_one_gpu.name
+    if other.engine == OURS:
+        return workload is not None and workload.variant == DETERMINISTIC and other.workload == workload.base.name
+    return shape_of(ours) == other.workload
+
+
+def _figures(row: Row) -> tuple[str, str, str, str, str, str]:
     allocated = _number(row.peak_alloc_gib, 2)
     if row.budget_gib is not None and row.peak_alloc_gib is not None:
         allocated += f" {'>' if row.peak_alloc_gib > row.budget_gib else '≤'} {row.budget_gib:g}"
-    return speed, _number(row.step_s, 4), allocated, _number(row.peak_reserved_gib, 2), _number(row.loss, 3)
+    estimate = _number(row.estimate_gib, 2)
+    if row.estimate_gib is not None and row.peak_alloc_gib:
+        estimate += f" ({row.estimate_gib / row.peak_alloc_gib - 1:+.1%})"
+    return said(row)[:48], _number(row.step_s, 4), allocated, estimate, _number(row.peak_reserved_gib, 2), _number(row.loss, 3)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -134,6 +134,7 @@ def _finery(model_dir: Path, warmup: list[IntArray], rows: list[IntArray]) -> tu
     """Seconds of each step of an epoch over `rows`, and its mean loss."""
     import torch
 
+    from benchmarks.own_loop import written
     from finery_common.spec import TrainingSpec
     from finery_trainer import engine
     from finery_trainer.engine.loop import Action, StepReport
@@ -156,26 +157,12 @@ def _finery(model_dir: Path, warmup: list[IntArray], rows: list[IntArray]) -> tu
         return Action.CONTINUE
 
     with tempfile.TemporaryDirectory() as folder:
-        engine.loop.train(model, engine.data.TokenDataset(_written(Path(folder, "warmup"), warmup)), spec, on_step)
-        data = engine.data.TokenDataset(_written(Path(folder, "rows"), rows))
+        engine.loop.train(model, engine.data.TokenDataset(written(Path(folder, "warmup"), warmup)), spec, on_step)
+        data = engine.data.TokenDataset(written(Path(folder, "rows"), rows))
         ends_s, losses = [], []
         started_s = time.perf_counter()
         engine.loop.train(model, data, spec, on_step)
     return np.diff([started_s, *ends_s]).tolist(), statistics.fmean(losses)
-
-
-def _written(folder: Path, rows: list[IntArray]) -> Path:
-    """`rows` as a dataset folder, every token a label."""
-    from safetensors.numpy import save_file
-
-    folder.mkdir()
-    tensors = {
-        "input_ids": np.concatenate(rows).astype(np.int32),
-        "label_mask": np.ones(sum(map(len, rows)), dtype=np.uint8),
-        "row_offsets": np.cumsum([0, *map(len, rows)], dtype=np.int64),
-    }
-    save_file(tensors, folder / "shard-00000.safetensors")
-    return folder
 
 
 def _trainer(model_dir: Path, warmup: list[IntArray], rows: list[IntArray]) -> tuple[list[float], float]:

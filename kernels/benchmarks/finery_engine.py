@@ -1,21 +1,30 @@
-"""Finery's engine as the benchmarks drive it: the spec that a workload means, and passes planned for each workload on one loaded model."""
+"""Finery's engine as the benchmarks drive it: the spec that a workload means, what the engine estimates for it, and passes planned for
+each workload on one loaded model."""
 
 from __future__ import annotations
 
 import gc
 import importlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from benchmarks.measure import GIB
 from benchmarks.peer_engines import LEARNING_RATE, RANK
-from benchmarks.workloads import MAX_SHORT_TOKENS, MEAN_SHORT_TOKENS, PACKED_TOKENS, IntArray, Workload
+from benchmarks.workloads import DETERMINISTIC, MAX_SHORT_TOKENS, MEAN_SHORT_TOKENS, PACKED_TOKENS, IntArray, Workload
 from finery_common.spec import TrainingSpec
-from finery_trainer.engine.packing import IGNORE
+from finery_trainer.engine.packing import IGNORE, Row, pack, padded_tokens
+from finery_trainer.engine.passes import RESERVE_BYTES
+from finery_trainer.engine.planner import Plan
+
+CONTEXT_HOST_GIB = 80
+"""Of pinned memory, in the search for the longest context."""
+_PROBED_LAYERS = 4
 
 
 class FineryEngine:
@@ -25,10 +34,12 @@ class FineryEngine:
 
     def __init__(self, workload: Workload, model_dir: Path) -> None:
         self.model_dir = model_dir
+        # Where the embedding trains, its gradient at the end of a pass may take most.
+        self.probes_contexts = workload.method != "fft"
         self._passes_of = importlib.import_module("finery_trainer.engine.passes")
         self._optimizer_of = importlib.import_module("finery_trainer.engine.flat_adamw")
-        self._spec = spec_of(workload)
-        self._model = importlib.import_module("finery_trainer.engine").load(self._spec, model_dir)
+        self._workload, self._spec = workload, spec_of(workload)
+        self._model = load(workload, model_dir)
         self._passes: Any = None
         self._optimizer: Any = None
         self._num_steps = 0
@@ -36,21 +47,30 @@ class FineryEngine:
     def prepare(self, workload: Workload) -> None:
         """Plans memory and makes the optimizer for `workload`."""
         self.release()
-        self._spec = spec_of(workload)
+        self._workload, self._spec = workload, spec_of(workload)
         self._passes = self._passes_of.PackedPasses(self._model, self._spec, **rows_of(workload))
         self._optimizer = self._optimizer_of.FlatAdamW(self._passes.stack.groups, self._spec.optimizer)
         self._passes.plan_memory()
         self._num_steps = 0
 
     def step(self, rows: Sequence[IntArray]) -> torch.Tensor:
-        """One step on `rows` of any lengths; every token but a row's first is a label."""
+        """One step on `rows` of any lengths; every token but a row's first is a label. Of a context, as much of it as has its peak."""
+        labelled = [(row, np.append(row[1:], IGNORE)) for row in rows]
+        if self._workload.kind == "context" and self.probes_contexts:
+            return self._probe(labelled)
         self._num_steps += 1
-        loss = self._passes.gradients([(row, np.append(row[1:], IGNORE)) for row in rows])
+        loss = self._passes.gradients(labelled)
         _, coefficient = self._optimizer.clip_coefficient(self._spec.optimizer.max_grad_norm)
         self._optimizer.step(learning_rate=LEARNING_RATE, step=self._num_steps, clip_coef=coefficient)
         self._optimizer.zero_grad()
         self._passes.refresh()
         return loss
+
+    def _probe(self, rows: Sequence[Row]) -> torch.Tensor:
+        """The forward pass, the head, and the backward passes that the peak is in. The optimizer comes later and works in place."""
+        stack = self._passes.stack
+        batch = pack(rows, token_multiple=padded_tokens(sum(len(ids) for ids, _ in rows)), label_multiple=128).to(stack.device)
+        return stack.forward_backward(batch, num_labels=batch.num_labels, backward_layers=probed_layers(stack.plan))
 
     def release(self) -> None:
         """Drops buffers, graphs and optimizer states."""
@@ -58,6 +78,55 @@ class FineryEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def load(workload: Workload, model_dir: Path) -> Any:
+    """The model that `workload` trains, on the first GPU where there is one."""
+    return importlib.import_module("finery_trainer.engine").load(spec_of(workload), model_dir)
+
+
+def probed_layers(plan: Plan) -> frozenset[int]:
+    """The layers of which one has the peak of the backward passes by `plan`.
+
+    What a layer's backward pass takes depends on what is kept of it and where, and on what arrives from the host for the layer below;
+    beside it lies what the layers below keep on the card, which is less the lower it is. So of layers that are treated alike the topmost
+    takes most. The last four are always among the answer.
+    """
+    num_layers = len(plan.card)
+    found: list[int] = []
+    for index in reversed(range(num_layers)):
+        below = plan.host[index - 1] if index else frozenset[str]()
+        is_covered = any(
+            plan.card[index] == plan.card[above] and plan.host[index] == plan.host[above] and below <= plan.host[above - 1]
+            for above in found
+        )
+        if not is_covered or index >= num_layers - _PROBED_LAYERS:
+            found.append(index)
+    return frozenset(found)
+
+
+def estimate_gib(workload: Workload, model_dir: Path) -> float | None:
+    """What the engine says beforehand that a run will allocate at the most: from the spec, `config.json` and what memory there is now.
+
+    A spec knows the longest row only, so there is none for rows of many lengths.
+    """
+    if workload.kind in ("short", "load"):
+        return None
+    config = json.loads((model_dir / "config.json").read_text())
+    estimated = importlib.import_module("finery_trainer.engine.estimate").estimate(
+        spec_of(workload),
+        config,
+        device_memory_bytes=_free_bytes(),
+        host_memory_bytes=psutil.virtual_memory().available,
+    )
+    return round(estimated.total_bytes / GIB, 2)
+
+
+def _free_bytes() -> int:
+    """Of the GPU's memory, what is not somebody else's; 0 where there is no GPU."""
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
 def rows_of(workload: Workload) -> dict[str, float]:
@@ -71,7 +140,6 @@ def rows_of(workload: Workload) -> dict[str, float]:
 
 def spec_of(workload: Workload) -> TrainingSpec:
     """The spec that trains `workload` as the peers do: r=32, alpha 32, 8-bit AdamW, a constant rate."""
-    budget_gib = workload.budget_gib
     return TrainingSpec.parse(
         {
             "base_model": "benchmark",
@@ -85,10 +153,22 @@ def spec_of(workload: Workload) -> TrainingSpec:
                 "schedule": "constant",
                 "warmup_ratio": 0,
                 "min_warmup_steps": 0,
+                # bitsandbytes' default, and that of TRL's trainer.
+                "weight_decay": 0.0 if workload.kind == "short" else 0.01,
             },
             "batch": {"micro_batch_size": workload.batch_size, "gradient_accumulation_steps": workload.accumulation},
-            "memory": {"budget": "auto" if budget_gib is None else int(budget_gib * GIB)},
+            "memory": _memory_of(workload),
             "precision": "bfloat16",
-            "deterministic": False,
+            "deterministic": workload.variant == DETERMINISTIC,
+            "gpus": workload.num_gpus or 1,
         }
     )
+
+
+def _memory_of(workload: Workload) -> dict[str, str | int]:
+    """A smaller card does not show in what the GPU says is free: what the engine leaves free of one comes off its budget here."""
+    if workload.budget_gib is None:
+        return {"budget": "auto"}
+    if workload.kind != "context":
+        return {"budget": int(workload.budget_gib * GIB)}
+    return {"budget": int(workload.budget_gib * GIB) - RESERVE_BYTES, "host_budget_bytes": CONTEXT_HOST_GIB * GIB}

@@ -18,11 +18,12 @@ from typing import Protocol
 import torch
 
 from benchmarks.baselines import Row
-from benchmarks.workloads import IntArray, Workload, token_rows
+from benchmarks.workloads import CONTEXT_STEP, LONGEST_CONTEXT, IntArray, Workload, token_rows
 from finery_common.errors import FineryError
 
 GIB = 2**30
-CONTEXT_STEP = 1024
+_NO_MEMORY = ("out of memory", "alloc_failed", "cudacachingallocator")
+"""What messages say where memory did not suffice: torch's, cuBLAS's and cuDNN's, the allocator's where it cannot even say so."""
 
 
 class Engine(Protocol):
@@ -30,6 +31,8 @@ class Engine(Protocol):
 
     name: str
     model_dir: Path
+    probes_contexts: bool
+    """Whether a context's step is a pass that only goes as far as its peak of memory; whole steps otherwise."""
 
     def prepare(self, workload: Workload) -> None:
         """Gets ready for steps of `workload`; called before its first step."""
@@ -62,7 +65,7 @@ def fixed(engine: Engine, workload: Workload, *, num_steps: tuple[int, int]) -> 
     warmup, measured = num_steps
     engine.prepare(workload)
     steps = timed(engine, (token_rows(workload, step) for step in range(warmup + measured)), num_warmup=warmup)
-    return row_of(engine, workload, steps, tokens_per_step=workload.tokens_per_step)
+    return row_of(engine.name, workload, steps, tokens_per_step=workload.tokens_per_step)
 
 
 def timed(engine: Engine, batches: Iterable[Sequence[IntArray]], *, num_warmup: int) -> Steps:
@@ -78,11 +81,11 @@ def timed(engine: Engine, batches: Iterable[Sequence[IntArray]], *, num_warmup: 
     return Steps(seconds[num_warmup:], [float(loss) for loss in losses], num_warmup)
 
 
-def row_of(engine: Engine, workload: Workload, steps: Steps, *, tokens_per_step: float) -> Row:
+def row_of(engine: str, workload: Workload, steps: Steps, *, tokens_per_step: float) -> Row:
     """The row that `steps` and the allocator's peaks make; `tokens_per_step` in the mean."""
     return Row(
         workload=workload.name,
-        engine=engine.name,
+        engine=engine,
         tok_s=round(tokens_per_step / steps.median_s, 1),
         step_s=round(steps.median_s, 5),
         num_steps=len(steps.seconds),
@@ -95,13 +98,16 @@ def row_of(engine: Engine, workload: Workload, steps: Steps, *, tokens_per_step:
     )
 
 
-def context(engine: Engine, workload: Workload, *, budget_s: float) -> Row:
-    """The longest row that trains, one step each, while the allocator is held to the workload's card."""
-    losses: dict[int, float] = {}
-    shortest_failed = [math.inf]
-    used: dict[int, tuple[float | None, float | None]] = {}
+def context(engine: Engine, workload: Workload, *, budget_s: float, report: Callable[[Row], None] = lambda _: None) -> Row:
+    """The longest row that trains, one step each, while the allocator is held to the workload's card.
+
+    `report` gets the row of each success at once, as a lower bound: a process that is out of time later has said that much.
+    """
+    fits: list[Row] = []
+    shortest_failed = math.inf
 
     def train(num_tokens: int) -> float | None:
+        nonlocal shortest_failed
         work = replace(workload, sequence_length=num_tokens)
         reset_peaks()
         try:
@@ -111,30 +117,32 @@ def context(engine: Engine, workload: Workload, *, budget_s: float) -> Row:
             if not is_out_of_memory(error):
                 raise
             print(f"{num_tokens} tokens: {error}", flush=True)
-            shortest_failed[0] = min(shortest_failed[0], num_tokens)
+            shortest_failed = min(shortest_failed, num_tokens)
             return None
         finally:
             engine.release()
-        losses[num_tokens], used[num_tokens] = steps.losses[0], peaks_gib()
-        print(f"{num_tokens} tokens: {steps.seconds[0]:.1f} s, peaks {used[num_tokens]} GiB", flush=True)
+        fits.append(_context_row(engine, workload, num_tokens, steps))
+        print(f"{num_tokens} tokens: {steps.seconds[0]:.1f} s, peak {fits[-1].peak_alloc_gib} GiB", flush=True)
+        report(fits[-1])
         return steps.seconds[0]
 
     with held_to(workload.budget_gib or math.inf):
         best = longest(train, start=workload.sequence_length, budget_s=budget_s)
-    row = Row(workload=workload.name, engine=engine.name, budget_gib=workload.budget_gib)
     if best is None:
-        return replace(row, error="out of memory")
-    num_tokens, seconds = best
+        return Row(workload=workload.name, engine=engine.name, budget_gib=workload.budget_gib, error="out of memory")
+    row = next(row for row in fits if row.context_tokens == best[0])
+    is_known = shortest_failed <= best[0] + max(2 * CONTEXT_STEP, best[0] // 25)
+    return replace(row, is_lower_bound=None if is_known else True)
+
+
+def _context_row(engine: Engine, workload: Workload, num_tokens: int, steps: Steps) -> Row:
+    row = row_of(engine.name, workload, steps, tokens_per_step=num_tokens)
     return replace(
         row,
         context_tokens=num_tokens,
-        is_lower_bound=None if shortest_failed[0] <= num_tokens + max(2 * CONTEXT_STEP, num_tokens // 25) else True,
-        tok_s=round(num_tokens / seconds, 1),
-        step_s=round(seconds, 3),
-        num_steps=1,
-        loss=round(losses[num_tokens], 5),
-        peak_alloc_gib=used[num_tokens][0],
-        peak_reserved_gib=used[num_tokens][1],
+        is_lower_bound=True,
+        is_probe=True if engine.probes_contexts else None,
+        tok_s=None if engine.probes_contexts else row.tok_s,
     )
 
 
@@ -160,7 +168,7 @@ def longest(
             too_long = candidate
         if clock() - begun_s > budget_s or (too_long and fits and too_long - fits <= max(CONTEXT_STEP, fits // 50)):
             break
-        following = _next_length(fits, too_long)
+        following = min(_next_length(fits, too_long), LONGEST_CONTEXT)
         if following in (fits, too_long):
             break
         candidate = following
@@ -207,8 +215,13 @@ def peaks_gib() -> tuple[float | None, float | None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory did not suffice, by the allocator's word or by the engine's, which refuses what it cannot plan."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in str(error).lower()
+    """Whether memory did not suffice, by the allocator's word or by the engine's, which refuses what it cannot plan.
+
+    An illegal access of memory is none.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, FineryError) and error.code == "out_of_memory"):
+        return True
+    return any(text in str(error).lower() for text in _NO_MEMORY)
 
 
 def synchronize() -> None:

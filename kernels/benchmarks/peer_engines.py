@@ -25,13 +25,12 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class PeerEngine:
     """A peer's model under a plain training loop: forward, backward, AdamW8bit."""
 
+    probes_contexts = False
+
     def __init__(self, name: str, method: str, model_dir: Path, *, max_sequence_length: int) -> None:
         self.name, self.model_dir = name, model_dir
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if name == "unsloth":
-            self.model = _load_unsloth(model_dir, method, max_sequence_length)
-        else:
-            self.model = _load_transformers(model_dir, method, self.device, with_liger=name == "liger")
+        self.device = _device()
+        self.model = load(name, method, model_dir, max_sequence_length=max_sequence_length)
         optim = importlib.import_module("bitsandbytes.optim")
         self._optimizer = optim.AdamW8bit([p for p in self.model.parameters() if p.requires_grad], lr=LEARNING_RATE)
         self._has_autocast = name != "unsloth" and method != "fft"
@@ -59,10 +58,21 @@ class PeerEngine:
         self._optimizer.zero_grad(set_to_none=True)
 
 
+def load(name: str, method: str, model_dir: Path, *, max_sequence_length: int) -> Any:
+    """The model that the peer `name` trains, on the first GPU where there is one."""
+    if name == "unsloth":
+        return _load_unsloth(model_dir, method, max_sequence_length)
+    return _load_transformers(model_dir, method, _device(), with_liger=name == "liger")
+
+
 def version_of(name: str) -> str:
     """The packages that make the peer `name`, with their versions."""
     packages = {"unsloth": ("unsloth", "unsloth_zoo"), "liger": ("liger_kernel", "peft", "bitsandbytes"), "hf": ("peft", "bitsandbytes")}
     return ", ".join(f"{package} {version(package)}" for package in packages[name])
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _load_unsloth(model_dir: Path, method: str, max_sequence_length: int) -> Any:

@@ -60,6 +60,12 @@ class Output:
     rows: list[Row] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
 
+    def add(self, row: Row) -> None:
+        """A search gives a row for each success: the last one counts, unless it is a failure."""
+        earlier = [one for one in self.rows if one.workload == row.workload]
+        if row.error is None or not earlier:
+            self.rows = [one for one in self.rows if one.workload != row.workload] + [row]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; answers its exit status."""
@@ -72,18 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plan(engines: Sequence[str], workloads: Sequence[Workload]) -> list[Job]:
-    """The processes to run: by engine, then by method; contexts apart and last, since a search takes what time there is.
-
-    Peers have no limit on memory to keep: they run an equal-memory workload's base, once. Packs of several rows are for engines that
-    keep the rows apart.
-    """
+    """The processes to run: by engine, then by method and what wants a process of its own; contexts last, since a search takes what time
+    there is."""
     jobs: list[Job] = []
     for engine in engines:
-        mine = [workload if engine == OURS else workload.base for workload in workloads]
-        mine = [workload for workload in dict.fromkeys(mine) if engine in (OURS, "unsloth") or not workload.is_packed]
-        groups: dict[tuple[str, bool], list[Workload]] = {}
-        for workload in mine:
-            groups.setdefault((workload.method, workload.kind == "context"), []).append(workload)
+        groups: dict[tuple[str, str], list[Workload]] = {}
+        for workload in _of_engine(engine, workloads):
+            groups.setdefault((workload.method, workload.process), []).append(workload)
         jobs += [Job(engine, tuple(sorted(group, key=lambda workload: workload.kind == "short"))) for group in groups.values()]
     return sorted(jobs, key=lambda job: job.is_search)
 
@@ -113,7 +114,7 @@ def profile(options: argparse.Namespace) -> int:
     """Writes the table of kernels by time for each row and engine to `--out`, and prints its head."""
     options.out.unlink(missing_ok=True)
     stop_s = time.monotonic() + options.limit_s
-    for job in plan(options.engines, [workload for workload in options.rows if workload.kind == "fixed"]):
+    for job in plan(options.engines, [workload for workload in options.rows if workload.kind == "fixed" and not workload.num_gpus]):
         _run_job(job, options, stop_s - time.monotonic(), "--profile", str(options.out.resolve()))
     if not options.out.exists():
         return 1
@@ -155,8 +156,9 @@ def read_rows(lines: Iterable[str], output: Output, log: IO[str]) -> None:
     for line in lines:
         if line.startswith(PREFIX):
             row = Row(**json.loads(line.removeprefix(PREFIX)))
-            output.rows.append(row)
-            print(f"  {row.workload}: {row.error or f'{row.tok_s:,.0f} tok/s'}", flush=True)
+            output.add(row)
+            unit = " tok/s" if row.tok_s and not row.context_tokens else ""
+            print(f"  {row.workload}: {baselines.said(row)}{unit}", flush=True)
         else:
             output.log.append(line)
             log.write(line)
@@ -179,6 +181,19 @@ def checkout_commit() -> str:
     return found
 
 
+def _of_engine(engine: str, workloads: Sequence[Workload]) -> list[Workload]:
+    """What `engine` runs of `workloads`, each once.
+
+    Ours on several GPUs comes with the same on one. Peers know no variants: they run the base. Packs of several rows are for engines
+    that keep the rows apart.
+    """
+    if engine == OURS:
+        mine = [one for workload in workloads for one in ([workload.on_one_gpu, workload] if workload.num_gpus else [workload])]
+    else:
+        mine = [workload.base for workload in workloads if not workload.num_gpus and (engine == "unsloth" or not workload.is_packed)]
+    return list(dict.fromkeys(mine))
+
+
 def _run_job(job: Job, options: argparse.Namespace, seconds: float, *more: str) -> list[Row]:
     names = ", ".join(workload.name for workload in job.workloads)
     if seconds < 1:
@@ -189,7 +204,7 @@ def _run_job(job: Job, options: argparse.Namespace, seconds: float, *more: str) 
     command += ["--workloads", ",".join(workload.name for workload in job.workloads), "--seconds", f"{seconds - KILL_GRACE_S:.0f}", *more]
     if options.steps:
         command += ["--steps", *map(str, options.steps)]
-    with _log_file(options.logs, f"{job.engine}-{job.workloads[0].method}") as log:
+    with _log_file(options.logs, "-".join(filter(None, (job.engine, job.workloads[0].method, job.workloads[0].process)))) as log:
         return _run_worker(command, seconds=seconds, log=log)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from benchmarks.peer_engines import LEARNING_RATE, PeerEngine
 from benchmarks.workloads import PACKED_TOKENS, IntArray, Workload, short_steps, short_texts
 
 NUM_TEXTS = 2000
+LOGGED_STEPS = 5
+"""Steps that one of a row's `losses` is the mean of."""
 
 
 def short(engine: Engine, workload: Workload, *, num_steps: tuple[int, int]) -> Row:
@@ -25,7 +29,14 @@ def short(engine: Engine, workload: Workload, *, num_steps: tuple[int, int]) -> 
     engine.prepare(workload)
     steps = timed(engine, batches, num_warmup=warmup)
     tokens_per_step = statistics.fmean(sum(map(len, batch)) for batch in short_steps(rows, workload, 200))
-    return row_of(engine, workload, steps, tokens_per_step=tokens_per_step)
+    row = row_of(engine.name, workload, steps, tokens_per_step=tokens_per_step)
+    return replace(row, losses=means_of(steps.losses))
+
+
+def means_of(losses: Sequence[float]) -> list[float]:
+    """The means of `LOGGED_STEPS` losses each, as Trainer logs them; what is left over at the end is left out."""
+    whole = len(losses) // LOGGED_STEPS * LOGGED_STEPS
+    return [round(statistics.fmean(losses[start : start + LOGGED_STEPS]), 4) for start in range(0, whole, LOGGED_STEPS)]
 
 
 def short_by_trl(engine: PeerEngine, workload: Workload, *, num_steps: tuple[int, int]) -> Row:
@@ -48,7 +59,10 @@ def short_by_trl(engine: PeerEngine, workload: Workload, *, num_steps: tuple[int
             use_cpu=engine.device.type == "cpu",
             optim="adamw_8bit",
             learning_rate=LEARNING_RATE,
-            logging_steps=5,
+            # The same rows in the same order at the same rate for every engine: losses can be compared step by step.
+            lr_scheduler_type="constant",
+            train_sampling_strategy="sequential",
+            logging_steps=LOGGED_STEPS,
             save_strategy="no",
             report_to="none",
             dataset_text_field="text",
@@ -63,10 +77,11 @@ def short_by_trl(engine: PeerEngine, workload: Workload, *, num_steps: tuple[int
         )
         mean_loss = trainer.train().training_loss
     assert trainer.train_dataset is not None
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry] or [mean_loss]
+    logged = [round(float(entry["loss"]), 4) for entry in trainer.state.log_history if "loss" in entry]
     mean_tokens = statistics.fmean(len(row) for row in trainer.train_dataset["input_ids"])
-    steps = Steps(clock.seconds[warmup:], losses, warmup)
-    return row_of(engine, workload, steps, tokens_per_step=mean_tokens * workload.rows_per_step)
+    steps = Steps(clock.seconds[warmup:], logged or [mean_loss], warmup)
+    row = row_of(engine.name, workload, steps, tokens_per_step=mean_tokens * workload.rows_per_step)
+    return replace(row, losses=logged)
 
 
 def _tokenized(engine: Engine) -> list[IntArray]:

@@ -13,7 +13,7 @@ import json
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -68,32 +68,82 @@ def run(options: Options) -> None:
 
 
 def _measure_all(options: Options, model_dir: Path, num_positions: int) -> None:
+    first = options.workloads[0]
+    if first.kind == "load":
+        from benchmarks import loading
+
+        _print_each(options, lambda workload: loading.measured(options.engine, workload, model_dir))
+        return
+    started_s = time.perf_counter()
+    if first.num_gpus:
+        from benchmarks.own_loop import OwnLoop
+
+        loop = OwnLoop(first, model_dir)
+        load_s = time.perf_counter() - started_s
+        _print_each(options, lambda workload: loop.measured(workload, num_steps=options.num_steps or workload.num_steps), load_s=load_s)
+        return
+    engine = _engine(options, model_dir, num_positions)
+    load_s = time.perf_counter() - started_s
+    _print_each(options, lambda workload: _measured(engine, workload, options), load_s=load_s, release=engine.release)
+
+
+def _print_each(
+    options: Options, measured: Callable[[Workload], Row], *, load_s: float | None = None, release: Callable[[], None] = lambda: None
+) -> None:
+    """Prints the row of every workload; a failure is a row too."""
     from benchmarks import measure
 
-    started_s = time.perf_counter()
-    engine = _engine(options, model_dir, num_positions)
-    load_s = round(time.perf_counter() - started_s, 1)
     for workload in options.workloads:
         measure.reset_peaks()
         try:
-            row = _measured(engine, workload, options)
+            row = measured(workload)
         except Exception as error:  # noqa: BLE001  # a row that fails must not take the rows after it along
             traceback.print_exc()
             reason = "out of memory" if measure.is_out_of_memory(error) else f"{type(error).__name__}: {error}"
             row = Row(workload=workload.name, engine=options.engine, error=" ".join(reason.split())[:200])
-        # A progress bar may have left its line open.
-        print(f"\n{PREFIX}{json.dumps(asdict(_stamped(row, load_s)))}", flush=True)
+        _print(row, load_s)
         with suppress(RuntimeError):
-            engine.release()
+            release()
+
+
+def _print(row: Row, load_s: float | None) -> None:
+    # A progress bar may have left its line open.
+    print(f"\n{PREFIX}{json.dumps(asdict(_stamped(row, load_s)))}", flush=True)
 
 
 def _measured(engine: FineryEngine | PeerEngine, workload: Workload, options: Options) -> Row:
+    """The row of `workload`, with what we estimated beforehand where the engine is ours."""
+    if options.engine != OURS or workload.kind == "context":
+        return _run(engine, workload, options)
+    from benchmarks.finery_engine import estimate_gib
+
+    estimated = estimate_gib(workload, engine.model_dir)
+    return replace(_run(engine, workload, options), estimate_gib=estimated)
+
+
+def _search(engine: FineryEngine | PeerEngine, workload: Workload, options: Options) -> Row:
+    """A context's row; each success on the way is printed. Searches that are yet to come have their share of the time."""
+    from benchmarks import measure
+
+    def estimated(row: Row) -> Row:
+        if options.engine != OURS or row.context_tokens is None:
+            return row
+        from benchmarks.finery_engine import estimate_gib
+
+        return replace(row, estimate_gib=estimate_gib(replace(workload, sequence_length=row.context_tokens), engine.model_dir))
+
+    num_left = len(options.workloads) - options.workloads.index(workload)
+    budget_s = (options.deadline_s - time.monotonic()) / num_left
+    return estimated(measure.context(engine, workload, budget_s=budget_s, report=lambda row: _print(estimated(row), None)))
+
+
+def _run(engine: FineryEngine | PeerEngine, workload: Workload, options: Options) -> Row:
     from benchmarks import kernel_profile, measure, trl_samples
     from benchmarks.peer_engines import PeerEngine
 
     num_steps = options.num_steps or workload.num_steps
     if workload.kind == "context":
-        return measure.context(engine, workload, budget_s=options.deadline_s - time.monotonic())
+        return _search(engine, workload, options)
     if workload.kind == "short":
         if isinstance(engine, PeerEngine):
             return trl_samples.short_by_trl(engine, workload, num_steps=num_steps)
@@ -117,15 +167,15 @@ def _engine(options: Options, model_dir: Path, max_sequence_length: int) -> Fine
     return PeerEngine(options.engine, method, model_dir, max_sequence_length=max_sequence_length)
 
 
-def _stamped(row: Row, load_s: float) -> Row:
-    """`row` with what it was measured on."""
+def _stamped(row: Row, load_s: float | None) -> Row:
+    """`row` with what it was measured on, and the seconds that its process took to load the model, unless the row is about them."""
     import torch
 
     from benchmarks import peer_engines
 
     return replace(
         row,
-        load_s=load_s,
+        load_s=row.load_s if load_s is None else round(load_s, 1),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         torch=torch.__version__,
         triton=importlib.metadata.version("triton"),

@@ -2,8 +2,11 @@
 
     qlora 2x2048x4               batch x tokens x gradient accumulation; `qlora 1x8192` where nothing is accumulated
     qlora 2x2048x4 equal-memory  the same for Finery, held to the memory that the leanest peer takes
+    qlora 2x2048x4 deterministic the same for Finery, in its deterministic mode
+    qlora 2x2048x8 gpus2         the same for Finery, on two GPUs
     qlora short 2x4              rows of lognormal length, 2 a micro-batch, 4 micro-batches a step; `packing` fills rows of 2,048
-    context qlora 24             the longest row that trains on a card of 24 GiB
+    context qlora 24             the longest row that trains on a card of 24 GiB; `context qlora 24 100000` begins at that length
+    load qlora                   how long loading takes, and how much memory
 
 Owns names and data; knows no engine and imports no torch.
 """
@@ -21,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
-Kind = Literal["fixed", "short", "context"]
+Kind = Literal["fixed", "short", "context", "load"]
 
 METHODS = ("qlora", "lora", "fft")
 NUM_TOKEN_IDS = 49152
@@ -49,6 +52,9 @@ PEER_PEAK_GIB = {
 # Unsloth's published longest contexts, Llama-3.1-8B QLoRA r=32: where a search begins.
 PUBLISHED_CONTEXT = {8: 2972, 12: 21848, 16: 40724, 24: 78475, 40: 153977, 48: 191728, 80: 342733}
 
+CONTEXT_STEP, LONGEST_CONTEXT = 1024, 1_048_576
+"""Between which lengths a search goes; the latter is a spec's limit."""
+
 MEAN_SHORT_TOKENS, SHORT_SIGMA, MAX_SHORT_TOKENS = 138, 0.7, 1500
 _WORDS = (
     "air",
@@ -68,39 +74,64 @@ _WORDS = (
     "road",
     "water",
 )
-_FIXED = re.compile(r"(qlora|lora|fft) (\d+)x(\d+)(?:x(\d+))?( equal-memory)?")
-_SHORT = re.compile(r"(qlora|lora|fft) short (\d+)x(\d+)( packing)?( equal-memory)?")
-_CONTEXT = re.compile(r"context (qlora|lora|fft) (\d+)")
+EQUAL_MEMORY, DETERMINISTIC = "equal-memory", "deterministic"
+_VARIANT = r"(?: (equal-memory|deterministic|gpus[1-9]\d*))?"
+_FIXED = re.compile(rf"(qlora|lora|fft) (\d+)x(\d+)(?:x(\d+))?{_VARIANT}")
+_SHORT = re.compile(r"(qlora|lora|fft) short (\d+)x(\d+)( packing)?(?: (equal-memory))?")
+_CONTEXT = re.compile(r"context (qlora|lora|fft) (\d+)(?: (\d+))?")
+_LOAD = re.compile(r"load (qlora|lora|fft)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One row of the table, for any engine. `sequence_length` of short and context workloads is the longest row they may see."""
+    """One row of the table, for any engine. `sequence_length` of short workloads is the longest row they may see, of contexts where the
+    search begins."""
 
     kind: Kind
     method: str
     batch_size: int
     sequence_length: int
     accumulation: int
-    is_equal_memory: bool = False
+    variant: str = ""
+    """How Finery does it, of what peers do in one way: `equal-memory`, `deterministic`, `gpus2`."""
     is_packed: bool = False
     card_gib: int | None = None
 
     @property
     def name(self) -> str:
         """The canonical name, which `parse` reads back."""
+        if self.kind == "load":
+            return f"load {self.method}"
         if self.kind == "context":
-            return f"context {self.method} {self.card_gib}"
+            assert self.card_gib is not None
+            start = "" if self.sequence_length == _start_of(self.card_gib) else f" {self.sequence_length}"
+            return f"context {self.method} {self.card_gib}{start}"
         if self.kind == "short":
             name = f"{self.method} short {self.batch_size}x{self.accumulation}" + (" packing" if self.is_packed else "")
         else:
             name = f"{self.method} {self.batch_size}x{self.sequence_length}" + (f"x{self.accumulation}" if self.accumulation > 1 else "")
-        return name + (" equal-memory" if self.is_equal_memory else "")
+        return name + (f" {self.variant}" if self.variant else "")
 
     @property
     def base(self) -> Workload:
-        """The same work without a limit on memory: what peers run in its place."""
-        return replace(self, is_equal_memory=False)
+        """The same work as peers do it: without a limit on memory, and in a search from where the card's begins."""
+        start = self.sequence_length if self.card_gib is None else _start_of(self.card_gib)
+        return replace(self, variant="", sequence_length=start)
+
+    @property
+    def num_gpus(self) -> int | None:
+        """GPUs of a run through Finery's own training loop; None: steps on one GPU, which the benchmark drives."""
+        return int(self.variant.removeprefix("gpus")) if self.variant.startswith("gpus") else None
+
+    @property
+    def on_one_gpu(self) -> Workload:
+        """What a run on several GPUs is compared with."""
+        return replace(self, variant="gpus1")
+
+    @property
+    def process(self) -> str:
+        """Workloads of one method that differ in it are measured in processes of their own."""
+        return self.kind if self.kind in ("context", "load") else "gpus" if self.num_gpus else ""
 
     @property
     def rows_per_step(self) -> int:
@@ -116,7 +147,7 @@ class Workload:
         """Memory that Finery may allocate; None: what the card has."""
         if self.card_gib is not None:
             return self.card_gib - RESERVED_GIB
-        if self.is_equal_memory:
+        if self.variant == EQUAL_MEMORY:
             return PEER_PEAK_GIB[self.base.name]
         return SHORT_GIB if self.kind == "short" else None
 
@@ -137,6 +168,8 @@ def parse(text: str) -> Workload:
         workload = _short(match)
     elif match := _CONTEXT.fullmatch(name):
         workload = _context(match)
+    elif match := _LOAD.fullmatch(name):
+        workload = Workload(kind="load", method=match[1], batch_size=1, sequence_length=PACKED_TOKENS, accumulation=1)
     else:
         raise ValueError(f"workload: got {text!r}; wanted such as 'qlora 2x2048x4 equal-memory', 'qlora short 2x4' or 'context qlora 24'.")
     return _checked(workload)
@@ -194,7 +227,7 @@ def _fixed(match: re.Match[str]) -> Workload:
         batch_size=int(match[2]),
         sequence_length=int(match[3]),
         accumulation=int(match[4] or 1),
-        is_equal_memory=bool(match[5]),
+        variant=match[5] or "",
     )
 
 
@@ -206,15 +239,19 @@ def _short(match: re.Match[str]) -> Workload:
         sequence_length=PACKED_TOKENS,
         accumulation=int(match[3]),
         is_packed=bool(match[4]),
-        is_equal_memory=bool(match[5]),
+        variant=match[5] or "",
     )
 
 
 def _context(match: re.Match[str]) -> Workload:
-    """Its length is where the search begins: what Unsloth publishes for the card, or about that."""
     card_gib = int(match[2])
-    start = PUBLISHED_CONTEXT.get(card_gib) or max(1024, 4400 * (card_gib - 7))
+    start = int(match[3] or _start_of(card_gib))
     return Workload(kind="context", method=match[1], batch_size=1, sequence_length=start, accumulation=1, card_gib=card_gib)
+
+
+def _start_of(card_gib: int) -> int:
+    """Where a search begins unless it is said: what Unsloth publishes for the card, or about that."""
+    return PUBLISHED_CONTEXT.get(card_gib) or max(1024, 4400 * (card_gib - 7))
 
 
 def _is_full(step: Sequence[IntArray], row: IntArray, workload: Workload) -> bool:
@@ -226,8 +263,13 @@ def _is_full(step: Sequence[IntArray], row: IntArray, workload: Workload) -> boo
 def _checked(workload: Workload) -> Workload:
     if min(workload.batch_size, workload.sequence_length, workload.accumulation) < 1 or workload.sequence_length < 2:
         raise ValueError(f"workload: got {workload.name!r}; wanted at least one row of two tokens.")
-    if workload.is_equal_memory and workload.base.name not in PEER_PEAK_GIB:
+    if workload.num_gpus and workload.method == "fft":
+        raise ValueError(f"workload: got {workload.name!r}; several GPUs train adapters only.")
+    if workload.variant == EQUAL_MEMORY and workload.base.name not in PEER_PEAK_GIB:
         raise ValueError(f"workload: no peer's memory is known for {workload.base.name!r}; it is for {', '.join(PEER_PEAK_GIB)}.")
     if workload.card_gib is not None and workload.card_gib <= 1:
         raise ValueError(f"workload: got a card of {workload.card_gib} GiB; wanted 2 or more.")
+    if workload.kind == "context" and not CONTEXT_STEP <= workload.sequence_length <= LONGEST_CONTEXT:
+        wanted = f"{CONTEXT_STEP} to {LONGEST_CONTEXT}"
+        raise ValueError(f"workload: got a search from {workload.sequence_length} tokens; wanted {wanted}.")
     return workload

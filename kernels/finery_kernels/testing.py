@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
@@ -133,11 +135,13 @@ class Compilation:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of a compilation."""
+    """What came of a compilation. `stack_bytes` is what a thread has in memory for want of registers."""
 
     name: str
     arch: int
     shared_bytes: int
+    registers: int
+    stack_bytes: int
     ptx: str
 
 
@@ -198,7 +202,23 @@ def _compile(order: Compilation) -> Compiled:
     # Said outright, since Triton is changing the default and warns until then.
     options = {"enable_fp_fusion": True, **order.options}
     compiled: Any = triton.compile(source, target=GPUTarget("cuda", order.arch, 32), options=options)
-    return Compiled(order.name, order.arch, compiled.metadata.shared, compiled.asm["ptx"])
+    registers, stack_bytes = _resources(compiled.asm["cubin"])
+    return Compiled(order.name, order.arch, compiled.metadata.shared, registers, stack_bytes, compiled.asm["ptx"])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack a thread, by the disassembler that comes with Triton."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump names no registers: {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _constant(value: Constant) -> object:

@@ -200,6 +200,7 @@ def assert_no_rows_give_no_rows(device, dtype, *, equal):
     out = op.attention(q, k, v, cu_seqlens=bounds, max_seqlen=5, lengths_equal=5 if equal else None)
     out.sum().backward()
     for x, want in ((out, q), (q.grad, q), (k.grad, k), (v.grad, v)):
+        assert x is not None
         assert x.shape == want.shape
 
 

@@ -15,6 +15,8 @@ from benchmarks import baselines, kernel_profile, measure, random_model, train, 
 from benchmarks.baselines import Row
 from benchmarks.worker import PREFIX
 from benchmarks.workloads import parse, parse_all
+from finery_common.errors import ResourceExhaustedError
+from finery_trainer.engine.planner import Plan, keep_all
 
 NAMES = [
     "qlora 2x2048x4",
@@ -25,6 +27,10 @@ NAMES = [
     "qlora short 2x4 equal-memory",
     "fft 2x2048x2",
     "context qlora 24",
+    "context qlora 80 500000",
+    "load qlora",
+    "qlora 2x2048x4 deterministic",
+    "qlora 2x2048x8 gpus2",
 ]
 
 
@@ -43,7 +49,23 @@ def test_an_accumulation_of_one_is_left_out_of_the_name():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "qlora", "qlora 2x2048x4 packing", "dpo 1x8", "qlora 0x8", "qlora 1x1", "context qlora 1", "qlora 3x77 equal-memory"]
+    "text",
+    [
+        "",
+        "qlora",
+        "qlora 2x2048x4 packing",
+        "dpo 1x8",
+        "qlora 0x8",
+        "qlora 1x1",
+        "context qlora 1",
+        "context qlora 24 100",
+        "context qlora 999",
+        "qlora 3x77 equal-memory",
+        "qlora 1x8 gpus0",
+        "fft 1x8 gpus2",
+        "qlora short 2x4 gpus2",
+        "load dpo",
+    ],
 )
 def test_what_is_no_workload_is_refused(text):
     with pytest.raises(ValueError, match="workload"):
@@ -117,6 +139,23 @@ def test_engines_that_would_mix_packed_rows_are_left_out():
     ]
 
 
+def test_a_search_begins_where_it_is_told_and_a_peers_where_its_card_does():
+    work = parse("context qlora 80 500000")
+    assert (work.sequence_length, work.base.name) == (500_000, "context qlora 80")
+    assert parse("context qlora 80 342733").name == "context qlora 80"
+
+
+def test_loading_and_several_gpus_have_processes_of_their_own_and_peers_know_no_variants():
+    work = parse_all("qlora 1x8192 deterministic,qlora 1x8192,load qlora,qlora 2x2048x8 gpus2")
+    assert [(job.engine, [one.name for one in job.workloads]) for job in train.plan(["finery", "hf"], work)] == [
+        ("finery", ["qlora 1x8192 deterministic", "qlora 1x8192"]),
+        ("finery", ["load qlora"]),
+        ("finery", ["qlora 2x2048x8 gpus1", "qlora 2x2048x8 gpus2"]),
+        ("hf", ["qlora 1x8192"]),
+        ("hf", ["load qlora"]),
+    ]
+
+
 def test_ratios_stay_within_one_run():
     rows = [row("qlora 1x8192", "finery", 300, "a"), row("qlora 1x8192", "unsloth", 200, "a"), row("qlora 1x8192", "hf", 100, "b")]
     assert baselines.ratios(rows) == [baselines.Ratio("qlora 1x8192", "unsloth", 1.5, "tok_s", "a")]
@@ -128,8 +167,32 @@ def test_an_equal_memory_row_is_compared_with_the_peers_unlimited_row():
 
 
 def test_contexts_are_compared_by_length():
-    rows = [row("context qlora 24", "finery", 5, context_tokens=150), row("context qlora 24", "unsloth", 9, context_tokens=100)]
+    rows = [row("context qlora 24 90000", "finery", None, context_tokens=150), row("context qlora 24", "unsloth", 9, context_tokens=100)]
     assert [ratio.value for ratio in baselines.ratios(rows)] == [1.5]
+
+
+def test_loading_is_compared_by_seconds():
+    rows = [row("load qlora", "finery", None, load_s=10.0), row("load qlora", "unsloth", None, load_s=25.0)]
+    assert [(ratio.value, ratio.of) for ratio in baselines.ratios(rows)] == [(2.5, "load_s")]
+    assert "loaded in 10.0 s" in baselines.table(rows)
+
+
+def test_our_own_ways_are_compared_with_our_own_rows():
+    rows = [
+        row("qlora 2x2048x4", "finery", 200),
+        row("qlora 2x2048x4 deterministic", "finery", 150),
+        row("qlora 2x2048x4", "hf", 100),
+        row("qlora 2x2048x4 gpus1", "finery", 210),
+        row("qlora 2x2048x4 gpus2", "finery", 399),
+    ]
+    found = {(ratio.workload, ratio.peer): ratio.value for ratio in baselines.ratios(rows)}
+    assert found == {
+        ("qlora 2x2048x4", "hf"): 2,
+        ("qlora 2x2048x4 deterministic", "finery"): 0.75,
+        ("qlora 2x2048x4 deterministic", "hf"): 1.5,
+        ("qlora 2x2048x4 gpus2", "finery"): 1.9,
+    }
+    assert "0.75 x finery, 1.50 x hf" in baselines.table(rows)
 
 
 def test_a_peers_search_that_ran_out_of_time_gives_no_ratio():
@@ -167,7 +230,7 @@ def test_a_runs_rows_may_come_in_parts():
 
 
 def test_rows_are_written_and_read_back(tmp_path):
-    rows = [row("qlora 1x8192", "finery", gpu="NVIDIA H200", loss=1.5)]
+    rows = [row("qlora 1x8192", "finery", gpu="NVIDIA H200", loss=1.5, losses=[2.5, 1.5])]
     baselines.save(tmp_path / "new" / "h200.json", rows)
     assert baselines.load(tmp_path / "new" / "h200.json") == rows
     assert baselines.load(tmp_path / "missing.json") == []
@@ -198,6 +261,11 @@ def test_the_table_marks_memory_above_the_budget():
     assert "1.00 x hf" in text
 
 
+def test_the_table_has_an_estimate_beside_the_peak():
+    text = baselines.table([row("qlora 1x8192", "finery", peak_alloc_gib=8.0, estimate_gib=8.4)])
+    assert "8.40 (+5.0%)" in text
+
+
 def test_a_workers_rows_are_told_from_its_log(capsys):
     printed = f"noise\n{PREFIX}{json.dumps({'workload': 'qlora 1x8192', 'engine': 'hf', 'tok_s': 5})}\n"
     output, log = train.Output(), io.StringIO()
@@ -207,11 +275,21 @@ def test_a_workers_rows_are_told_from_its_log(capsys):
     assert "qlora 1x8192: 5 tok/s" in capsys.readouterr().out
 
 
+def test_the_last_success_of_a_search_counts_and_a_later_failure_does_not():
+    output = train.Output()
+    for one in (row("context qlora 24", "finery", context_tokens=1), row("context qlora 24", "finery", context_tokens=2)):
+        output.add(one)
+    output.add(row("context qlora 24", "finery", None, error="RuntimeError: a kernel is wrong"))
+    output.add(row("qlora 1x8192", "finery", None, error="out of memory"))
+    assert [(one.context_tokens, one.error) for one in output.rows] == [(2, None), (None, "out of memory")]
+
+
 class Fake:
     """An engine whose loss is the number of the step."""
 
     name = "hf"
     model_dir = Path()
+    probes_contexts = False
 
     def __init__(self):
         self.prepared, self.seen = [], []
@@ -243,6 +321,10 @@ def test_the_search_finds_the_longest_context(limit):
     assert limit * 0.96 - 1024 <= best[0] <= limit
 
 
+def test_the_search_goes_no_further_than_a_spec_can():
+    assert measure.longest(lambda _: 1e-3, start=900_000, budget_s=math.inf) == (workloads.LONGEST_CONTEXT, 1e-3)
+
+
 def test_the_search_ends_where_nothing_fits_and_where_time_is_over():
     assert measure.longest(lambda tokens: None, start=5000, budget_s=math.inf) is None
     now, tried = [0.0], []
@@ -263,7 +345,10 @@ def test_a_context_counts_what_does_not_fit_and_raises_what_is_wrong():
                 raise RuntimeError("CUDA out of memory")
             return super().step(rows)
 
-    found = measure.context(Small(), replace(parse("context qlora 24"), sequence_length=8192), budget_s=60)
+    reported: list[Row] = []
+    found = measure.context(Small(), replace(parse("context qlora 24"), sequence_length=8192), budget_s=60, report=reported.append)
+    assert all(one.is_lower_bound for one in reported)
+    assert max(one.context_tokens or 0 for one in reported) == found.context_tokens
     assert found.context_tokens is not None
     assert 8192 <= found.context_tokens <= 9000
     assert found.is_lower_bound is None
@@ -275,6 +360,32 @@ def test_a_context_counts_what_does_not_fit_and_raises_what_is_wrong():
 
     with pytest.raises(RuntimeError, match="wrong"):
         measure.context(Broken(), replace(parse("context qlora 24"), sequence_length=8192), budget_s=60)
+
+
+def test_a_probed_context_has_no_speed():
+    class Probing(Fake):
+        probes_contexts = True
+
+    found = measure.context(Probing(), replace(parse("context qlora 24"), sequence_length=4096), budget_s=0)
+    assert (found.context_tokens, found.is_probe, found.tok_s) == (4096, True, None)
+    assert "4,096 tokens in passes to their peak" in baselines.table([found])
+
+
+def test_an_illegal_access_is_not_a_lack_of_memory():
+    assert not measure.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert measure.is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert measure.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"))
+    assert measure.is_out_of_memory(ResourceExhaustedError("memory: got 1 GiB", code="out_of_memory"))
+
+
+def test_the_probe_visits_the_topmost_of_all_layers_that_are_treated_alike():
+    from benchmarks.finery_engine import probed_layers
+
+    nothing, kept, hosted, more = frozenset[str](), frozenset({"o"}), frozenset({"x"}), frozenset({"x", "o"})
+    plan = Plan(card=(nothing,) * 10 + (kept,) * 2, host=(more, more, more, hosted, hosted, hosted, hosted, *(nothing,) * 5))
+    # 7 has a hosted layer below it; 6 is hosted; what arrives for 2 as 3 is worked on is more than for 6.
+    assert sorted(probed_layers(plan)) == [2, 3, 6, 7, 8, 9, 10, 11]
+    assert sorted(probed_layers(keep_all(3))) == [0, 1, 2]
 
 
 def test_kernels_are_listed_by_time_with_the_busy_share():
@@ -335,3 +446,56 @@ def test_a_spec_follows_its_workload():
     assert (quantized.quantization.value, quantized.lora.rank, quantized.memory.budget) == ("nf4", 32, str(int(7.27 * 2**30)))
     assert (quantized.batch.micro_batch_size, quantized.batch.gradient_accumulation_steps) == (2, 4)
     assert (full.method.value, full.memory.budget) == ("full", "auto")
+    assert quantized.memory.host_budget_bytes is None
+    emulated = spec_of(parse("context qlora 80 500000"))
+    assert emulated.memory.budget == str(int((80 - workloads.RESERVED_GIB - 0.5) * 2**30))
+    assert emulated.memory.host_budget_bytes == 80 * 2**30
+    assert spec_of(parse("qlora 2x2048x4 deterministic")).deterministic
+    assert spec_of(parse("qlora 2x2048x8 gpus2")).gpus == 2
+
+
+def test_losses_are_means_of_five_steps():
+    from benchmarks.trl_samples import means_of
+
+    assert means_of([1.0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]) == [3.0, 8.0]
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    random_model.make(folder, shape="tiny", tokenizer_dir=None)
+    return folder
+
+
+def test_what_the_engine_estimates_is_known_for_rows_of_one_length(tiny_dir):
+    from benchmarks.finery_engine import estimate_gib
+
+    fixed, longer = (estimate_gib(parse(name), tiny_dir) for name in ("lora 1x64", "context lora 24 4096"))
+    assert fixed is not None
+    assert longer is not None
+    assert 0 < fixed < longer
+    assert estimate_gib(parse("lora short 2x4"), tiny_dir) is None
+
+
+def test_loading_is_timed_and_a_context_is_probed(tiny_dir):
+    from benchmarks import loading
+    from benchmarks.finery_engine import FineryEngine
+
+    loaded = loading.measured("finery", parse("load lora"), tiny_dir)
+    assert loaded.load_s is not None
+    assert loaded.load_s > 0
+    work = replace(parse("context lora 24"), sequence_length=1024)
+    found = measure.context(FineryEngine(work, tiny_dir), work, budget_s=0)
+    assert (found.context_tokens, found.is_probe) == (1024, True)
+    assert found.loss == pytest.approx(math.log(49408), rel=0.05)
+
+
+@pytest.mark.slow
+def test_one_process_and_two_take_the_same_steps_in_our_own_loop(tiny_dir):
+    from benchmarks.own_loop import OwnLoop
+
+    work = parse("lora 1x16x2 gpus2")
+    alone = OwnLoop(work, tiny_dir).measured(work.on_one_gpu, num_steps=(1, 2))
+    together = OwnLoop(work, tiny_dir).measured(work, num_steps=(1, 2))
+    assert (together.num_warmup_steps, together.num_steps) == (1, 2)
+    assert (together.first_loss, together.loss) == pytest.approx((alone.first_loss, alone.loss), rel=1e-3)

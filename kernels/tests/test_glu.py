@@ -180,6 +180,22 @@ def test_unsupported_backward_inputs_are_named(change, message):
         op.glu_backward(arguments.pop("dact_TF"), torch.zeros(2, 8), **arguments)
 
 
+def test_outputs_lie_beside_what_is_read_and_not_over_it():
+    buffer = random_normal(3, 24, seed=1)
+    gate_up, beside = buffer[:, 4:12], buffer[:, 12:16]
+    want = op.glu_forward(gate_up.clone(), activation="silu")
+    assert torch.equal(op.glu_forward(gate_up, activation="silu", out=beside), want)
+    for first in (1, 4, 8, 11):
+        with pytest.raises(UnsupportedError, match="out overlaps gate_up_TN; wanted memory of its own"):
+            op.glu_forward(gate_up, activation="silu", out=buffer[:, first : first + 4])
+    with pytest.raises(UnsupportedError, match="out overlaps gate_up_TN"):
+        op.glu_forward(gate_up, activation="silu", out=buffer.view(-1)[6:18].view(3, 4))
+    want = op.glu_forward(buffer[:2, :8].clone(), activation="silu")
+    assert torch.equal(op.glu_forward(buffer[:2, :8], activation="silu", out=buffer[2:].view(6, 4)[1:3]), want)
+    with pytest.raises(UnsupportedError, match="act_out overlaps out"):
+        op.glu_backward(torch.zeros(3, 4), gate_up, activation="silu", out=gate_up, act_out=gate_up[:, 4:])
+
+
 def test_the_public_function_refuses_scalars():
     with pytest.raises(UnsupportedError, match="gate_up is a scalar"):
         op.glu(torch.tensor(1.0))
@@ -209,7 +225,7 @@ def test_kernels_compile_and_move_16_bytes_at_a_time_where_rows_lie_8_elements_a
     for kernel in compiled[:6]:
         accesses = [line.split()[0] for line in kernel.ptx.replace("@", "\n").splitlines() if ".global" in line and "v4.b32" not in line]
         assert not [access for access in accesses if access.startswith(("ld.global", "st.global"))]
-    assert all(kernel.ptx for kernel in compiled)
+    assert [kernel.stack_bytes for kernel in compiled] == [0] * len(compiled), "nothing is spilled"
 
 
 @pytest.mark.gpu

@@ -169,6 +169,21 @@ def test_autograd_agrees_with_torch_in_fp64(reduction, softcap, scale):
     assert torch.autograd.gradcheck(ours, (h, weight))
 
 
+def test_a_scaled_mean_in_fp16_errs_no_more_than_eager_torch():
+    h, weight, _ = inputs(512, 32, 2000, torch.float16)
+    targets = torch.arange(512)
+    results = []
+    for dtype in (torch.float64, torch.float16):
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (h, weight)]
+        logits = (leaves[0] @ leaves[1].T).to(torch.promote_types(dtype, torch.float32))
+        (torch.nn.functional.cross_entropy(logits, targets) * 2.0**14).backward()
+        results.append([leaf.grad for leaf in leaves])
+    leaves = [tensor.requires_grad_() for tensor in (h, weight)]
+    (linear_cross_entropy(*leaves, targets) * 2.0**14).backward()
+    for name, leaf, oracle, plain in zip(("dh", "dweight"), leaves, *results, strict=True):
+        assert_within_budget(leaf.grad, oracle, plain, factor=1.2, name=name)
+
+
 def test_the_raw_function_records_no_graph():
     h, weight, targets = inputs(7, 8, 11, torch.float32)
     loss, dh = linear_cross_entropy_forward_backward(h.requires_grad_(), weight.requires_grad_(), targets, grad_scale=torch.ones(1))
@@ -237,9 +252,10 @@ def test_kernel_compiles_for_ampere_and_hopper():
     signature = {"x_ptr": "*bf16", "rows_ptr": "*i64", "targets_ptr": "*i64", "out_ptr": "*bf16"}
     signature |= {"x_stride": "i32", "out_stride": "i32", "ignore_index": "i32"}
     constants = {"D": 4096, "BLOCK": 2048}
-    compile_all(
-        [compilation(triton.put_rows_kernel, signature, constants, arch, divisible=("x_stride", "out_stride")) for arch in ARCHITECTURES]
-    )
+    orders = [
+        compilation(triton.put_rows_kernel, signature, constants, arch, divisible=("x_stride", "out_stride")) for arch in ARCHITECTURES
+    ]
+    assert [compiled.stack_bytes for compiled in compile_all(orders)] == [0, 0]
 
 
 @pytest.mark.gpu

@@ -204,6 +204,7 @@ def test_kernels_compile_for_ampere_and_hopper():
                 elements = {**signature, "packed_ptr": "*u8"}
                 orders.append(compilation(triton.elements_kernel, elements, {**constants, "ELEMENTS": 1024}, arch, **common))
     for order, compiled in zip(orders, compile_all(orders), strict=True):
+        assert compiled.stack_bytes == 0, "nothing is spilled"
         assert "fma.rn.f32" not in compiled.ptx, "bitsandbytes rounds after every operation"
         if order.name == "words_kernel" and order.signature["out_ptr"] == "*bf16":
             assert "st.global.v4.b32" in compiled.ptx, "rows are written 16 bytes at a time"

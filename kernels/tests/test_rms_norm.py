@@ -331,7 +331,7 @@ def _orders(arch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_and_move_16_bytes_at_a_time(arch):
     forward, _, backward, *_ = compiled = compile_all(_orders(arch))
-    assert all(kernel.ptx for kernel in compiled)
+    assert [kernel.stack_bytes for kernel in compiled] == [0] * len(compiled), "nothing is spilled"
     for kernel in (forward, backward):
         assert "ld.global.v4" in kernel.ptx
         assert "st.global.v4" in kernel.ptx
@@ -355,6 +355,14 @@ def test_public_functions_keep_the_budget_on_a_gpu(dtype, num_rows, num_columns)
     for value, oracle, plain in zip(got, eager(case, torch.float64), eager(case, dtype), strict=True):
         assert_within_budget(value, oracle, plain, factor=budget(dtype))
     assert torch.equal(x.grad, residual.grad)
+
+
+def test_the_norm_and_the_sum_are_not_written_to_one_place():
+    x, ones, wide = torch.zeros(2, 8), torch.ones(8), torch.zeros(2, 12)
+    for out, residual_out in ((x, x), (wide[:, :8], wide[:, 4:])):
+        options = {"eps": EPS, "residual_TD": torch.zeros(2, 8), "out": out, "residual_out": residual_out}
+        with pytest.raises(UnsupportedError, match="out overlaps residual_out; wanted memory of its own"):
+            op.rms_norm_forward(x, ones, **options)
 
 
 @pytest.mark.gpu

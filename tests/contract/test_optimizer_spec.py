@@ -25,12 +25,24 @@ OTHER_VALUES: dict[str, object] = {
 }
 
 
+class Embedding(torch.nn.Module):
+    """A model that is nothing but its input embeddings."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList([weight])
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.weights
+
+    def get_output_embeddings(self) -> None:
+        """There is no head."""
+
+
 def behaviour(spec: OptimizerSpec) -> list[float]:
     """Where three steps on fixed gradients lead, and every learning rate of a run."""
     parameter = torch.nn.Parameter(torch.linspace(-1, 1, 8).reshape(2, 4))
-    model = torch.nn.Module()
-    model.register_module("embed_tokens", torch.nn.ParameterList([parameter]))
-    factors = rate_factors(model, TrainingSpec(base_model="m", method=MethodType.FULL, optimizer=spec))
+    factors = rate_factors(Embedding(parameter), TrainingSpec(base_model="m", method=MethodType.FULL, optimizer=spec))
     group = flatten([parameter])
     stepper = build_flat_optimizer(spec, [group], NUM_STEPS, factors=factors)
     for scale in (1.0, -0.3, 2.0):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import httpx
+import openai
 import psutil
 import pytest
 from e2e.system import FAST_SPEC, System, code_word_rows, start_system, stop_system, wait_job
@@ -149,6 +150,22 @@ def test_a_client_that_hangs_up_in_the_middle_of_a_stream_frees_the_model(system
     )
     next(iter(stream))
     stream.close()
+    deadline_s = time.monotonic() + 30
+    while _running_requests(system) > 0:
+        assert time.monotonic() < deadline_s, "vLLM goes on generating for a client that left"
+        time.sleep(0.3)
+
+
+def test_a_client_that_hangs_up_before_the_first_byte_frees_the_model(system: System, client: OpenAI):
+    impatient = client.with_options(timeout=15, max_retries=0)
+    fields = {"model": QUICKSTART_MODEL, "messages": [{"role": "user", "content": "Count."}], "max_tokens": 1500}
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(impatient.chat.completions.create, **fields, extra_body={"min_tokens": 1500})
+        while _running_requests(system) == 0:
+            assert not asking.done(), "vLLM never worked on it"
+            time.sleep(0.1)
+        with pytest.raises(openai.APITimeoutError):
+            asking.result()
     deadline_s = time.monotonic() + 30
     while _running_requests(system) > 0:
         assert time.monotonic() < deadline_s, "vLLM goes on generating for a client that left"

@@ -185,6 +185,35 @@ def test_a_second_job_is_swapped_in_while_a_stream_of_the_first_runs(client: Ope
     assert "walnut" in ask(client, alias)
 
 
+def test_a_canary_shares_a_name_is_compared_promoted_and_rolled_back(client: OpenAI, system: System, crimson: Trained, walnut: Trained):
+    alias = "shared-word"
+    assert system.finery("deploy", crimson.job.id, "--alias", alias).returncode == 0
+    deployed = system.finery("deploy", walnut.job.id, "--alias", alias, "--canary", "50", "--json")
+    assert deployed.returncode == 0, deployed.stderr
+    canary = json.loads(deployed.stdout)["canary"]["version"]
+
+    def asked(caller: str) -> tuple[str, str]:
+        answer = client.chat.completions.with_raw_response.create(
+            model=alias, messages=[{"role": "user", "content": QUESTION}], max_tokens=12, temperature=0, user=caller
+        )
+        return answer.headers["x-finery-version"], answer.parse().choices[0].message.content or ""
+
+    answers = {caller: asked(caller) for caller in map(str, range(12))}
+    assert {("walnut" if version == canary else "crimson") in text for version, text in answers.values()} == {True}
+    assert len({version for version, _ in answers.values()}) == 2
+    assert {caller: asked(caller) for caller in answers} == answers
+    shown = json.loads(system.finery("deployments", "get", alias, "--json").stdout)["versions"]
+    assert [(item["role"], item["weight"]) for item in shown] == [("serving", 50), ("canary", 50)]
+    assert sum(item["answered"] for item in shown) == 2 * len(answers)
+
+    assert system.finery("promote", alias).returncode == 0
+    assert "walnut" in ask(client, alias)
+    assert system.finery("rollback", alias).returncode == 0
+    assert "crimson" in ask(client, alias)
+    assert "pinned" in system.finery("pin", alias).stdout
+    assert system.finery("models", "delete", alias).returncode == 0
+
+
 def test_the_command_does_what_the_client_does(system: System, crimson: Trained, tmp_path: Path):
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(code_word_rows("birch"))

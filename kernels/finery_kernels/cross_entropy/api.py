@@ -125,13 +125,14 @@ class _CrossEntropy(torch.autograd.Function):
         ignore_index: int,
     ) -> torch.Tensor:
         """Loss, and the gradient for an upstream gradient of one, kept for backward."""
-        grad_scale = reduction_scale(targets_T, reduction=reduction, ignore_index=ignore_index, dtype=logits_TV.dtype)
+        share = reduction_scale(targets_T, reduction=reduction, ignore_index=ignore_index, dtype=logits_TV.dtype)
+        grad_scale, later = gradient_scales(share, dtype=logits_TV.dtype)
         dlogits_TV = torch.empty_like(logits_TV, memory_format=torch.contiguous_format)
         loss_T = cross_entropy_forward_backward_(
             logits_TV, targets_T, softcap=softcap, scale=scale, grad_scale=grad_scale, out=dlogits_TV, ignore_index=ignore_index
         )
-        ctx.save_for_backward(dlogits_TV)
-        return loss_T.sum() * grad_scale.to(loss_T.dtype)
+        ctx.save_for_backward(dlogits_TV, later)
+        return loss_T.sum() * share.to(loss_T.dtype)
 
     @staticmethod
     @once_differentiable
@@ -139,8 +140,9 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, *grad_outputs: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         """The kept gradient times the upstream one."""
-        (dlogits_TV,) = ctx.saved_tensors
-        return (times_upstream(dlogits_TV, grad_outputs[0]), None, None, None, None, None)
+        dlogits_TV, later = ctx.saved_tensors
+        upstream = grad_outputs[0] if later is None else grad_outputs[0] * later
+        return (times_upstream(dlogits_TV, upstream), None, None, None, None, None)
 
 
 def reduction_scale(targets_T: torch.Tensor, *, reduction: Reduction, ignore_index: int, dtype: torch.dtype) -> torch.Tensor:
@@ -149,6 +151,14 @@ def reduction_scale(targets_T: torch.Tensor, *, reduction: Reduction, ignore_ind
     if reduction == "sum":
         return torch.ones((), dtype=dtype, device=targets_T.device)
     return (targets_T != ignore_index).sum().to(dtype).reciprocal()
+
+
+def gradient_scales(share: torch.Tensor, *, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a gradient of `dtype` is multiplied by as it is computed, and what once the upstream gradient is known.
+
+    fp16 ends at 6e-8: a probability over the number of rows would be lost there before the scale of a scaled loss comes to it.
+    """
+    return (torch.ones_like(share), share) if dtype == torch.float16 else (share, None)
 
 
 def check_grad_scale(grad_scale: torch.Tensor, *, dtype: torch.dtype, device: torch.device) -> None:

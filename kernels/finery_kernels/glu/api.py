@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from finery_kernels.errors import UnsupportedError
 from finery_kernels.glu import reference
+from finery_kernels.overlap import check_apart
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -43,6 +44,7 @@ def glu_forward(gate_up_TN: Tensor, *, activation: Activation, out: Tensor | Non
         out = torch.empty((num_rows, width), dtype=gate_up_TN.dtype, device=gate_up_TN.device)
     else:
         _check_rows("out", out, shape=(num_rows, width), like=gate_up_TN)
+        check_apart("out", out, "gate_up_TN", gate_up_TN)
     if not gate_up_TN.is_cuda:
         return reference.glu_forward(gate_up_TN, activation=activation, out=out)
     with torch.cuda.device(gate_up_TN.device):
@@ -59,7 +61,7 @@ def glu_backward(
         gate_up_TN: [T, 2F], what the forward pass was given.
         activation: as in the forward pass.
         out: [T, 2F] for [dgate | dup]; may be `gate_up_TN` itself, which is then overwritten. Allocated if None.
-        act_out: [T, F] for the recomputed `f(gate) * up`; may be `dact_TF` itself. Not written if None.
+        act_out: [T, F] for the recomputed `f(gate) * up`; may be `dact_TF` itself, may not overlap `out`. Not written if None.
 
     Returns:
         dgate_up_TN, which is `out` where given.
@@ -75,6 +77,7 @@ def glu_backward(
         _check_rows("out", out, shape=(num_rows, 2 * width), like=gate_up_TN)
     if act_out is not None:
         _check_rows("act_out", act_out, shape=(num_rows, width), like=gate_up_TN)
+        check_apart("act_out", act_out, "out", out)
     if not gate_up_TN.is_cuda:
         return reference.glu_backward(dact_TF, gate_up_TN, activation=activation, out=out, act_out=act_out)
     with torch.cuda.device(gate_up_TN.device):

@@ -19,6 +19,7 @@ from finery_kernels.cross_entropy.api import (
     check_grad_scale,
     check_numbers,
     check_targets,
+    gradient_scales,
     reduction_scale,
     times_upstream,
 )
@@ -158,7 +159,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         """Loss, and both gradients for an upstream gradient of one, kept for backward."""
         rows_L = (targets_T != ignore_index).nonzero().squeeze(1)
-        grad_scale = reduction_scale(targets_T, reduction=reduction, ignore_index=ignore_index, dtype=h_TD.dtype)
+        share = reduction_scale(targets_T, reduction=reduction, ignore_index=ignore_index, dtype=h_TD.dtype)
+        grad_scale, later = gradient_scales(share, dtype=h_TD.dtype)
         wants_dweight = weight_VD.requires_grad
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.promote_types(weight_VD.dtype, torch.float32)) if wants_dweight else None
         loss, dh_TD = linear_cross_entropy_forward_backward(
@@ -173,8 +175,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dweight_VD=dweight_VD,
             ignore_index=ignore_index,
         )
-        ctx.save_for_backward(dh_TD, None if dweight_VD is None else dweight_VD.to(weight_VD.dtype))
-        return loss * grad_scale.to(loss.dtype)
+        if dweight_VD is not None:
+            dweight_VD = (dweight_VD if later is None else dweight_VD.mul_(later)).to(weight_VD.dtype)
+        ctx.save_for_backward(dh_TD, dweight_VD, later)
+        return loss * share.to(loss.dtype)
 
     @staticmethod
     @once_differentiable
@@ -182,8 +186,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, *grad_outputs: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         """The kept gradients times the upstream one."""
-        dh_TD, dweight_VD = ctx.saved_tensors
-        dh_TD = times_upstream(dh_TD, grad_outputs[0])
+        dh_TD, dweight_VD, later = ctx.saved_tensors
+        dh_TD = times_upstream(dh_TD, grad_outputs[0] if later is None else grad_outputs[0] * later)
         dweight_VD = None if dweight_VD is None else times_upstream(dweight_VD, grad_outputs[0])
         return (dh_TD, dweight_VD, None, None, None, None, None, None)
 

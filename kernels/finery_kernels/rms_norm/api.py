@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finery_kernels.errors import UnsupportedError
+from finery_kernels.overlap import check_apart
 from finery_kernels.rms_norm import reference
 from finery_kernels.rms_norm.checks import as_rows, check_activation, check_like, check_parameter, check_vector, statistics_dtype
 
@@ -45,6 +46,7 @@ def rms_norm_forward(
             check_like(name, tensor, x_TD)
     if residual_out is not None and residual_TD is None:
         raise UnsupportedError("residual_out: given without residual_TD, wanted both or neither")
+    check_apart("out", out, "residual_out", residual_out)
     if x_TD.is_cuda:
         from finery_kernels.rms_norm import triton
 

@@ -64,6 +64,7 @@ class Precision(StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 class LoraBias(StrEnum):
@@ -269,8 +270,8 @@ class TrainingSpec(Spec):
     seed: int = Field(default=3407, ge=0, le=2**63 - 1, strict=True)
     """Of initialisation, shuffling and dropout."""
     precision: Precision = Precision.AUTO
-    """Of weights and arithmetic, whatever the files have. auto: bfloat16 on a GPU, float32 on a CPU. There is no float16: gradients do not
-    fit its range, and bfloat16 is as small."""
+    """Of weights and arithmetic, whatever the files have. auto: bfloat16 on a GPU, float32 on a CPU. float16, for adapters, scales the
+    loss, since gradients do not fit its range (arXiv:1710.03740); activations of a model made in bfloat16 may not fit either."""
     quantization: Quantization = Quantization.NONE
     """Of the decoder's frozen linear weights. nf4: 4 bits with doubly quantized scales (Dettmers et al., arXiv:2305.14314). int8:
     8 bits (arXiv:2208.07339)."""
@@ -312,6 +313,11 @@ def _conflicts(spec: TrainingSpec) -> Iterator[tuple[bool, str, str]]:
         is_full and spec.quantization is not Quantization.NONE,
         "quantization",
         f"got {spec.quantization.value} with method full, wanted none; only frozen weights can be quantized, as those of method lora",
+    )
+    yield (
+        is_full and spec.precision is Precision.FLOAT16,
+        "precision",
+        "got float16 with method full, wanted bfloat16 or float32; most updates are too small for a float16 weight to change by them",
     )
     yield is_full and spec.lora != LoraSpec(), "lora", "got an adapter's shape with method full, which has no adapter; leave it out"
     yield spec.dpo != DpoSpec() and not is_dpo, "dpo", f"got a loss with method {method}; leave it out, or use method dpo"

@@ -25,8 +25,9 @@ from finery_gateway.context import Gateway
 from finery_gateway.creates import Creates
 from finery_gateway.http_server import HttpServer, listen, loop_factory
 from finery_gateway.keys import KeyStore
+from finery_gateway.limit_table import LimitTable
 from finery_gateway.proxy import Proxy
-from finery_gateway.resources import AliasEvent, Route
+from finery_gateway.resources import Alias, AliasEvent, Route
 from finery_gateway.routes import Routes
 from finery_gateway.tables import migrate
 
@@ -99,6 +100,10 @@ class _Serving:
     async def resolve(self, project: str, *, model: str, after_epoch: int, timeout_s: float) -> Route:
         return self._route
 
+    async def all_aliases(self, project: str) -> AsyncIterator[Alias]:
+        return
+        yield  # pyright: ignore[reportUnreachable]
+
     async def watch_aliases(self, project: str) -> AsyncIterator[AliasEvent]:
         await asyncio.Event().wait()
         yield  # pyright: ignore[reportReturnType]
@@ -122,7 +127,8 @@ async def _serve(route: Route, listener: socket.socket, folder: str, pipe: Conne
     nothing = cast("Any", None)
     proxy = Proxy(Routes(cast("ServingClient", _Serving(route)), training=nothing, cold_wait_s=5), secret="s" * 40, timeout_s=60)
     files = cast("Any", type("NoFiles", (), {"limit_bytes": 1})())
-    gateway = Gateway(db, nothing, KeyStore(db), Creates(db), files, nothing, nothing, nothing, nothing, proxy)
+    limits = LimitTable.open(Path(folder) / "limits")
+    gateway = Gateway(db, nothing, KeyStore(db), limits, Creates(db), files, nothing, nothing, nothing, nothing, proxy)
     server = HttpServer(create_app(gateway, body_limit_bytes=1 << 20))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:  # noqa: ASYNC110 - uvicorn tells in no other way

@@ -60,7 +60,7 @@ def _start_http(
             await asyncio.gather(workers, return_exceptions=True)
 
         return workers, stop_workers
-    server = HttpServer(create_app(gateway, body_limit_bytes=settings.body_limit_bytes))
+    server = HttpServer(create_app(gateway, body_limit_bytes=settings.body_limit_bytes, log_content=settings.log_content))
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
 
     async def stop_serving() -> None:

@@ -18,6 +18,7 @@ from finery_gateway.errors import install_error_handlers
 from finery_gateway.middleware import BodyLimit, RequestMetrics
 from finery_gateway.native_api import conversions, datasets, deployments, installation
 from finery_gateway.openai_api import files, inference, jobs, models
+from finery_gateway.request_log import RequestLog
 
 SETTLE_INTERVAL_S = 300.0
 SWEEP_INTERVAL_S = 3600.0
@@ -26,8 +27,8 @@ _DESCRIPTION = "OpenAI-compatible under /v1, Finery's own under /api/v1."
 log = structlog.get_logger(__name__)
 
 
-def create_app(gateway: Gateway, *, body_limit_bytes: int) -> FastAPI:
-    """The app over `gateway`'s parts. `body_limit_bytes` holds for every body but an upload's."""
+def create_app(gateway: Gateway, *, body_limit_bytes: int, log_content: bool = False) -> FastAPI:
+    """The app over `gateway`'s parts. `body_limit_bytes` holds for every body but an upload's; `log_content` as in the settings."""
     # No docs from a script on the internet: /docs is our own page.
     app = FastAPI(title="Finery", version="1", description=_DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.gateway = gateway
@@ -37,6 +38,7 @@ def create_app(gateway: Gateway, *, body_limit_bytes: int) -> FastAPI:
         app.include_router(module.router)
     _add_health(app, gateway)
     app.add_middleware(BodyLimit, body_limit_bytes=body_limit_bytes, upload_limit_bytes=gateway.files.limit_bytes)
+    app.add_middleware(RequestLog, log_content=log_content)
     app.add_middleware(RequestMetrics)
     return app
 

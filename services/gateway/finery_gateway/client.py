@@ -265,10 +265,14 @@ class ServingClient(_Client):
         answer = await self._call(self._stub.ListDeployments, serving_pb2.ListDeploymentsRequest(), project=project)
         return tuple(ServedBase.from_proto(item) for item in answer.deployments)
 
-    async def deploy(self, project: str, *, alias: str, adapter: Artifact, etag: str, request_id: str) -> Alias:
+    async def deploy(
+        self, project: str, *, alias: str, adapter: Artifact, etag: str, request_id: str, canary_weight: int | None = None
+    ) -> Alias:
         """Answers at once; the alias' rollout tells how far it is."""
         ref = job_pb2.ArtifactRef(**adapter.model_dump())
-        request = serving_pb2.DeployAdapterRequest(parent=f"projects/{project}", alias=alias, adapter=ref, etag=etag, request_id=request_id)
+        request = serving_pb2.DeployAdapterRequest(
+            parent=f"projects/{project}", alias=alias, adapter=ref, etag=etag, request_id=request_id, canary_weight=canary_weight
+        )
         return Alias.from_proto(await self._call(self._stub.DeployAdapter, request, project=project))
 
     async def get_alias(self, project: str, *, alias: str) -> Alias:
@@ -294,6 +298,28 @@ class ServingClient(_Client):
     async def delete_alias(self, project: str, *, alias: str, etag: str = "") -> None:
         request = serving_pb2.DeleteAliasRequest(name=_name(project, "aliases", alias), etag=etag)
         await self._call(self._stub.DeleteAlias, request, project=project)
+
+    async def set_canary_weight(self, project: str, *, alias: str, weight: int, etag: str) -> Alias:
+        request = serving_pb2.SetCanaryWeightRequest(name=_name(project, "aliases", alias), weight=weight, etag=etag)
+        return Alias.from_proto(await self._call(self._stub.SetCanaryWeight, request, project=project))
+
+    async def promote(self, project: str, *, alias: str, etag: str, request_id: str) -> Alias:
+        """The canary serves the whole alias at once; the rollout tells when the old version is gone."""
+        request = serving_pb2.PromoteAliasRequest(name=_name(project, "aliases", alias), etag=etag, request_id=request_id)
+        return Alias.from_proto(await self._call(self._stub.PromoteAlias, request, project=project))
+
+    async def roll_back(self, project: str, *, alias: str, etag: str, request_id: str) -> Alias:
+        """The canary is gone at once; without one, the rollout tells how far the version before is."""
+        request = serving_pb2.RollBackAliasRequest(name=_name(project, "aliases", alias), etag=etag, request_id=request_id)
+        return Alias.from_proto(await self._call(self._stub.RollBackAlias, request, project=project))
+
+    async def pin(self, project: str, *, alias: str) -> Alias:
+        request = serving_pb2.PinAliasRequest(name=_name(project, "aliases", alias))
+        return Alias.from_proto(await self._call(self._stub.PinAlias, request, project=project))
+
+    async def unpin(self, project: str, *, alias: str) -> Alias:
+        request = serving_pb2.UnpinAliasRequest(name=_name(project, "aliases", alias))
+        return Alias.from_proto(await self._call(self._stub.UnpinAlias, request, project=project))
 
     def watch_aliases(self, project: str) -> AsyncIterator[AliasEvent]:
         request = serving_pb2.WatchAliasesRequest(parent=f"projects/{project}")

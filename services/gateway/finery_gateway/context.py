@@ -10,10 +10,12 @@ from fastapi import Depends, Request
 from finery_common.artifacts import ArtifactStore
 from finery_common.database import Database
 from finery_common.errors import UnauthenticatedError
+from finery_gateway.admission import Allowance
 from finery_gateway.client import ConversionClient, DatasetClient, ServingClient, TrainingClient
 from finery_gateway.creates import Attempt, Creates
 from finery_gateway.files import Files
 from finery_gateway.keys import KeyStore
+from finery_gateway.limit_table import LimitTable
 from finery_gateway.proxy import Proxy
 from finery_gateway.resources import FINAL_STATES
 
@@ -25,6 +27,7 @@ class Gateway:
     db: Database
     store: ArtifactStore
     keys: KeyStore
+    limits: LimitTable
     creates: Creates
     files: Files
     training: TrainingClient
@@ -53,13 +56,18 @@ async def gateway_of(request: Request) -> Gateway:
 
 
 async def project_of(request: Request, gateway: Annotated[Gateway, Depends(gateway_of)]) -> str:
-    """The caller's project. Raises UnauthenticatedError without a good key."""
+    """The caller's project, for a request that is now one of its key's.
+
+    Raises UnauthenticatedError without a good key, RateLimitedError where its key has had its requests of the minute.
+    """
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
         raise UnauthenticatedError("No API key; send the header `Authorization: Bearer sk-finery-…`.")
-    project = await gateway.keys.project_of(key.strip())
-    request.state.project = project
-    return project
+    grant = await gateway.keys.grant_of(key.strip())
+    allowance = Allowance(gateway.limits, key_id=grant.key_id, limits=grant.limits)
+    request.state.project, request.state.key_id, request.state.allowance = grant.project, grant.key_id, allowance
+    allowance.take_request()
+    return grant.project
 
 
 async def attempt_of(request: Request) -> Attempt:

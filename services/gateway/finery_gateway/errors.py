@@ -39,6 +39,16 @@ class PayloadTooLargeError(ResourceExhaustedError):
     default_code = "request_too_large"
 
 
+class RateLimitedError(ResourceExhaustedError):
+    """A limit of the caller's key. `limit` is what there was too much of: requests, tokens or streams."""
+
+    default_code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, limit: str, retry_after_s: float | None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.limit = limit
+
+
 class MethodNotAllowedError(InvalidArgumentError):
     """A known path, asked with the wrong method."""
 
@@ -51,13 +61,20 @@ def envelope(error: FineryError) -> dict[str, object]:
     status = http_status(error)
     body: dict[str, object] = {
         "message": error.message,
-        "type": _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
+        "type": _type(error, status=status),
         "param": error.param,
         "code": error.code,
     }
     if error.violations:
         body["violations"] = [{"field": item.field, "description": item.description, "line": item.line} for item in error.violations]
     return {"error": body}
+
+
+def _type(error: FineryError, *, status: int) -> str:
+    # As OpenAI has it: the limit that is in the way.
+    if isinstance(error, RateLimitedError):
+        return error.limit
+    return _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
 
 def http_status(error: FineryError) -> int:
@@ -74,7 +91,8 @@ def error_response(error: FineryError) -> JSONResponse:
     if error.retry_after_s is not None or isinstance(error, UnavailableError):
         wait_s = DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
         headers["retry-after"] = str(max(1, math.ceil(wait_s)))
-    if status in _NOT_REPEATED:
+    never_fits = isinstance(error, RateLimitedError) and error.retry_after_s is None
+    if status in _NOT_REPEATED or never_fits:
         headers["x-should-retry"] = "false"
     if status == 401:
         headers["www-authenticate"] = "Bearer"

@@ -164,11 +164,16 @@ class RequestFields(Closed):
     model: str = Field(min_length=1, max_length=512)
     """A base model being served, or an alias of the project."""
     user: Identifier | None = None
-    """Of no effect here, as the next two; kept since clients send it as a matter of course."""
+    """Who asks, as the next two tell: keeps a caller on one version where an alias has a canary (`caller`)."""
     safety_identifier: Identifier | None = None
     prompt_cache_key: Identifier | None = None
     service_tier: Literal["auto", "default"] | None = None
     """There is one tier."""
+
+    @property
+    def caller(self) -> str | None:
+        """Who asks, as far as the body says."""
+        return self.user or self.safety_identifier or self.prompt_cache_key
 
     @property
     def streams(self) -> bool:

@@ -12,7 +12,7 @@ import hmac
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 from fastapi.responses import Response
@@ -26,12 +26,15 @@ from finery_common.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from finery_gateway.admission import Admission, GenerationRecord, admitted
 from finery_gateway.errors import envelope
 from finery_gateway.metrics import FIRST_BYTE_SECONDS, RETRIED, STREAMS, TOKENS
 from finery_gateway.resources import Route
 from finery_gateway.routes import Routes
+from finery_gateway.splits import chosen, new_key
 from finery_gateway.upstream import Answer, Upstream, UpstreamError, UpstreamTimeoutError
 from finery_gateway.usage import BodyTap, ResponsesTap, StreamTap
+from finery_gateway.version_reports import Outcome, VersionReports
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
@@ -54,6 +57,10 @@ class Generation:
     """The client asked for the usage event of a stream."""
     calls_tools: bool = False
     """Only a vLLM that was started for tools may get it."""
+    sticky_key: str = field(default_factory=new_key)
+    """Whose request it is, where versions share an alias: one key stays on one version."""
+    record: GenerationRecord = field(default_factory=GenerationRecord, compare=False)
+    """Filled on the way."""
 
 
 class Proxy:
@@ -65,6 +72,11 @@ class Proxy:
         self._timeout_s = timeout_s
         self._upstreams: dict[str, Upstream] = {}
         self._cache_salts: dict[str, str] = {}
+
+    @property
+    def reports(self) -> VersionReports:
+        """What has been counted of each version of an alias."""
+        return self._routes.reports
 
     async def close(self) -> None:
         """Closes every connection that is not in use."""
@@ -79,12 +91,17 @@ class Proxy:
         FineryError where there is no answer with status 200.
         """
         failure: FineryError | None = None
+        version = generation.model
         for _ in range(2):
-            route = await self._routes.route(generation.project, generation.model)
+            known = await self._routes.route(generation.project, generation.model)
+            route = chosen(known, key=generation.sticky_key)
+            version = route.version
+            generation.record.version = version
             try:
                 response = await self._send(generation, route)
             except UpstreamTimeoutError as error:
                 # It works on it, or hangs; a second try would only double the work.
+                self._count(generation, version, "failed")
                 raise DeadlineExceededError(f"{generation.model} gave no answer in time; ask for fewer tokens, or stream.") from error
             except UpstreamError as error:
                 log.warning("vLLM did not answer", error=repr(error), version=route.version)
@@ -94,11 +111,16 @@ class Proxy:
                     return response
                 failure = await _failure(response, generation, version=route.version)
                 if not _is_outdated(response):
+                    self._count(generation, version, "refused" if failure.http_status < 500 else "failed")
                     raise failure
                 cause = "retired" if response.status == 409 else "token"
             RETRIED.labels(cause).inc()
-            self._routes.forget(generation.project, generation.model, route=route)
+            self._routes.forget(generation.project, generation.model, route=known)
+        self._count(generation, version, "failed")
         raise _not_there(generation.model) from failure
+
+    def _count(self, generation: Generation, version: str, outcome: Outcome) -> None:
+        self.reports.of(generation.project, generation.model, version).count(outcome)
 
     async def _send(self, generation: Generation, route: Route) -> Answer:
         body = {**generation.body, "model": route.version, "cache_salt": self._cache_salt(generation.project)}
@@ -133,8 +155,13 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.perf_counter()
-        with STREAMS.track_inprogress():
-            relay = asyncio.ensure_future(self._relay(send, started_s=started_s))
+        generation = self._generation
+        scope.setdefault("state", {})["generation"] = generation
+        with (
+            admitted(scope, path=generation.path, body=generation.body, record=generation.record, streams=generation.streams) as admission,
+            STREAMS.track_inprogress(),
+        ):
+            relay = asyncio.ensure_future(self._relay(send, started_s=started_s, admission=admission))
             gone = asyncio.ensure_future(_disconnected(receive))
             try:
                 await asyncio.wait((relay, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -143,34 +170,48 @@ class GenerationResponse(Response):
                 for task in (relay, gone):
                     task.cancel()
                 results = await asyncio.gather(relay, gone, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+            for result in results:
+                if isinstance(result, Exception):
+                    raise result
 
-    async def _relay(self, send: Send, *, started_s: float) -> None:
+    async def _relay(self, send: Send, *, started_s: float, admission: Admission | None) -> None:
         generation = self._generation
         response = await self._proxy.open(generation)
+        version = generation.record.version
+        outcome: Outcome = "cancelled"
+        report = self._proxy.reports.of(generation.project, generation.model, version)
         tap = _tap(generation)
         try:
             content_type = response.headers.get("content-type", "application/json").encode("latin-1")
             headers = [(b"content-type", content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+            headers.append((b"x-finery-version", version.encode()))
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
                 chunk = await response.read()
-                FIRST_BYTE_SECONDS.labels(generation.path).observe(time.perf_counter() - started_s)
+                first_byte_s = time.perf_counter() - started_s
+                FIRST_BYTE_SECONDS.labels(generation.path).observe(first_byte_s)
+                report.first_byte.observe(first_byte_s)
                 while chunk:
+                    if admission is not None:
+                        admission.saw(chunk)
                     if out := tap.feed(chunk):
                         await send({"type": "http.response.body", "body": out, "more_body": True})
                     chunk = await response.read()
             except UpstreamError as error:
                 log.warning("vLLM broke off an answer", error=repr(error), model=generation.model)
+                outcome = "failed"
                 if not generation.streams:
                     raise
                 # What was held back is half an event; the error takes its place.
                 await send({"type": "http.response.body", "body": _broken_off(generation.model), "more_body": False})
             else:
                 await send({"type": "http.response.body", "body": tap.end(), "more_body": False})
+                outcome = "answered"
+                report.whole.observe(time.perf_counter() - started_s)
         finally:
+            report.finish(outcome, tap.usage)
+            generation.record.prompt_tokens = tap.usage.prompt_tokens
+            generation.record.completion_tokens = tap.usage.completion_tokens
             response.close()
             TOKENS.labels(generation.project, "prompt").inc(tap.usage.prompt_tokens)
             TOKENS.labels(generation.project, "completion").inc(tap.usage.completion_tokens)

@@ -205,6 +205,22 @@ class Rollout(Resource):
     version: str = ""
     error: JobError | None = None
     swap_seconds: float = 0.0
+    canary_weight: int = 0
+    """The share that was asked for in percent; 0 for the whole alias."""
+
+
+class Canary(Resource):
+    version: str
+    adapter: Artifact | None = None
+    job_id: str = ""
+    weight: int
+    """Percent of the alias' requests."""
+
+
+class PreviousVersion(Resource):
+    version: str
+    adapter: Artifact | None = None
+    job_id: str = ""
 
 
 class Alias(Named):
@@ -217,6 +233,12 @@ class Alias(Named):
     epoch: int = 0
     rollout: Rollout = Rollout()
     job_id: str = ""
+    canary: Canary | None = None
+    """Answers its share of the requests beside `version`."""
+    previous: PreviousVersion | None = None
+    """What served before, to which a roll back leads."""
+    pinned: bool = False
+    """`version` is kept loaded."""
     create_time: datetime | None = None
     update_time: datetime | None = None
 
@@ -243,6 +265,12 @@ class ServedBase(Resource):
     max_model_len: int = 0
 
 
+class RouteTarget(Resource):
+    version: str
+    weight: int
+    """Percent."""
+
+
 class Route(Resource):
     """Where a request for one model goes. Never leaves the gateway: it holds the replica's token."""
 
@@ -250,5 +278,7 @@ class Route(Resource):
     epoch: int = 0
     replica_address: str
     replica_token: str = Field("", repr=False)
+    targets: tuple[RouteTarget, ...] = ()
+    """The versions that requests are split over; `version` is the first."""
     base_model: str = ""
     max_model_len: int = 0

@@ -1,4 +1,5 @@
-"""Which vLLM answers for a model: routes from the serving service, remembered, and dropped as soon as an alias changes.
+"""Which vLLM answers for a model: routes from the serving service, remembered, and dropped as soon as an alias changes; with them goes
+what was counted of versions that are gone.
 
 A forgotten or outdated route costs one refused request: vLLM's middleware refuses a retired version, and the proxy asks again. So the
 watch below is for speed, never for correctness.
@@ -10,13 +11,15 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import structlog
 
 from finery_common.errors import DeadlineExceededError, FineryError, NotFoundError, UnavailableError
 from finery_gateway.client import ServingClient, TrainingClient
-from finery_gateway.resources import Route
+from finery_gateway.resources import Alias, AliasEvent, Route
+from finery_gateway.splits import targets_of
+from finery_gateway.version_reports import VersionReports
 
 ROUTE_TTL_S = 30.0
 _WATCH_AGAIN_S = 1.0
@@ -41,6 +44,7 @@ class Routes:
         self._known: dict[_Key, tuple[Route, float]] = {}
         self._asking: dict[_Key, asyncio.Task[Route]] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
+        self.reports = VersionReports()
 
     async def route(self, project: str, model: str) -> Route:
         """Where a request for `model` goes now.
@@ -103,6 +107,9 @@ class Routes:
         self._known[key] = (route, self._clock() + ROUTE_TTL_S)
         return route
 
+    async def _all_versions(self, project: str) -> dict[str, Set[str]]:
+        return {alias.alias: _versions(alias) async for alias in self._serving.all_aliases(project)}
+
     async def _deployment_state(self, project: str, model: str) -> str | None:
         """How far the deployment of a job's own model is: the job succeeds a moment before serving hears of its model."""
         job_hex = _JOB_MODEL.fullmatch(model)
@@ -120,14 +127,26 @@ class Routes:
         )
 
     async def _watch(self, project: str) -> None:
+        # It outlives the request that began it.
+        structlog.contextvars.unbind_contextvars("request_id")
         while True:
             with contextlib.suppress(FineryError):
+                # A watch tells of what is there, not of what was deleted before it began.
+                self.reports.keep_aliases(project, await self._all_versions(project))
                 async for event in self._serving.watch_aliases(project):
-                    key = (project, event.alias.alias)
-                    known = self._known.get(key)
-                    if known is not None and (event.deleted or event.alias.version != known[0].version):
-                        del self._known[key]
+                    self._changed(project, event)
             log.info("the watch of aliases ended; starting it again", project=project)
             for key in [key for key in self._known if key[0] == project]:
                 del self._known[key]
             await asyncio.sleep(_WATCH_AGAIN_S)
+
+    def _changed(self, project: str, event: AliasEvent) -> None:
+        key = (project, event.alias.alias)
+        known = self._known.get(key)
+        if known is not None and (event.deleted or targets_of(event.alias) != known[0].targets):
+            del self._known[key]
+        self.reports.keep(project, event.alias.alias, frozenset() if event.deleted else _versions(event.alias))
+
+
+def _versions(alias: Alias) -> Set[str]:
+    return {target.version for target in targets_of(alias)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from pydantic import Field
 
@@ -24,6 +25,8 @@ class GatewaySettings(ServiceSettings):
     """The largest body of any other request."""
     cold_wait_s: float = 30.0
     """How long a request waits for a model that is being loaded before it gets a 503."""
+    log_content: bool = False
+    """Also logs what was asked and answered, in the line of each generation. What users write is then in the log."""
     generation_timeout_s: float = 600.0
     """How long vLLM may be silent within one request."""
     gateway_workers: int = Field(default=0, ge=0, le=64)
@@ -33,3 +36,8 @@ class GatewaySettings(ServiceSettings):
     def num_workers(self) -> int:
         """As many as are to run."""
         return self.gateway_workers or min(4, max(1, len(os.sched_getaffinity(0)) // 4))
+
+    @property
+    def limits_file(self) -> Path:
+        """Where this machine's gateway processes count what keys use. Another layout of the file takes another name."""
+        return self.state_dir / "run" / "limits-1"

@@ -28,6 +28,9 @@ class ApiKeyRow(Base):
     hint: Mapped[str] = mapped_column(sa.String(16))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime())
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    requests_per_minute: Mapped[int | None] = mapped_column(sa.BigInteger())
+    tokens_per_minute: Mapped[int | None] = mapped_column(sa.BigInteger())
+    concurrent_streams: Mapped[int | None] = mapped_column(sa.BigInteger())
 
 
 class FileRow(Base):

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+from prometheus_client import REGISTRY
+
 from finery_common.artifacts import ArtifactStore
 from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError
@@ -16,6 +18,7 @@ from finery_gateway.context import Gateway
 from finery_gateway.creates import Creates
 from finery_gateway.files import Files
 from finery_gateway.keys import KeyStore
+from finery_gateway.limit_table import LimitTable
 from finery_gateway.proxy import Proxy
 from finery_gateway.routes import Routes
 from finery_gateway.server import CALLER, Targets
@@ -30,6 +33,8 @@ async def open_gateway(settings: GatewaySettings, *, migrates: bool) -> AsyncIte
     signer = TokenSigner(secret)
     targets = targets_of(settings)
     async with contextlib.AsyncExitStack() as stack:
+        limits = LimitTable.open(settings.limits_file)
+        stack.callback(limits.close)
         db = await Database.open(settings.service_database_url("gateway"), schema="gateway")
         stack.push_async_callback(db.close)
         if migrates:
@@ -51,10 +56,13 @@ async def open_gateway(settings: GatewaySettings, *, migrates: bool) -> AsyncIte
         routes = Routes(serving, training=training, cold_wait_s=settings.cold_wait_s)
         proxy = Proxy(routes, secret=secret, timeout_s=settings.generation_timeout_s)
         stack.push_async_callback(proxy.close)
+        REGISTRY.register(proxy.reports)
+        stack.callback(REGISTRY.unregister, proxy.reports)
         yield Gateway(
             db=db,
             store=store,
             keys=keys,
+            limits=limits,
             creates=creates,
             files=Files(db, store=store, creates=creates, limit_bytes=settings.upload_limit_bytes),
             training=training,

@@ -115,7 +115,7 @@ async def _serve(settings: GatewaySettings, *, descriptor: int, number: int) -> 
     # The parent has the port that the settings name; Prometheus finds this one by its file.
     metrics_port = serve_metrics(host=settings.metrics_host, port=0)
     async with open_gateway(settings, migrates=False) as gateway:
-        server = HttpServer(create_app(gateway, body_limit_bytes=settings.body_limit_bytes))
+        server = HttpServer(create_app(gateway, body_limit_bytes=settings.body_limit_bytes, log_content=settings.log_content))
         with _announced(settings, number=number, port=metrics_port):
             serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
             log.info("a worker serves HTTP", metrics_port=metrics_port)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import secrets
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,7 @@ from finery_common.errors import (
     AbortedError,
     AlreadyExistsError,
     DeadlineExceededError,
+    FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
     UnavailableError,
@@ -43,6 +45,7 @@ from finery_gateway.context import Gateway
 from finery_gateway.creates import Creates
 from finery_gateway.files import Files
 from finery_gateway.keys import KeyStore
+from finery_gateway.limit_table import LimitTable
 from finery_gateway.proxy import Proxy
 from finery_gateway.routes import Routes
 from finery_gateway.server import CALLER, PublicRpc, Targets
@@ -168,7 +171,24 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
         self.aliases: dict[str, serving_pb2.Alias] = {}
         self.resolved: list[str] = []
         self.cold: set[str] = set()
+        self.loading: asyncio.Event | None = None
         self.changed = asyncio.Event()
+        self.requests: list[tuple[str, str]] = []
+
+    def split(self, project: str, alias: str, version: str, *, weight: int) -> serving_pb2.Alias:
+        """Makes `version` the alias' canary, or changes its weight; 0 drops it."""
+        made = self.aliases[f"projects/{project}/aliases/{alias}"]
+        if weight:
+            made.canary.version, made.canary.weight = version, weight
+        else:
+            made.ClearField("canary")
+        self._touch(made)
+        return made
+
+    def _touch(self, alias: serving_pb2.Alias) -> None:
+        alias.epoch += 1
+        alias.etag = f"e{alias.epoch}"
+        self.changed.set()
 
     def flip(self, project: str, alias: str, version: str, *, job_id: str = "") -> serving_pb2.Alias:
         name = f"projects/{project}/aliases/{alias}"
@@ -190,7 +210,39 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
         name = f"projects/{require_project()}/aliases/{request.alias}"
         if request.etag and (name not in self.aliases or self.aliases[name].etag != request.etag):
             raise AbortedError("the alias has another etag")
-        return self.flip(require_project(), request.alias, f"{request.adapter.prefix.split('/')[-2]}-cafe0123")
+        version = f"{request.adapter.prefix.split('/')[-2]}-cafe0123"
+        if request.HasField("canary_weight"):
+            return self.split(require_project(), request.alias, version, weight=request.canary_weight)
+        return self.flip(require_project(), request.alias, version)
+
+    def _change(self, method: str, request) -> serving_pb2.Alias:
+        alias = self._find(request.name)
+        if request.etag and request.etag != alias.etag:
+            raise AbortedError("the alias has another etag")
+        self.requests.append((method, getattr(request, "request_id", "")))
+        return alias
+
+    async def SetCanaryWeight(self, request, context):
+        alias = self._change("SetCanaryWeight", request)
+        return self.split(require_project(), alias.alias, alias.canary.version, weight=request.weight)
+
+    async def PromoteAlias(self, request, context):
+        alias = self._change("PromoteAlias", request)
+        if not alias.HasField("canary"):
+            raise FailedPreconditionError("the alias has no canary")
+        alias.previous.version, alias.version = alias.version, alias.canary.version
+        return self.split(require_project(), alias.alias, "", weight=0)
+
+    async def RollBackAlias(self, request, context):
+        return self.split(require_project(), self._change("RollBackAlias", request).alias, "", weight=0)
+
+    async def PinAlias(self, request, context):
+        self._find(request.name).pinned = True
+        return self._find(request.name)
+
+    async def UnpinAlias(self, request, context):
+        self._find(request.name).pinned = False
+        return self._find(request.name)
 
     def _find(self, name: str) -> serving_pb2.Alias:
         parse_name(name, collection="aliases", project=require_project())
@@ -221,13 +273,23 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
 
     async def ResolveModel(self, request, context):
         self.resolved.append(request.model)
+        if self.loading is not None:
+            await self.loading.wait()
         if request.model in self.cold:
             raise DeadlineExceededError("still loading")
         if request.model == BASE:
             return serving_pb2.Route(version=BASE, replica_address=self.address, replica_token=REPLICA_TOKEN, base_model=BASE)
         alias = self._find(f"{request.parent}/aliases/{request.model}")
+        targets = [serving_pb2.RouteTarget(version=alias.version, weight=100 - alias.canary.weight)]
+        if alias.HasField("canary"):
+            targets.append(serving_pb2.RouteTarget(version=alias.canary.version, weight=alias.canary.weight))
         return serving_pb2.Route(
-            version=alias.version, epoch=alias.epoch, replica_address=self.address, replica_token=REPLICA_TOKEN, base_model=BASE
+            version=alias.version,
+            epoch=alias.epoch,
+            replica_address=self.address,
+            replica_token=REPLICA_TOKEN,
+            base_model=BASE,
+            targets=targets,
         )
 
 
@@ -291,6 +353,11 @@ class FakeVllm:
     break_off: bool = False
     embeds: bool = False
     paths: list[str] = field(default_factory=list)
+    go_on: asyncio.Event | None = None
+    """Where set, a stream says its version in each chunk, and waits for this before the second."""
+    silent: bool = False
+    """It takes the request, and then nothing comes."""
+    busy: asyncio.Event = field(default_factory=asyncio.Event)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope, receive, send) -> None:
@@ -308,6 +375,9 @@ class FakeVllm:
             await self._json(send, 401, {"error": {"message": "token"}})
         elif headers["x-finery-version"] not in self.admitted:
             await self._json(send, 409, {"error": {"message": "retired"}}, retired=True)
+        elif self.silent:
+            self.busy.set()
+            await self._until_the_client_leaves(receive)
         elif self.error is not None:
             await self._json(send, self.error[0], self.error[1])
         elif scope["path"] == "/v1/responses":
@@ -315,7 +385,13 @@ class FakeVllm:
         elif scope["path"] == "/v1/embeddings":
             await self._embeddings(send, fields, alias=headers["x-finery-alias"])
         elif fields.get("stream"):
-            await self._stream(receive, send, alias=headers["x-finery-alias"], include_usage=bool(fields.get("stream_options")))
+            await self._stream(
+                receive,
+                send,
+                alias=headers["x-finery-alias"],
+                version=headers["x-finery-version"],
+                include_usage=bool(fields.get("stream_options")),
+            )
         else:
             message = {"role": "assistant", "content": "Paris"}
             choice = {"index": 0, "message": message, "text": "Paris", "finish_reason": "stop"}
@@ -380,26 +456,33 @@ class FakeVllm:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _until_the_client_leaves(self, receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.aborted.set()
+
     async def _json(self, send, status, body, *, retired=False) -> None:
         extra = [(b"x-finery-retired", b"1")] if retired else []
         await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json"), *extra]})
         await send({"type": "http.response.body", "body": json.dumps(body, separators=(",", ":")).encode()})
 
-    async def _stream(self, receive, send, *, alias, include_usage) -> None:
+    async def _stream(self, receive, send, *, alias, version, include_usage) -> None:
         async def event(data) -> None:
             text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
             await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
 
         head = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": alias}
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
-        for word in ("Par", "is"):
+        for number, word in enumerate(("Par", "is")):
+            if self.go_on is not None:
+                word = version
+                if number:
+                    await self.go_on.wait()
             await event({**head, "choices": [{"index": 0, "delta": {"content": word}, "text": word, "finish_reason": None}]})
         if self.break_off:
             raise ConnectionResetError("vLLM dies here")
         if self.endless:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            self.aborted.set()
+            await self._until_the_client_leaves(receive)
             return
         if include_usage:
             await event({**head, "choices": [], "usage": {"prompt_tokens": 7, "total_tokens": 9, "completion_tokens": 2}})
@@ -430,6 +513,20 @@ async def _running(app, **options) -> AsyncIterator[int]:
         await serving
 
 
+class Clock:
+    """The clock of the keys' limits: it stands, unless a test lets it run."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self._running_since_s: float | None = None
+
+    def run(self) -> None:
+        self._running_since_s = time.monotonic()
+
+    def __call__(self) -> float:
+        return self.now_s + (0.0 if self._running_since_s is None else time.monotonic() - self._running_since_s)
+
+
 @dataclass
 class World:
     """Everything a test touches."""
@@ -444,6 +541,7 @@ class World:
     conversions: FakeConversions
     vllm: FakeVllm
     project: str
+    clock: Clock
 
     def client(self, api_key: str | None = None, *, max_retries: int = 0) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key or self.api_key, max_retries=max_retries)
@@ -454,7 +552,13 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
+def log_content() -> bool:
+    """A test may log content by its own fixture of this name."""
+    return False
+
+
+@pytest.fixture
+async def world(tmp_path: Path, object_store, log_content: bool) -> AsyncIterator[World]:
     async with contextlib.AsyncExitStack() as stack:
         vllm = FakeVllm()
         uds = str(tmp_path / "v.sock")
@@ -482,6 +586,9 @@ async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
         stack.push_async_callback(db.close)
         await migrate(db)
         keys, creates = KeyStore(db), Creates(db)
+        clock = Clock()
+        limits = LimitTable.open(tmp_path / "limits", clock=clock)
+        stack.callback(limits.close)
         serving_client = ServingClient(channel)
         training_client = TrainingClient(channel)
         proxy = Proxy(Routes(serving_client, training=training_client, cold_wait_s=1), secret="s" * 40, timeout_s=10)
@@ -490,6 +597,7 @@ async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
             db=db,
             store=object_store,
             keys=keys,
+            limits=limits,
             creates=creates,
             files=Files(db, store=object_store, creates=creates, limit_bytes=UPLOAD_LIMIT_BYTES),
             training=training_client,
@@ -504,9 +612,9 @@ async def world(tmp_path: Path, object_store) -> AsyncIterator[World]:
         rpc = PublicRpc(address="127.0.0.1:0", targets=targets, keys=keys, signer=SIGNER)
         grpc_port = await rpc.start()
         stack.push_async_callback(partial(rpc.stop, drain_s=0))
-        port = await stack.enter_async_context(_running(create_app(gateway, body_limit_bytes=BODY_LIMIT_BYTES)))
+        port = await stack.enter_async_context(_running(create_app(gateway, body_limit_bytes=BODY_LIMIT_BYTES, log_content=log_content)))
         url, grpc_address = f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}"
-        yield World(url, grpc_address, api_key, gateway, training, serving, datasets, conversions, vllm, project)
+        yield World(url, grpc_address, api_key, gateway, training, serving, datasets, conversions, vllm, project, clock)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from finery_common.errors import AlreadyExistsError, InvalidArgumentError, NotFo
 from finery_gateway import keys as keys_module
 from finery_gateway.creates import Attempt, Creates
 from finery_gateway.keys import CACHE_TTL_S, KeyStore
+from finery_gateway.limits import KeyLimits
 from finery_gateway.tables import ApiKeyRow, Base, migrate
 
 
@@ -62,6 +63,43 @@ async def test_a_revoked_key_ends_everywhere_within_the_caches_life(db):
     now_s[0] += CACHE_TTL_S
     with pytest.raises(UnauthenticatedError):
         await there.project_of(text)
+
+
+async def test_limits_are_kept_with_the_key_and_changed_one_by_one(db):
+    now_s = [0.0]
+    here, there = KeyStore(db, clock=lambda: now_s[0]), KeyStore(db, clock=lambda: now_s[0])
+    made, text = await here.create("alpha", limits=KeyLimits(requests_per_minute=60, concurrent_streams=2))
+    assert made.limits == (await here.list("alpha"))[0].limits == KeyLimits(requests_per_minute=60, concurrent_streams=2)
+    assert (await there.grant_of(text)).limits == made.limits
+    changed = await here.update("alpha", key_id=made.id, limits={"tokens_per_minute": 10**9, "requests_per_minute": None})
+    assert changed.limits == (await here.grant_of(text)).limits == KeyLimits(tokens_per_minute=10**9, concurrent_streams=2)
+    assert (await there.grant_of(text)).limits == made.limits
+    now_s[0] += CACHE_TTL_S
+    assert (await there.grant_of(text)).limits == changed.limits
+    for project, limits, error in (
+        ("beta", {"requests_per_minute": 1}, NotFoundError),
+        ("alpha", {"requests_per_minute": 0}, InvalidArgumentError),
+        ("alpha", {}, InvalidArgumentError),
+    ):
+        with pytest.raises(error):
+            await here.update(project, key_id=made.id, limits=limits)
+    assert (await here.list("alpha"))[0].limits == changed.limits
+    assert (await here.create("alpha"))[0].limits == KeyLimits()
+
+
+async def test_keys_made_before_there_were_limits_are_unlimited(database):
+    await migrate(database)
+    # As the first revision left it.
+    async with database.begin() as session:
+        for name in ("requests_per_minute", "tokens_per_minute", "concurrent_streams"):
+            await session.execute(sa.text(f"ALTER TABLE api_keys DROP COLUMN {name}"))
+        await session.execute(sa.text("UPDATE gateway_version SET version_num = '0001'"))
+        old = {"id": "key-old", "project": "alpha", "digest": hashlib.sha256(b"sk-finery-old").hexdigest(), "at": "2026-01-01 00:00:00"}
+        insert = "INSERT INTO api_keys (id, project, digest, hint, created_at) VALUES (:id, :project, :digest, 'yold', :at)"
+        await session.execute(sa.text(insert), old)
+    await migrate(database)
+    grant = await KeyStore(database).grant_of("sk-finery-old")
+    assert (grant.key_id, grant.project, grant.limits) == ("key-old", "alpha", KeyLimits())
 
 
 async def test_the_first_key_is_written_once_for_its_owner_only(db, tmp_path):
@@ -135,6 +173,20 @@ def test_the_command_makes_lists_and_revokes_keys(tmp_path, monkeypatch, capsys)
     assert keys_module.main(["list"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["project"], shown["hint"], shown["revoked_at"]) == ("alpha", text[-4:], None)
+    assert shown["limits"] == {"requests_per_minute": None, "tokens_per_minute": None, "concurrent_streams": None}
+    which = ["--project", "alpha", "--id", shown["id"]]
+    assert keys_module.main(["update", *which, "--tokens-per-minute", "5000", "--concurrent-streams", "3"]) == 0
+    assert keys_module.main(["update", *which, "--concurrent-streams", "unlimited"]) == 0
+    updated = [json.loads(line)["limits"] for line in capsys.readouterr().out.splitlines()]
+    assert [limits["concurrent_streams"] for limits in updated] == [3, None]
+    assert [limits["tokens_per_minute"] for limits in updated] == [5000, 5000]
+    assert keys_module.main(["update", *which, "--requests-per-minute", "0"]) == 1
+    assert "requests_per_minute: got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        keys_module.main(["update", *which, "--requests-per-minute", "many"])
+    assert "got 'many', wanted a whole number or `unlimited`" in capsys.readouterr().err
+    assert keys_module.main(["update", *which]) == 1
+    assert "No limit was named" in capsys.readouterr().err
     assert keys_module.main(["revoke", "--project", "alpha", "--id", shown["id"]]) == 0
     assert json.loads(capsys.readouterr().out)["revoked_at"] is not None
     assert keys_module.main(["revoke", "--project", "alpha", "--id", shown["id"]]) == 1

@@ -64,9 +64,13 @@ async def test_it_starts_writes_the_first_key_answers_and_drains(environment, tm
     async with httpx.AsyncClient() as plain:
         assert "finery_gateway_requests_total" in (await plain.get(f"http://127.0.0.1:{line['metrics_port']}/metrics")).text
     process.send_signal(signal.SIGTERM)
-    out, _ = await asyncio.wait_for(process.communicate(), 25)
+    out, err = await asyncio.wait_for(process.communicate(), 25)
     assert process.returncode == 0
     assert out == b""
+    lines = [json.loads(line) for line in err.splitlines()]
+    requests = [(line["route"], line["status"], line["service"]) for line in lines if line["event"] == "request"]
+    assert requests == [("/v1/files", 200, "gateway"), ("/v1/models", 503, "gateway")]
+    assert key.encode() not in err
 
 
 async def _until(process: asyncio.subprocess.Process, event: str, *, times: int = 1) -> list[dict]:

@@ -61,7 +61,13 @@ async def _serve(settings: ServingSettings) -> None:
         )
         REGISTRY.register(ReplicaCollector(runtime.socket, replica=runtime.replica_id, admin_token=runtime.admin_token))
         servicer = ServingServicer(
-            services.aliases, routes=services.routes, process=agent.process, residency=services.residency, base=base, changes=agent.changes
+            services.aliases,
+            releases=services.releases,
+            routes=services.routes,
+            process=agent.process,
+            residency=services.residency,
+            base=base,
+            changes=agent.changes,
         )
         server = RpcServer(address=settings.grpc_address, servicers=[servicer_of(servicer)], authenticate=token_authenticator(signer))
         await server.start()

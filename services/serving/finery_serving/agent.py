@@ -18,6 +18,7 @@ from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
 from finery_serving.preflight import BaseModel
 from finery_serving.reconcile import Reconciler
+from finery_serving.releases import Releases
 from finery_serving.residency import Residency
 from finery_serving.rollout import RolloutRunner
 from finery_serving.routes import Routes
@@ -31,6 +32,7 @@ class Services:
     """What the gRPC face calls, and the task of reconciling, which never ends by itself."""
 
     aliases: AliasStore
+    releases: Releases
     routes: Routes
     residency: Residency
     task: asyncio.Task[None]
@@ -81,7 +83,7 @@ class Agent:
         )
         routes = Routes(aliases, process=self.process, residency=residency, staging=staging, client=self.client, changes=changes)
         async with _background(reconciler.run(), name="reconciler") as task:
-            yield Services(aliases, routes, residency, task)
+            yield Services(aliases, Releases(database, changes=changes), routes, residency, task)
 
 
 @asynccontextmanager

@@ -1,6 +1,7 @@
 """Aliases and rollouts in the database: the desired state, which outlives every process.
 
-Owns idempotent deploys, the flip by compare-and-swap, and the order of rollouts of one alias. Leaves carrying them out to `rollout`.
+Owns idempotent deploys, flips and canaries by compare-and-swap, and the order of rollouts of one alias. Leaves carrying them out to
+`rollout`, and what people decide of a version that serves already to `releases`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from finery_common.artifacts import ArtifactRef
 from finery_common.database import Database
-from finery_common.errors import AbortedError, AlreadyExistsError, InvalidArgumentError, NotFoundError
+from finery_common.errors import AbortedError, AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from finery_serving.changes import Changes
 from finery_serving.tables import AliasRow, RolloutRow
 
@@ -28,6 +29,7 @@ _ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,256}")
 _ADAPTER_PREFIX = re.compile(r"projects/(?P<project>[^/]+)/adapters/(?P<job_id>[A-Za-z0-9_][A-Za-z0-9_-]*)-(?P<step>[0-9]+)/")
 _MAX_REQUEST_ID = 128
 _MAX_PAGE_SIZE = 1000
+_MAX_CANARY_WEIGHT = 99
 
 
 class RolloutState(StrEnum):
@@ -40,25 +42,31 @@ class RolloutState(StrEnum):
     DRAINING = "DRAINING"
     READY = "READY"
     FAILED = "FAILED"
+    CANARY = "CANARY"
+    ROLLED_BACK = "ROLLED_BACK"
 
     @property
     def is_final(self) -> bool:
         """Nothing follows."""
-        return self in (RolloutState.READY, RolloutState.FAILED)
+        return self in (RolloutState.READY, RolloutState.FAILED, RolloutState.ROLLED_BACK)
 
     @property
     def is_before_flip(self) -> bool:
-        """The alias may still change by it."""
-        return not self.is_final and self != RolloutState.DRAINING
+        """The alias may still change by it, without anybody's word."""
+        return not self.is_final and self not in (RolloutState.DRAINING, RolloutState.CANARY)
 
 
-_BEFORE_FLIP = [state.value for state in RolloutState if state.is_before_flip]
+BEFORE_FLIP = [state.value for state in RolloutState if state.is_before_flip]
 _ACTIVE = [state.value for state in RolloutState if not state.is_final]
+_AT_WORK = [state for state in _ACTIVE if state != RolloutState.CANARY]
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A version on its way to an alias. `swap_s` is from staged to flipped, in seconds."""
+    """A version on its way to an alias. `swap_s` is from staged to flipped, in seconds.
+
+    `canary_weight` is the share that it asks for in percent, 0 for the whole alias; `replaced` what it took the alias from, or "".
+    """
 
     number: int
     project: str
@@ -69,11 +77,25 @@ class Rollout:
     state: RolloutState
     error: Mapping[str, object] | None
     swap_s: float | None
+    canary_weight: int
+    replaced: str
+
+
+@dataclass(frozen=True)
+class Served:
+    """A version that an alias serves, or has served, and where it comes from."""
+
+    version: str
+    job_id: str
+    adapter: ArtifactRef
 
 
 @dataclass(frozen=True)
 class Alias:
-    """A public model name of a project. `version` and `adapter` are empty before the first flip, which `epoch` counts."""
+    """A public model name of a project. `version` and `adapter` are empty before the first flip; `epoch` counts what changes routes.
+
+    `canary` answers `canary_weight` percent of the requests; `previous` served before `version`.
+    """
 
     project: str
     alias: str
@@ -84,8 +106,19 @@ class Alias:
     etag: str
     epoch: int
     rollout: Rollout
+    canary: Served | None
+    canary_weight: int
+    previous: Served | None
+    pinned: bool
     created_at: datetime
     updated_at: datetime
+
+    @property
+    def serving(self) -> tuple[Served, ...]:
+        """What answers requests: the version, then its canary."""
+        if self.adapter is None:
+            return ()
+        return Served(self.version, self.job_id, self.adapter), *([] if self.canary is None else [self.canary])
 
 
 def version_of(adapter: ArtifactRef) -> tuple[str, str]:
@@ -109,16 +142,30 @@ class AliasStore:
         self._db = database
         self._changes = changes
 
-    async def deploy(self, project: str, alias: str, *, adapter: ArtifactRef, base_model: str, request_id: str, etag: str = "") -> Alias:
-        """Records that `adapter` shall serve under `alias`, which is made where it does not exist.
+    async def deploy(
+        self,
+        project: str,
+        alias: str,
+        *,
+        adapter: ArtifactRef,
+        base_model: str,
+        request_id: str,
+        etag: str = "",
+        canary_weight: int | None = None,
+    ) -> Alias:
+        """Records that `adapter` shall serve under `alias`, which is made where it does not exist, or be its canary.
 
         The same request id and body answer the same rollout's alias. Raises InvalidArgumentError, AlreadyExistsError (the request id was
-        used for something else), NotFoundError (repeated after the alias was deleted; or another project's adapter), AbortedError (`etag`).
+        used for something else), NotFoundError (repeated after the alias was deleted; or another project's adapter), AbortedError
+        (`etag`), FailedPreconditionError (a canary beside nothing or beside itself).
         """
         _check_deploy(project, alias, adapter=adapter, base_model=base_model, request_id=request_id)
         version, job_id = version_of(adapter)
-        body = json.dumps([alias, adapter.model_dump(mode="json"), etag], sort_keys=True)
-        body_sha256 = hashlib.sha256(body.encode()).hexdigest()
+        body: list[object] = [alias, adapter.model_dump(mode="json"), etag]
+        if canary_weight is not None:
+            check_weight(canary_weight, param="canary_weight")
+            body.append(canary_weight)
+        body_sha256 = body_digest(body)
         try:
             async with self._db.begin() as session:
                 if (
@@ -128,15 +175,17 @@ class AliasStore:
                 now = datetime.now(UTC)
                 rollout = RolloutRow(
                     project=project, alias=alias, request_id=request_id, body_sha256=body_sha256, version=version, job_id=job_id,
-                    adapter=adapter.model_dump(mode="json"), state=RolloutState.PENDING, created_at=now, updated_at=now,
+                    adapter=adapter.model_dump(mode="json"), state=RolloutState.PENDING, canary_weight=canary_weight or 0, replaced="",
+                    created_at=now, updated_at=now,
                 )  # fmt: skip
                 row = await session.get(AliasRow, (project, alias), with_for_update=True)
-                _check_etag(row, etag=etag, alias=alias)
+                check_etag(row, etag=etag, alias=alias)
+                if canary_weight is not None:
+                    await _check_canary_early(session, row, rollout)
                 session.add(rollout)
                 await session.flush()
                 if row is None:
-                    row = AliasRow(project=project, alias=alias, base_model=base_model, version="", job_id="", epoch=0, created_at=now)
-                    row.etag = _new_etag()
+                    row = _new_alias(project, alias, base_model=base_model, now=now)
                     session.add(row)
                 row.rollout_number = rollout.number
                 row.updated_at = now
@@ -149,9 +198,9 @@ class AliasStore:
     async def get(self, project: str, alias: str) -> Alias:
         """The alias as it is now. Raises NotFoundError."""
         async with self._db.read() as session:
-            found = await self._find(session, project, alias)
+            found = await find_alias(session, project, alias)
         if found is None:
-            raise _not_found(project, alias)
+            raise alias_not_found(project, alias)
         return found
 
     async def list(self, project: str, *, page_size: int = 0, page_token: str = "") -> tuple[tuple[Alias, ...], str]:
@@ -169,8 +218,8 @@ class AliasStore:
         async with self._db.begin() as session:
             row = await session.get(AliasRow, (project, alias), with_for_update=True)
             if row is None:
-                raise _not_found(project, alias)
-            _check_etag(row, etag=etag, alias=alias)
+                raise alias_not_found(project, alias)
+            check_etag(row, etag=etag, alias=alias)
             await session.delete(row)
             await session.flush()
             error = {"code": "alias_deleted", "message": f"{alias} was deleted before its rollout was done."}
@@ -185,55 +234,58 @@ class AliasStore:
         return tuple(_alias(*row) for row in rows)
 
     async def active_rollouts(self) -> tuple[Rollout, ...]:
-        """Rollouts that are not done, in the order they came in."""
+        """Rollouts that want work, in the order they came in: not those which are done, nor canaries, which wait for somebody's word."""
         async with self._db.read() as session:
-            query = sa.select(RolloutRow).where(RolloutRow.state.in_(_ACTIVE)).order_by(RolloutRow.number)
+            query = sa.select(RolloutRow).where(RolloutRow.state.in_(_AT_WORK)).order_by(RolloutRow.number)
             return tuple(_rollout(row) for row in await session.scalars(query))
 
     async def advance(self, rollout: Rollout, to: RolloutState) -> None:
-        """Notes how far the rollout is. Raises AbortedError where it has ended meanwhile: its alias was deleted."""
-        await self._update(rollout, states=_BEFORE_FLIP, state=to)
+        """Notes how far the rollout is. Raises AbortedError where it has ended meanwhile: rolled back, or its alias was deleted."""
+        await self._update(rollout, states=BEFORE_FLIP, state=to)
 
     async def flip(self, rollout: Rollout, *, etag: str, swap_s: float) -> None:
-        """Puts the rollout's version under its alias if that still has `etag`; the rollout is DRAINING then. Raises AbortedError if not."""
-        now = datetime.now(UTC)
+        """Puts the rollout's version under its alias if that still has `etag`; the rollout is DRAINING then. Raises AbortedError if not.
+
+        A canary is dropped: the version has the whole alias.
+        """
         async with self._db.begin() as session:
-            values = {"state": RolloutState.DRAINING, "swap_s": swap_s, "updated_at": now}
-            await _update_rollout(session, rollout, states=_BEFORE_FLIP, values=values)
-            flipped = await session.scalar(
-                sa.update(AliasRow)
-                .where(AliasRow.project == rollout.project, AliasRow.alias == rollout.alias, AliasRow.etag == etag)
-                .values(
-                    version=rollout.version,
-                    adapter=rollout.adapter.model_dump(mode="json"),
-                    job_id=rollout.job_id,
-                    etag=_new_etag(),
-                    epoch=AliasRow.epoch + 1,
-                    updated_at=now,
-                )
-                .returning(AliasRow.epoch)
-            )
-            if flipped is None:
-                raise AbortedError(f"{rollout.alias} was changed by something else during this rollout; deploy again.")
+            row = await _unchanged(session, rollout, etag=etag)
+            values: dict[str, object] = {"state": RolloutState.DRAINING, "swap_s": swap_s, "replaced": row.version}
+            await _update_rollout(session, rollout, states=BEFORE_FLIP, values=values)
+            await drop_canary(session, row)
+            serve(row, Served(rollout.version, rollout.job_id, rollout.adapter))
         self._changes.notify()
 
-    async def finish(self, rollout: Rollout, *, error: Mapping[str, object] | None = None) -> None:
-        """Ends the rollout: READY, or FAILED with `error`. One that has ended already stays as it is."""
+    async def start_canary(self, rollout: Rollout, *, etag: str, swap_s: float) -> None:
+        """Makes the rollout's version its alias' canary if that still has `etag`; the rollout is CANARY then. Raises AbortedError if not,
+        FailedPreconditionError where it is the version that serves, or nothing serves.
+
+        It takes the place of an earlier canary.
+        """
+        async with self._db.begin() as session:
+            row = await _unchanged(session, rollout, etag=etag)
+            _check_canary(row, alias=rollout.alias, version=rollout.version)
+            await drop_canary(session, row)
+            await _update_rollout(session, rollout, states=BEFORE_FLIP, values={"state": RolloutState.CANARY, "swap_s": swap_s})
+            row.canary_version, row.canary_job_id = rollout.version, rollout.job_id
+            row.canary_adapter, row.canary_weight = rollout.adapter.model_dump(mode="json"), rollout.canary_weight
+            mark_changed(row)
+        self._changes.notify()
+
+    async def finish(self, rollout: Rollout, *, error: Mapping[str, object] | None = None) -> bool:
+        """Ends the rollout: READY after draining, or FAILED with `error` before its flip; answers whether it was at that point."""
         state = RolloutState.READY if error is None else RolloutState.FAILED
+        states = [RolloutState.DRAINING.value] if error is None else BEFORE_FLIP
         try:
-            await self._update(rollout, states=_ACTIVE, state=state, error=error and dict(error))
+            await self._update(rollout, states=states, state=state, error=error and dict(error))
         except AbortedError:
-            return
+            return False
+        return True
 
     async def _update(self, rollout: Rollout, *, states: list[str], **values: object) -> None:
         async with self._db.begin() as session:
-            await _update_rollout(session, rollout, states=states, values={**values, "updated_at": datetime.now(UTC)})
+            await _update_rollout(session, rollout, states=states, values=values)
         self._changes.notify()
-
-    async def _find(self, session: AsyncSession, project: str, alias: str) -> Alias | None:
-        query = _SELECT.where(AliasRow.project == project, AliasRow.alias == alias)
-        row = (await session.execute(query)).one_or_none()
-        return None if row is None else _alias(*row)
 
     async def _known_request(self, session: AsyncSession, project: str, alias: str, *, request_id: str, body_sha256: str) -> Alias | None:
         known = await session.scalar(sa.select(RolloutRow).where(RolloutRow.project == project, RolloutRow.request_id == request_id))
@@ -241,12 +293,40 @@ class AliasStore:
             return None
         if known.body_sha256 != body_sha256:
             raise AlreadyExistsError(f"request_id {request_id!r} was used for another deployment; use a fresh one.", param="request_id")
-        found = await self._find(session, project, alias)
+        found = await find_alias(session, project, alias)
         if found is None:
             raise NotFoundError(
                 f"{alias} was deployed by this request_id and has been deleted since; use a fresh request_id to deploy it again."
             )
         return found
+
+
+async def find_alias(session: AsyncSession, project: str, alias: str) -> Alias | None:
+    """The alias as `session` sees it."""
+    row = (await session.execute(_SELECT.where(AliasRow.project == project, AliasRow.alias == alias))).one_or_none()
+    return None if row is None else _alias(*row)
+
+
+def serve(row: AliasRow, served: Served) -> None:
+    """Puts `served` under the alias, and remembers what it takes the place of."""
+    if row.version and row.version != served.version:
+        row.previous_version, row.previous_job_id, row.previous_adapter = row.version, row.job_id, row.adapter
+    row.version, row.job_id, row.adapter = served.version, served.job_id, served.adapter.model_dump(mode="json")
+    mark_changed(row)
+
+
+async def drop_canary(session: AsyncSession, row: AliasRow) -> None:
+    """Takes the canary, if there is one, out of the alias; its rollout is ROLLED_BACK. The caller marks the alias as changed."""
+    row.canary_version, row.canary_job_id, row.canary_adapter, row.canary_weight = "", "", None, 0
+    ended = sa.update(RolloutRow).where(
+        RolloutRow.project == row.project, RolloutRow.alias == row.alias, RolloutRow.state == RolloutState.CANARY
+    )
+    await session.execute(ended.values(state=RolloutState.ROLLED_BACK, updated_at=datetime.now(UTC)))
+
+
+def mark_changed(row: AliasRow) -> None:
+    """What serves under the alias has changed: routes and etags that were handed out are no longer good."""
+    row.etag, row.epoch, row.updated_at = new_etag(), row.epoch + 1, datetime.now(UTC)
 
 
 _SELECT = sa.select(AliasRow, RolloutRow).join(RolloutRow, RolloutRow.number == AliasRow.rollout_number)
@@ -257,28 +337,84 @@ def _check_deploy(project: str, alias: str, *, adapter: ArtifactRef, base_model:
         raise InvalidArgumentError(f"alias: got {alias!r}, wanted 1 to 256 letters, digits and ._:-", param="alias")
     if alias == base_model:
         raise InvalidArgumentError(f"alias: {alias!r} is the base model's own name; choose another", param="alias")
-    if not 1 <= len(request_id) <= _MAX_REQUEST_ID:
-        raise InvalidArgumentError(f"request_id: got {len(request_id)} characters, wanted 1 to {_MAX_REQUEST_ID}", param="request_id")
+    check_request_id(request_id)
     if not adapter.prefix.startswith(f"projects/{project}/"):
         raise NotFoundError(f"There is no artifact {adapter.prefix} in project {project}.", param="adapter")
 
 
-def _check_etag(row: AliasRow | None, *, etag: str, alias: str) -> None:
+def check_request_id(request_id: str) -> None:
+    """Raises InvalidArgumentError where it is missing or too long."""
+    if not 1 <= len(request_id) <= _MAX_REQUEST_ID:
+        raise InvalidArgumentError(f"request_id: got {len(request_id)} characters, wanted 1 to {_MAX_REQUEST_ID}", param="request_id")
+
+
+def check_weight(weight: int, *, param: str) -> None:
+    """Raises InvalidArgumentError for what is no share of a canary."""
+    if not 1 <= weight <= _MAX_CANARY_WEIGHT:
+        raise InvalidArgumentError(
+            f"{param}: got {weight}, wanted 1 to {_MAX_CANARY_WEIGHT} percent; promote it to give it all", param=param
+        )
+
+
+async def _check_canary_early(session: AsyncSession, row: AliasRow | None, rollout: RolloutRow) -> None:
+    """Refuses a canary at once where no rollout is under way that would make it possible."""
+    under_way = sa.select(RolloutRow.number).where(
+        RolloutRow.project == rollout.project, RolloutRow.alias == rollout.alias, RolloutRow.state.in_(BEFORE_FLIP)
+    )
+    if row is None or await session.scalar(under_way.limit(1)) is None:
+        _check_canary(row, alias=rollout.alias, version=rollout.version)
+
+
+def _check_canary(row: AliasRow | None, *, alias: str, version: str) -> None:
+    if row is None or not row.version:
+        raise FailedPreconditionError(
+            f"Nothing serves under {alias} yet, so there is nothing to split with a canary; deploy without a canary weight.",
+            code="no_serving_version",
+        )
+    if row.version == version:
+        raise FailedPreconditionError(f"{version} serves {alias} already; a canary must be another version.", code="already_serving")
+
+
+def check_etag(row: AliasRow | None, *, etag: str, alias: str) -> None:
+    """Raises AbortedError unless the alias has the etag, where one is given."""
     if etag and (row is None or row.etag != etag):
         raise AbortedError(f"{alias} no longer has the etag {etag}; read it again and decide anew.", param="etag")
 
 
 async def _update_rollout(session: AsyncSession, rollout: Rollout, *, states: list[str], values: Mapping[str, object]) -> None:
-    query = sa.update(RolloutRow).where(RolloutRow.number == rollout.number, RolloutRow.state.in_(states)).values(**values)
+    query = sa.update(RolloutRow).where(RolloutRow.number == rollout.number, RolloutRow.state.in_(states))
+    query = query.values(**values, updated_at=datetime.now(UTC))
     if await session.scalar(query.returning(RolloutRow.number)) is None:
-        raise AbortedError(f"The rollout of {rollout.version} under {rollout.alias} has ended: the alias was deleted.")
+        raise AbortedError(f"The rollout of {rollout.version} under {rollout.alias} has ended: it was rolled back, or the alias deleted.")
 
 
-def _new_etag() -> str:
+async def _unchanged(session: AsyncSession, rollout: Rollout, *, etag: str) -> AliasRow:
+    """The rollout's alias, locked. Raises AbortedError unless it has `etag`."""
+    row = await session.get(AliasRow, (rollout.project, rollout.alias), with_for_update=True)
+    if row is None or row.etag != etag:
+        raise AbortedError(f"{rollout.alias} was changed by something else during this rollout; deploy again.")
+    return row
+
+
+def _new_alias(project: str, alias: str, *, base_model: str, now: datetime) -> AliasRow:
+    return AliasRow(
+        project=project, alias=alias, base_model=base_model, version="", job_id="", etag=new_etag(), epoch=0, created_at=now,
+        canary_version="", canary_job_id="", canary_weight=0, previous_version="", previous_job_id="", pinned=False,
+    )  # fmt: skip
+
+
+def new_etag() -> str:
+    """One that no alias has had."""
     return secrets.token_hex(8)
 
 
-def _not_found(project: str, alias: str) -> NotFoundError:
+def body_digest(body: object) -> str:
+    """The digest of a request, the same for equal ones."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def alias_not_found(project: str, alias: str) -> NotFoundError:
+    """For an alias that the project does not have."""
     return NotFoundError(
         f"There is no model {alias!r} in project {project}; list the models to see what there is.", code="model_not_found", param="model"
     )
@@ -286,7 +422,14 @@ def _not_found(project: str, alias: str) -> NotFoundError:
 
 def _rollout(row: RolloutRow) -> Rollout:
     adapter = ArtifactRef.model_validate(row.adapter)
-    return Rollout(row.number, row.project, row.alias, row.version, row.job_id, adapter, RolloutState(row.state), row.error, row.swap_s)
+    return Rollout(
+        row.number, row.project, row.alias, row.version, row.job_id, adapter,
+        RolloutState(row.state), row.error, row.swap_s, row.canary_weight, row.replaced,
+    )  # fmt: skip
+
+
+def _served(version: str, job_id: str, adapter: Mapping[str, object] | None) -> Served | None:
+    return Served(version, job_id, ArtifactRef.model_validate(adapter)) if version else None
 
 
 def _alias(row: AliasRow, rollout: RolloutRow) -> Alias:
@@ -300,6 +443,10 @@ def _alias(row: AliasRow, rollout: RolloutRow) -> Alias:
         etag=row.etag,
         epoch=row.epoch,
         rollout=_rollout(rollout),
+        canary=_served(row.canary_version, row.canary_job_id, row.canary_adapter),
+        canary_weight=row.canary_weight,
+        previous=_served(row.previous_version, row.previous_job_id, row.previous_adapter),
+        pinned=row.pinned,
         created_at=row.created_at,
         updated_at=row.updated_at,
     )

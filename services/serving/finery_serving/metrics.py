@@ -27,7 +27,7 @@ ADAPTER_STATE = Gauge(
 LOAD_SECONDS = Histogram("finery_serving_adapter_load_seconds", "Loading a staged adapter into vLLM", buckets=_SECONDS)
 STAGE_SECONDS = Histogram("finery_serving_adapter_stage_seconds", "Fetching and verifying an adapter", buckets=_SECONDS)
 SWAP_SECONDS = Histogram("finery_serving_swap_seconds", "From staged to flipped", buckets=_SECONDS)
-SWAPS = Counter("finery_serving_swaps_total", "Rollouts by outcome", ["outcome"])
+SWAPS = Counter("finery_serving_swaps_total", "Rollouts, promotions and roll backs by outcome", ["outcome"])
 EVICTIONS = Counter("finery_serving_evictions_total", "Versions unloaded to make room for another", ["replica"])
 
 

@@ -1,8 +1,8 @@
 """Which versions vLLM holds: loading, room for more, draining, unloading.
 
-Owns the replica's observed state and its LRU order. vLLM never holds more than `max_cpu_loras` adapters, so it never reads one again
-from disk in the middle of its work; a version that had to make room is loaded again when it is asked for. Leaves what ought to be there
-to `reconcile`.
+Owns the replica's observed state, its LRU order and what is exempt from it. vLLM never holds more than `max_cpu_loras` adapters, so it
+never reads one again from disk in the middle of its work; a version that had to make room is loaded again when it is asked for. Leaves
+what ought to be there to `reconcile`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
-from finery_common.errors import FineryError, UnavailableError
+from finery_common.errors import FailedPreconditionError, FineryError, UnavailableError
 from finery_serving.changes import Changes
 from finery_serving.metrics import EVICTIONS, LOAD_SECONDS
 from finery_serving.vllm_client import RETRY_AFTER_S, VllmClient
@@ -48,6 +48,7 @@ class Residency:
         self._draining: set[str] = set()
         self._failed: set[str] = set()
         self._pins: Tally[str] = Tally()
+        self._kept: frozenset[str] = frozenset()
         self._lock = asyncio.Lock()
 
     @property
@@ -83,9 +84,26 @@ class Residency:
             return "failed" if version in self._failed else "cold"
         return "draining" if version in self._draining else "loaded"
 
+    @property
+    def max_pins(self) -> int:
+        """How many aliases may be pinned: one place stays free, for all other versions and for a pinned alias' next one."""
+        return self._max_resident - 1
+
+    def check_canary(self) -> None:
+        """Raises FailedPreconditionError where a version and its canary cannot be loaded at once."""
+        if self._max_resident < 2:
+            raise FailedPreconditionError(
+                "vLLM holds one adapter at a time, so that a version and its canary would take turns; raise FINERY_MAX_CPU_LORAS.",
+                code="no_room_for_canary",
+            )
+
+    def keep(self, versions: Collection[str]) -> None:
+        """From now on `versions`, and no others, never make room. Loading them is the caller's business."""
+        self._kept = frozenset(versions)
+
     @contextmanager
     def pinned(self, version: str) -> Iterator[None]:
-        """Keeps `version` from having to make room."""
+        """Keeps `version` from having to make room while the block runs."""
         self._pins[version] += 1
         try:
             yield
@@ -177,7 +195,7 @@ class Residency:
     async def _make_room(self) -> bool:
         """Unloads the version that was used longest ago among those that are idle."""
         in_flight = (await self._client.state()).in_flight
-        idle = [version for version in self._resident if not self._pins[version] and not in_flight.get(version)]
+        idle = [version for version in self._resident if self._may_go(version) and not in_flight.get(version)]
         for version in sorted(idle, key=lambda name: self._resident[name].last_used_s):
             if await self._client.retire(version):
                 await self._client.admit(version)
@@ -186,6 +204,9 @@ class Residency:
             EVICTIONS.labels(self._process.runtime.replica_id).inc()
             return True
         return False
+
+    def _may_go(self, version: str) -> bool:
+        return not self._pins[version] and version not in self._kept
 
     async def _unload(self, version: str) -> None:
         await self._client.unload(version, adapter_id=self._resident[version].adapter_id)

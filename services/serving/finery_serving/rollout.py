@@ -1,4 +1,4 @@
-"""How a version takes an alias over: stage, verify, preflight, load, probe, flip, as a list of named steps.
+"""How a version takes an alias over: stage, verify, preflight, load, probe, flip, as a list of named steps. A canary takes a share only.
 
 Every step may be repeated, so a rollout that a crash cut short starts again from the first. Leaves when rollouts run, and in which
 order, to `reconcile`, and draining and unloading, the last two, too: they go on beside the alias's next rollout.
@@ -74,33 +74,32 @@ class RolloutRunner:
             ("flip", RolloutState.PROBING, self._flip),
         )
 
-    async def run(self, rollout: Rollout) -> str:
-        """Takes `rollout` to its flip, or to FAILED with the reason while what served goes on. Answers the version it replaced, or "".
+    async def run(self, rollout: Rollout) -> None:
+        """Takes `rollout` to its flip or its share, or to FAILED with the reason while what served goes on.
 
         What is gone for the moment is tried again, vLLM's own start without limit. Raises only what the database raises.
         """
         try:
-            return await self._with_retries(rollout)
+            await self._with_retries(rollout)
         except FineryError as error:
             await self._fail(rollout, error)
         except Exception as error:  # noqa: BLE001 - a bug must end this rollout, not all of them
             await self._fail(rollout, unknown_error(error))
-        return ""
 
-    async def _with_retries(self, rollout: Rollout) -> str:
+    async def _with_retries(self, rollout: Rollout) -> None:
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             await self._wait_ready()
             try:
-                return await self._attempt(rollout)
+                await self._attempt(rollout)
+                return
             except UnavailableError as error:
                 if attempt == _MAX_ATTEMPTS:
                     raise
                 pause_s = self._first_pause_s * 2 ** (attempt - 1)
                 log.warning("rollout waits", version=rollout.version, reason=error.message, attempt=attempt, pause_s=pause_s)
                 await asyncio.sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
 
-    async def _attempt(self, rollout: Rollout) -> str:
+    async def _attempt(self, rollout: Rollout) -> None:
         work = _Work(rollout, before=await self._store.get(rollout.project, rollout.alias))
         with self._residency.pinned(rollout.version):
             reached = RolloutState.PENDING
@@ -110,7 +109,6 @@ class RolloutRunner:
                     reached = state
                 log.info("rollout", step=name, alias=rollout.alias, version=rollout.version)
                 await step(work)
-        return work.before.version
 
     async def _stage(self, work: _Work) -> None:
         work.path = await self._staging.fetch(work.rollout.adapter)
@@ -131,19 +129,24 @@ class RolloutRunner:
         await self._client.probe(work.rollout.version, alias=work.rollout.alias)
 
     async def _flip(self, work: _Work) -> None:
+        rollout, before = work.rollout, work.before
         swap_s = time.monotonic() - work.staged_at_s
-        await self._store.flip(work.rollout, etag=work.before.etag, swap_s=swap_s)
+        if rollout.canary_weight:
+            await self._store.start_canary(rollout, etag=before.etag, swap_s=swap_s)
+            SWAPS.labels("canary").inc()
+            log.info("canary started", alias=rollout.alias, version=rollout.version, weight=rollout.canary_weight, beside=before.version)
+            return
+        await self._store.flip(rollout, etag=before.etag, swap_s=swap_s)
         SWAP_SECONDS.observe(swap_s)
         SWAPS.labels("flipped").inc()
-        log.info(
-            "alias flipped", alias=work.rollout.alias, version=work.rollout.version, replaced=work.before.version, swap_s=round(swap_s, 3)
-        )
+        log.info("alias flipped", alias=rollout.alias, version=rollout.version, replaced=before.version, swap_s=round(swap_s, 3))
 
     async def _wait_ready(self) -> None:
         while not self._residency.ready:
             await self._changes.wait_after(self._changes.count)
 
     async def _fail(self, rollout: Rollout, error: FineryError) -> None:
-        SWAPS.labels("failed").inc()
-        log.warning("rollout failed", alias=rollout.alias, version=rollout.version, code=error.code, reason=error.message)
-        await self._store.finish(rollout, error={"code": error.code, "message": error.message, "param": error.param})
+        """Not so where it is over: flipped, of which the reconciler had not heard, or ended by somebody."""
+        if await self._store.finish(rollout, error={"code": error.code, "message": error.message, "param": error.param}):
+            SWAPS.labels("failed").inc()
+            log.warning("rollout failed", alias=rollout.alias, version=rollout.version, code=error.code, reason=error.message)

@@ -1,9 +1,10 @@
 """Where a request for a model goes.
 
-Owns waiting: for a rollout that is under way, for vLLM to start, for a cold version to load. The gateway asks, keeps the answer, sends the
-request to the replica as `middleware/finery_vllm_middleware.py` says, and asks again when the replica answers 409 with `x-finery-retired`,
-401, or not at all before the first byte. Repeat such a request once with the new route. Ask without `after_epoch` then: a version may be
-gone because it had to make room, and the answer brings the same one back under the same epoch.
+Owns waiting: for a rollout that is under way, for vLLM to start, for cold versions to load. The gateway asks, keeps the answer, splits
+requests over its targets by itself, sends each to the replica as `middleware/finery_vllm_middleware.py` says, and asks again when the
+replica answers 409 with `x-finery-retired`, 401, or not at all before the first byte. Repeat such a request once with the new route. Ask
+without `after_epoch` then: a version may be gone because it had to make room, and the answer brings the same one back under the same
+epoch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import structlog
 
 from finery_common.errors import FailedPreconditionError, FineryError, NotFoundError, UnavailableError
-from finery_serving.aliases import Alias, AliasStore
+from finery_serving.aliases import Alias, AliasStore, RolloutState, Served
 from finery_serving.changes import Changes
 from finery_serving.residency import Residency
 from finery_serving.staging import Staging
@@ -30,9 +31,13 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Route:
-    """A replica and the name it knows the version by; `epoch` is 0 for the base model, `max_model_len` is in tokens."""
+    """A replica and the name it knows the version by; `epoch` is 0 for the base model, `max_model_len` is in tokens.
+
+    `targets` are versions with their percent of the requests, `version` first.
+    """
 
     version: str
+    targets: tuple[tuple[str, int], ...]
     epoch: int
     replica_address: str
     replica_token: str
@@ -82,37 +87,50 @@ class Routes:
     async def _look(self, project: str, model: str, *, after_epoch: int, deadline_s: float) -> Route | None:
         """The route, or None while it has to be waited for."""
         if model == self._process.config.base_model:
-            return await self._route(model, epoch=0) if self._process.ready else None
+            return await self._route(((model, 100),), epoch=0) if self._process.ready else None
         alias = await self._store.get(project, model)
         if _awaits_flip(alias, after_epoch=after_epoch) or not self._process.ready:
             return None
         return await self._alias_route(alias, deadline_s=deadline_s)
 
     async def _alias_route(self, alias: Alias, *, deadline_s: float) -> Route:
-        if not self._residency.serves(alias.version):
-            await self._warm(alias, deadline_s=deadline_s)
-        return await self._route(alias.version, epoch=alias.epoch)
+        served, *canary = alias.serving
+        with self._residency.pinned(served.version):
+            await self._warm(alias, served, deadline_s=deadline_s)
+            weight = await self._canary_weight(alias, canary[0]) if canary else 0
+        targets = (served.version, 100 - weight), *([(canary[0].version, weight)] if weight else [])
+        return await self._route(targets, epoch=alias.epoch)
 
-    async def _warm(self, alias: Alias, *, deadline_s: float) -> None:
-        assert alias.adapter is not None, "an alias that serves has an adapter"
+    async def _canary_weight(self, alias: Alias, canary: Served) -> int:
+        """The canary's share; 0 while it cannot be loaded: it must not keep the version that serves from answering."""
         try:
-            path = await self._staging.fetch(alias.adapter)
-            await self._residency.ensure(alias.version, path=path, deadline_s=deadline_s)
+            await self._warm(alias, canary, deadline_s=time.monotonic())
+        except FineryError as error:
+            log.warning("a canary gets no requests", alias=alias.alias, version=canary.version, reason=error.message)
+            return 0
+        return alias.canary_weight
+
+    async def _warm(self, alias: Alias, served: Served, *, deadline_s: float) -> None:
+        if self._residency.serves(served.version):
+            return
+        try:
+            path = await self._staging.fetch(served.adapter)
+            await self._residency.ensure(served.version, path=path, deadline_s=deadline_s)
         except UnavailableError:
             raise
         except FineryError as error:
             # The reason may name files of this machine.
-            log.error("a deployed version cannot be loaded", alias=alias.alias, version=alias.version, reason=error.message)
+            log.error("a deployed version cannot be loaded", alias=alias.alias, version=served.version, reason=error.message)
             message = f"{alias.alias} is deployed but cannot be loaded; the operator finds the reason in serving's log. Deploy it again."
             raise FailedPreconditionError(message, code="adapter_not_loadable") from error
 
-    async def _route(self, version: str, *, epoch: int) -> Route:
+    async def _route(self, targets: tuple[tuple[str, int], ...], *, epoch: int) -> Route:
         generation, length = self._max_model_len
         if generation != self._process.generation:
             generation, length = self._process.generation, await self._client.max_model_len()
             self._max_model_len = (generation, length)
         runtime = self._process.runtime
-        return Route(version, epoch, runtime.address, runtime.replica_token, self._process.config.base_model, length)
+        return Route(targets[0][0], targets, epoch, runtime.address, runtime.replica_token, self._process.config.base_model, length)
 
 
 def _awaits_flip(alias: Alias, *, after_epoch: int) -> bool:
@@ -122,4 +140,5 @@ def _awaits_flip(alias: Alias, *, after_epoch: int) -> bool:
     if alias.rollout.state.is_before_flip or alias.version:
         return True
     reason = (alias.rollout.error or {}).get("message", "")
-    raise NotFoundError(f"Nothing is deployed under {alias.alias}: its rollout failed. {reason}", code="model_not_found", param="model")
+    how = "was rolled back" if alias.rollout.state == RolloutState.ROLLED_BACK else "failed"
+    raise NotFoundError(f"Nothing is deployed under {alias.alias}: its rollout {how}. {reason}", code="model_not_found", param="model")

@@ -18,6 +18,7 @@ from finery_common.rpc.tokens import require_project
 from finery_serving.aliases import Alias, AliasStore
 from finery_serving.changes import Changes
 from finery_serving.preflight import BaseModel
+from finery_serving.releases import Releases
 from finery_serving.residency import Residency
 from finery_serving.routes import Routes
 from finery_serving.vllm_process import VllmProcess
@@ -27,9 +28,18 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
     """Every method acts inside the project that the caller's credentials name."""
 
     def __init__(
-        self, store: AliasStore, *, routes: Routes, process: VllmProcess, residency: Residency, base: BaseModel, changes: Changes
+        self,
+        store: AliasStore,
+        *,
+        releases: Releases,
+        routes: Routes,
+        process: VllmProcess,
+        residency: Residency,
+        base: BaseModel,
+        changes: Changes,
     ) -> None:
         self._store = store
+        self._releases = releases
         self._routes = routes
         self._process = process
         self._residency = residency
@@ -62,6 +72,9 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         return serving_pb2.ListDeploymentsResponse(deployments=[deployment])
 
     async def DeployAdapter(self, request: serving_pb2.DeployAdapterRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
+        canary_weight = request.canary_weight if request.HasField("canary_weight") else None
+        if canary_weight is not None:
+            self._residency.check_canary()
         alias = await self._store.deploy(
             parse_parent(request.parent, project=require_project()),
             request.alias,
@@ -69,6 +82,7 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
             base_model=self._base.name,
             request_id=request.request_id,
             etag=request.etag,
+            canary_weight=canary_weight,
         )
         return _alias_to_proto(alias)
 
@@ -87,6 +101,30 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         name = parse_name(request.name, collection="aliases", project=require_project())
         await self._store.delete(name.project, name.id, etag=request.etag)
         return empty_pb2.Empty()
+
+    async def SetCanaryWeight(self, request: serving_pb2.SetCanaryWeightRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
+        name = parse_name(request.name, collection="aliases", project=require_project())
+        return _alias_to_proto(await self._releases.set_weight(name.project, name.id, weight=request.weight, etag=request.etag))
+
+    async def PromoteAlias(self, request: serving_pb2.PromoteAliasRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
+        name = parse_name(request.name, collection="aliases", project=require_project())
+        return _alias_to_proto(
+            await self._releases.promote(name.project, name.id, request_id=request.request_id, etag=request.etag),
+        )
+
+    async def RollBackAlias(self, request: serving_pb2.RollBackAliasRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
+        name = parse_name(request.name, collection="aliases", project=require_project())
+        return _alias_to_proto(
+            await self._releases.roll_back(name.project, name.id, request_id=request.request_id, etag=request.etag),
+        )
+
+    async def PinAlias(self, request: serving_pb2.PinAliasRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
+        name = parse_name(request.name, collection="aliases", project=require_project())
+        return _alias_to_proto(await self._releases.pin(name.project, name.id, max_pins=self._residency.max_pins))
+
+    async def UnpinAlias(self, request: serving_pb2.UnpinAliasRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
+        name = parse_name(request.name, collection="aliases", project=require_project())
+        return _alias_to_proto(await self._releases.unpin(name.project, name.id))
 
     async def WatchAliases(
         self, request: serving_pb2.WatchAliasesRequest, context: grpc.aio.ServicerContext
@@ -118,11 +156,12 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
             replica_token=route.replica_token,
             base_model=route.base_model,
             max_model_len=route.max_model_len,
+            targets=[serving_pb2.RouteTarget(version=version, weight=weight) for version, weight in route.targets],
         )
 
     async def _own_versions(self, project: str) -> list[str]:
         """What vLLM holds of `project`."""
-        own = {alias.version for alias in (await self._all(project)).values()}
+        own = {served.version for alias in (await self._all(project)).values() for served in alias.serving}
         return [version for version in self._residency.versions if version in own]
 
     async def _all(self, project: str) -> dict[str, Alias]:
@@ -154,8 +193,27 @@ def _alias_to_proto(alias: Alias) -> serving_pb2.Alias:
             version=rollout.version,
             error=error_to_proto(rollout.error),
             swap_seconds=rollout.swap_s or 0.0,
+            canary_weight=rollout.canary_weight,
         ),
         job_id=alias.job_id,
         create_time=timestamp(alias.created_at),
         update_time=timestamp(alias.updated_at),
+        canary=_canary_to_proto(alias),
+        previous=_previous_to_proto(alias),
+        pinned=alias.pinned,
     )
+
+
+def _canary_to_proto(alias: Alias) -> serving_pb2.Canary | None:
+    canary = alias.canary
+    if canary is None:
+        return None
+    adapter = artifact_to_proto(canary.adapter)
+    return serving_pb2.Canary(version=canary.version, adapter=adapter, job_id=canary.job_id, weight=alias.canary_weight)
+
+
+def _previous_to_proto(alias: Alias) -> serving_pb2.PreviousVersion | None:
+    previous = alias.previous
+    if previous is None:
+        return None
+    return serving_pb2.PreviousVersion(version=previous.version, adapter=artifact_to_proto(previous.adapter), job_id=previous.job_id)

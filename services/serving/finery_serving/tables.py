@@ -37,12 +37,26 @@ class RolloutRow(Base):
     state: Mapped[str] = mapped_column(sa.String(16))
     error: Mapped[dict[str, object] | None] = mapped_column(sa.JSON(none_as_null=True))
     swap_s: Mapped[float | None]
+    canary_weight: Mapped[int] = mapped_column(default=0)
+    rolls_back: Mapped[bool] = mapped_column(default=False)
+    replaced: Mapped[str] = mapped_column(sa.String(256), default="")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime())
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime())
 
 
+class RequestRow(Base):
+    """A request that promoted or rolled back. Rows stay, so that a request id is never used twice."""
+
+    __tablename__ = "alias_requests"
+
+    project: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    request_id: Mapped[str] = mapped_column(sa.String(128), primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(sa.String(64))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime())
+
+
 class AliasRow(Base):
-    """A public model name and what serves under it; `rollout_number` is its newest rollout."""
+    """A public model name and what serves under it; `rollout_number` is its newest rollout. A version that is "" is none."""
 
     __tablename__ = "aliases"
 
@@ -55,5 +69,13 @@ class AliasRow(Base):
     etag: Mapped[str] = mapped_column(sa.String(32))
     epoch: Mapped[int] = mapped_column(type_number)
     rollout_number: Mapped[int] = mapped_column(type_number, sa.ForeignKey("rollouts.number"))
+    canary_version: Mapped[str] = mapped_column(sa.String(256), default="")
+    canary_job_id: Mapped[str] = mapped_column(sa.String(128), default="")
+    canary_adapter: Mapped[dict[str, object] | None] = mapped_column(sa.JSON(none_as_null=True))
+    canary_weight: Mapped[int] = mapped_column(default=0)
+    previous_version: Mapped[str] = mapped_column(sa.String(256), default="")
+    previous_job_id: Mapped[str] = mapped_column(sa.String(128), default="")
+    previous_adapter: Mapped[dict[str, object] | None] = mapped_column(sa.JSON(none_as_null=True))
+    pinned: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime())
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime())

@@ -1,95 +1,24 @@
 """The agent over its restarts and vLLM's deaths, with a real store and database and a stand-in for vLLM's process."""
 
 import asyncio
-import json
-import os
 import secrets
-import sys
 import time
-from contextlib import asynccontextmanager
-from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
-import numpy as np
 import pytest
-from safetensors.numpy import save
 
-from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from finery_common.service import until_stopped
-from finery_serving.agent import Agent
 from finery_serving.aliases import AliasStore, RolloutState
 from finery_serving.changes import Changes
-from finery_serving.preflight import BaseModel
 from finery_serving.reconcile import Reconciler
 from finery_serving.staging import Staging
-from finery_serving.vllm_process import VllmConfig, make_runtime
 
-BASE = BaseModel("base", "b" * 64, {"model.q_proj.weight": (4, 4)})
-
-
-@pytest.fixture
-def project():
-    return f"p{secrets.token_hex(6)}"
-
-
-@pytest.fixture
-async def database(tmp_path):
-    db = await Database.open(f"sqlite:///{tmp_path / 'serving.sqlite'}", schema="serving")
-    await db.migrate("finery_serving.migrations", version_table="serving_version")
-    yield db
-    await db.close()
-
-
-@pytest.fixture
-def publish(object_store, project):
-    def publish(*extra: str, step: int = 1):
-        weights = {f"base_model.model.model.q_proj.lora_{side}.weight": np.ones((4, 4), np.float32) for side in "AB"}
-        with object_store.writer(f"projects/{project}/adapters/ftjob-{secrets.token_hex(4)}-{step}/", kind="adapter") as writer:
-            writer.put_bytes("adapter_config.json", data=json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}).encode())
-            writer.put_bytes("adapter_model.safetensors", data=save(weights))
-            for name in extra:
-                writer.put_bytes(name, data=b"")
-            metadata = {"base_model": BASE.name, "base_model_sha256": BASE.sha256}
-            return writer.publish(made_from={}, spec={}, attempt="1", metadata=metadata)
-
-    return publish
-
-
-@pytest.fixture
-def running(tmp_path, database, object_store):
-    """Starts an agent, and at the end of the block stops it and its vLLM."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "fake_vllm.py"} "$@"\n')
-    python.chmod(0o755)
-
-    @asynccontextmanager
-    async def running(*, max_cpu_loras=4):
-        config = VllmConfig(python, BASE.name, tmp_path, "cpu", 2, max_cpu_loras, 8, 128, 1, 30, ())
-        runtime = make_runtime(None, xdg_runtime_dir=None)
-        agent = Agent(config, runtime=runtime, state_dir=tmp_path, environment=os.environ)
-        try:
-            async with (
-                agent.vllm_running() as supervising,
-                agent.reconciling(database, store=object_store, base=BASE, cache_dir=tmp_path / "cache") as services,
-            ):
-                yield SimpleNamespace(
-                    agent=agent,
-                    store=services.aliases,
-                    routes=services.routes,
-                    residency=services.residency,
-                    supervising=supervising,
-                    reconciling=services.task,
-                )
-        finally:
-            runtime.remove()
-
-    return running
+BASE = "base"
 
 
 async def deploy(store, project, ref, alias="m"):
-    return await store.deploy(project, alias, adapter=ref, base_model=BASE.name, request_id=secrets.token_hex(4))
+    return await store.deploy(project, alias, adapter=ref, base_model=BASE, request_id=secrets.token_hex(4))
 
 
 async def until(here, project, alias, *states):
@@ -109,8 +38,8 @@ async def unloaded(here, version):
 
 
 @pytest.mark.parametrize("reached", [RolloutState.PENDING, RolloutState.STAGING, RolloutState.LOADING, RolloutState.PROBING])
-async def test_a_rollout_that_a_crash_cut_short_is_carried_out(running, database, project, publish, reached):
-    before = AliasStore(database, changes=Changes())
+async def test_a_rollout_that_a_crash_cut_short_is_carried_out(running, agent_database, project, publish, reached):
+    before = AliasStore(agent_database, changes=Changes())
     made = await deploy(before, project, publish())
     if reached != RolloutState.PENDING:
         await before.advance(made.rollout, reached)
@@ -119,8 +48,8 @@ async def test_a_rollout_that_a_crash_cut_short_is_carried_out(running, database
         assert (await until(here, project, "m", RolloutState.READY)).epoch == 1
 
 
-async def test_a_flip_outlives_a_crash_and_its_version_is_loaded_again(running, database, project, publish):
-    before = AliasStore(database, changes=Changes())
+async def test_a_flip_outlives_a_crash_and_its_version_is_loaded_again(running, agent_database, project, publish):
+    before = AliasStore(agent_database, changes=Changes())
     made = await deploy(before, project, publish())
     await before.flip(made.rollout, etag=made.etag, swap_s=0.1)
     async with running() as here:
@@ -225,9 +154,9 @@ async def test_a_version_under_two_aliases_stays_while_one_has_it(running, proje
 async def test_what_cannot_be_answered_in_time_says_why(running, project, publish):
     async with running() as here:
         with pytest.raises(UnavailableError, match="vLLM is starting") as caught:
-            await here.routes.resolve(project, model=BASE.name, after_epoch=0, timeout_s=0.3)
+            await here.routes.resolve(project, model=BASE, after_epoch=0, timeout_s=0.3)
         assert caught.value.retry_after_s
-        await here.routes.resolve(project, model=BASE.name, after_epoch=0, timeout_s=30)
+        await here.routes.resolve(project, model=BASE, after_epoch=0, timeout_s=30)
         with pytest.raises(NotFoundError):
             await here.routes.resolve(project, model="m", after_epoch=0, timeout_s=30)
         await deploy(here.store, project, publish())

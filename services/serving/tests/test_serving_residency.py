@@ -108,6 +108,36 @@ async def test_a_pinned_version_does_not_make_room(vllm, residency):
     assert vllm.admitted == {"a", "c"}
 
 
+async def test_a_version_that_is_kept_makes_no_room_until_it_is_kept_no_longer(vllm, residency):
+    await ensure(residency, "a", "b")
+    residency.keep({"a"})
+    await ensure(residency, "c")
+    assert vllm.admitted == {"a", "c"}
+    vllm.in_flight["c"] = 1
+    with pytest.raises(UnavailableError):
+        await ensure(residency, "d")
+    residency.keep(())
+    await ensure(residency, "d")
+    assert vllm.admitted == {"c", "d"}
+
+
+async def test_a_version_that_is_kept_is_dropped_all_the_same(vllm, residency):
+    await ensure(residency, "a")
+    residency.keep({"a"})
+    await residency.drop("a")
+    assert residency.versions == ()
+
+
+async def test_one_place_stays_free_of_pins_and_a_canary_needs_two(vllm):
+    residency = Residency(vllm, client=vllm, max_resident=1, changes=Changes())
+    assert residency.max_pins == 0
+    with pytest.raises(FailedPreconditionError, match="FINERY_MAX_CPU_LORAS"):
+        residency.check_canary()
+    residency = Residency(vllm, client=vllm, max_resident=2, changes=Changes())
+    assert residency.max_pins == 1
+    residency.check_canary()
+
+
 async def test_a_dropped_version_goes_after_its_last_request(vllm, residency):
     await ensure(residency, "a")
     vllm.in_flight["a"] = 1

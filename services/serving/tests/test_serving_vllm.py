@@ -79,10 +79,14 @@ class Client:
     def credentials(self):
         return self.channel.metadata(project=self.project)
 
-    async def deploy(self, alias: str, ref: ArtifactRef, *, request_id: str = "") -> serving_pb2.Alias:
+    async def deploy(self, alias: str, ref: ArtifactRef, *, request_id: str = "", canary_weight: int | None = None) -> serving_pb2.Alias:
         adapter = job_pb2.ArtifactRef(prefix=ref.prefix, manifest_sha256=ref.manifest_sha256, kind=ref.kind, size_bytes=ref.size_bytes)
         request = serving_pb2.DeployAdapterRequest(
-            parent=self.parent, alias=alias, adapter=adapter, request_id=request_id or secrets.token_hex(8)
+            parent=self.parent,
+            alias=alias,
+            adapter=adapter,
+            request_id=request_id or secrets.token_hex(8),
+            canary_weight=canary_weight,
         )
         return await self.stub.DeployAdapter(request, metadata=self.credentials)
 
@@ -259,6 +263,38 @@ async def test_a_swap_leaves_a_running_stream_unharmed(client, adapters):
         assert (response.status_code, response.headers["x-finery-retired"]) == (409, "1")
     assert await client.loaded() == {flipped.version}
     await client.delete("swap")
+
+
+async def test_a_canary_answers_beside_what_serves_and_takes_its_place(client, adapters):
+    async def says(version: str) -> str:
+        route = await client.resolve("split")
+        route.version = version
+        async with client.ask(route, "split", max_tokens=8) as response:
+            assert response.status_code == 200
+            body = json.loads(await response.aread())
+        assert body["model"] == "split"
+        return body["choices"][0]["message"]["content"]
+
+    await client.deploy("split", adapters(20))
+    old = await client.until("split", "READY")
+    await client.deploy("split", adapters(21), canary_weight=25)
+    canary = await client.until("split", "CANARY")
+    route = await client.resolve("split")
+    assert [(target.version, target.weight) for target in route.targets] == [(old.version, 75), (canary.canary.version, 25)]
+    assert await client.loaded() == {old.version, canary.canary.version}
+    before, beside = await says(old.version), await says(canary.canary.version)
+    assert before != beside
+    name = f"{client.parent}/aliases/split"
+    promote = serving_pb2.PromoteAliasRequest(name=name, etag=canary.etag, request_id=secrets.token_hex(8))
+    assert (await client.stub.PromoteAlias(promote, metadata=client.credentials)).version == canary.canary.version
+    assert await client.answer("split") == beside
+    await client.until("split", "READY")
+    assert await client.loaded() == {canary.canary.version}
+    roll_back = serving_pb2.RollBackAliasRequest(name=name, request_id=secrets.token_hex(8))
+    await client.stub.RollBackAlias(roll_back, metadata=client.credentials)
+    assert (await client.until("split", "READY")).version == old.version
+    assert await client.answer("split") == before
+    await client.delete("split")
 
 
 async def test_of_two_deploys_the_later_wins(client, adapters):

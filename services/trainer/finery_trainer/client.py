@@ -66,6 +66,7 @@ class AliasStatus:
     alias: str
     job_id: str
     adapter: ArtifactRef | None
+    canary_adapter: ArtifactRef | None
     is_serving: bool
     error: str | None
 
@@ -210,6 +211,7 @@ def _alias(message: serving_pb2.Alias) -> AliasStatus:
         alias=message.alias,
         job_id=message.job_id,
         adapter=artifact_from_proto(message.adapter) if message.HasField("adapter") else None,
+        canary_adapter=artifact_from_proto(message.canary.adapter) if message.HasField("canary") else None,
         is_serving=bool(message.version),
         error=(message.rollout.error.message or "the rollout failed") if has_failed else None,
     )

@@ -190,9 +190,10 @@ class Runs:
 
     async def _refuse_if_deployed(self, project: str, prefixes: list[str]) -> None:
         for alias in await self._serving.aliases(project) if self._serving is not None else ():
-            if alias.adapter is not None and alias.adapter.prefix in prefixes:
-                what = alias.adapter.prefix.split("/")[-2]
-                raise FailedPreconditionError(f"{what} is deployed as {alias.alias}; delete that model first.", code="still_deployed")
+            for adapter in (alias.adapter, alias.canary_adapter):
+                if adapter is not None and adapter.prefix in prefixes:
+                    what = adapter.prefix.split("/")[-2]
+                    raise FailedPreconditionError(f"{what} is deployed as {alias.alias}; delete that model first.", code="still_deployed")
 
     def _refuse_if_base(self, prefixes: list[str]) -> None:
         for entry in self._catalogue.list():

@@ -289,7 +289,7 @@ def explain(error: Exception, assignment: Assignment) -> FineryError:
         batch = assignment.spec.batch
         return ResourceExhaustedError(
             f"Memory ran out with micro_batch_size {batch.micro_batch_size} and max_sequence_length {assignment.spec.max_sequence_length}. "
-            "On a GPU lower spec.memory.budget, such as to 0.8, so that less is kept for the backward pass; or lower "
+            "On a GPU, where the engine's own layers train the model, lower spec.memory.budget, such as to 0.8; or lower "
             "spec.batch.micro_batch_size (raise gradient_accumulation_steps by as much: the result is the same); or shorten the rows.",
             code="out_of_memory",
             param="spec.batch.micro_batch_size",

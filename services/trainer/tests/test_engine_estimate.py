@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError
 from finery_common.spec import MethodType, OptimizerType, TrainingSpec
@@ -197,6 +198,39 @@ def test_parameters_are_those_of_the_loaded_model(tiny_base_dir, fields):
         ]
         values = 0 if spec.method is MethodType.FULL else sum(4 * len(group.values_N) for group in stack.groups)
         assert told.adapters_bytes == values + sum(copies)
+
+
+def _other_families():
+    import transformers as t
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2}
+    text = t.Gemma3TextConfig(**sizes, intermediate_size=48, num_key_value_heads=2, head_dim=8)
+    few = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = t.SiglipVisionConfig(**few, image_size=28, patch_size=14)
+    tokens = {"mm_tokens_per_image": 4, "image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62}
+    return {
+        "gpt2": (t.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2), ["c_attn", "attn.c_proj"]),
+        "mamba": (t.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4), ["in_proj"]),
+        "falcon": (t.FalconConfig(**sizes), ["query_key_value"]),
+        "gemma3": (t.Gemma3Config(text_config=text.to_dict(), vision_config=vision.to_dict(), **tokens), ["q_proj"]),
+    }
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("family", ["gpt2", "mamba", "falcon", "gemma3"])
+def test_models_outside_the_families_are_counted_as_they_are_loaded(tmp_path, family, method):
+    config, targets = _other_families()[family]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    fields = {"lora": {"rank": 3, "target_modules": targets}} if method == "lora" else {"method": "full"}
+    spec = TrainingSpec.parse({"base_model": "tiny", "precision": "float32", "max_sequence_length": 64, **fields})
+    model = engine.load(spec, tmp_path, device=torch.device("cpu"))
+    told = estimate(spec, json.loads((tmp_path / "config.json").read_text()), device_memory_bytes=0)
+    assert told.weights_bytes == 4 * sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" not in name)
+    assert told.gradients_bytes == sum(4 * len(group.grads_N) for group in GenericStack(model).groups)
+    assert told.activations_bytes > 0
+    bounded = TrainingSpec.parse({"base_model": "tiny", "max_sequence_length": 64, **fields, "memory": {"budget": "8GiB"}})
+    with pytest.raises(FailedPreconditionError, match="memory.budget: got 8GiB, but"):
+        estimate(bounded, json.loads((tmp_path / "config.json").read_text()), device_memory_bytes=0)
 
 
 def test_a_target_that_is_not_there_is_named():

@@ -359,3 +359,13 @@ def test_on_a_gpu_determinism_is_switched_on_where_it_is_asked_for_and_off_again
     ):
         raise RuntimeError(text)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_model_that_cannot_compute_with_quantized_weights_says_so(tmp_path):
+    import transformers as t
+
+    t.MambaForCausalLM(t.MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=1, state_size=4)).save_pretrained(tmp_path)
+    spec = _spec(quantization="nf4", lora={"target_modules": ["in_proj"]})
+    with pytest.raises(FailedPreconditionError, match="got nf4, but this model cannot compute with quantized weights") as caught:
+        GenericPasses(engine.load(spec, tmp_path, device=torch.device("cpu")), spec)
+    assert caught.value.param == "spec.quantization"

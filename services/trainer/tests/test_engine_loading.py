@@ -1,12 +1,13 @@
 """What a spec makes of a base model's folder: precision, quantization while loading, adapters, full training."""
 
 import hashlib
+import json
 import time
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError
 from finery_common.spec import Quantization, TrainingSpec
@@ -200,6 +201,66 @@ def test_transposed_linear_layers_take_adapters(folders):
 def test_a_folder_without_a_model_is_an_error_that_says_so(tmp_path):
     with pytest.raises(FailedPreconditionError, match="no causal language model"):
         load_base(tmp_path, dtype=torch.float32, quantization=Quantization.NF4, device=CPU)
+
+
+def _folder(folders, tmp_path, *, without=None, config=None):
+    """The Llama's folder in one file, less the tensor `without`, with other entries in its config.json."""
+    tensors = _tensors(folders["llama"])
+    tensors.pop(without, None)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((folders["llama"] / "config.json").read_text()) | (config or {})))
+    return tmp_path
+
+
+@pytest.mark.parametrize("quantization", list(Quantization))
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"without": "model.layers.1.mlp.up_proj.weight"}, r"lacks 1 of the weights .*, such as model.layers.1.mlp.up_proj.weight;"),
+        ({"config": {"num_hidden_layers": 3}}, r"lacks 13 of the weights .*, such as model.layers.2.input_layernorm.weight;"),
+        ({"config": {"vocab_size": 100}}, r"has (lm_head|model.embed_tokens).weight of shape \(96, 64\), wanted \(100, 64\) by its config"),
+        ({"config": {"intermediate_size": 192}}, r"has model.layers.0.mlp.\w+.weight of shape .*128.* wanted .*192.* by its config.json"),
+        ({"config": {"num_attention_heads": 3}}, "not a multiple of the number of attention heads"),
+        ({"config": {"hidden_act": "nonsense"}}, "can be loaded: 'nonsense'"),
+    ],
+)
+def test_nothing_is_trained_on_weights_that_the_files_do_not_have(folders, tmp_path, quantization, change, text):
+    folder = _folder(folders, tmp_path, **change)
+    with pytest.raises(FailedPreconditionError, match=text) as caught:
+        load_base(folder, dtype=torch.float32, quantization=quantization, device=CPU)
+    assert caught.value.code == "invalid_base_model"
+
+
+def test_a_file_that_is_cut_off_is_an_error_that_says_so(folders, tmp_path):
+    file = _folder(folders, tmp_path) / "model.safetensors"
+    load_base(tmp_path, dtype=torch.float32, device=CPU)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(FailedPreconditionError, match="can be loaded: .*not fully covered"):
+        load_base(tmp_path, dtype=torch.float32, device=CPU)
+
+
+def test_files_that_are_quantized_already_are_taken_as_what_they_are_and_nothing_else(folders, tmp_path):
+    wanted = load_base(folders["llama"], dtype=torch.float32, quantization=Quantization.NF4, device=CPU)
+    wanted.save_pretrained(tmp_path)
+    again = load_base(tmp_path, dtype=torch.float32, quantization=Quantization.NF4, device=CPU)
+    assert torch.equal(_logits(again.eval()), _logits(wanted.eval()))
+    for quantization in (Quantization.NONE, Quantization.INT8):
+        with pytest.raises(FailedPreconditionError, match=f"got {quantization.value}, but .* quantized as nf4") as caught:
+            load_base(tmp_path, dtype=torch.float32, quantization=quantization, device=CPU)
+        assert caught.value.param == "spec.quantization"
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantization_that_would_reach_little_is_refused(tmp_path, quantization):
+    import transformers as t
+
+    few = {key: value for key, value in SIZES.items() if key not in ("intermediate_size", "num_key_value_heads", "max_position_embeddings")}
+    configs = {"falcon": (t.FalconConfig(**few), "0%"), "mixtral": (t.MixtralConfig(**SIZES, num_local_experts=4), r"1\d%")}
+    for family, (config, share) in configs.items():
+        t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
+        with pytest.raises(FailedPreconditionError, match=f"got {quantization}, .* only {share} of this model's weights") as caught:
+            load_base(tmp_path / family, dtype=torch.float32, quantization=Quantization(quantization), device=CPU)
+        assert caught.value.param == "spec.quantization"
 
 
 @pytest.mark.gpu

@@ -89,7 +89,7 @@ def test_a_captured_pass_counts_twice_and_waits_for_no_host(shape, card_gib):
 
 
 def test_the_longest_rows_train_on_cards_of_24_and_80_gigabytes(shape):
-    """With 80 GiB of pinned memory and beside 6.1 GiB of QLoRA's weights, adapters and states, 0.75 GiB of CUDA's own and 0.5 GiB left free."""
+    """With 80 GiB of pinned memory, beside 6.1 GiB of QLoRA's weights, adapters and states, 0.75 GiB of CUDA's own, 0.5 GiB left free."""
     for card_gib, num_tokens in ((24, 100_000), (80, 500_000)):
         room = card_gib - 0.75 - 0.5 - 6.1
         plan = plan_step(shape, work(num_tokens, num_tokens), card_bytes=int(room * GIB), host_bytes=80 * GIB)

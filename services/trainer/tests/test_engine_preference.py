@@ -288,7 +288,7 @@ def test_a_state_of_other_data_is_refused(base_dir, tmp_path, pairs):
     spec, state = spec_of(), tmp_path / "state"
     state.mkdir()
     run(base_dir, write(tmp_path / "data", pairs), spec, on_checkpoint=lambda report, save: save(state))
-    with pytest.raises(DataLossError, match="over 13 pairs, this one has 1 over 4"):
+    with pytest.raises(DataLossError, match="over 13 rows or pairs, this one has 1 over 4"):
         run(base_dir, write(tmp_path / "other", pairs[:4]), spec, resume_from=state)
 
 

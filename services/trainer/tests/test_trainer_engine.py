@@ -346,3 +346,56 @@ def test_a_checkpoint_of_another_optimizer_is_refused_before_anything_is_changed
     with pytest.raises(DataLossError, match="not those of this optimizer.type"):
         engine.loop.train(model, data, other, go_on, resume_from=tmp_path)
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda folder: _cut(folder / "state.safetensors"), "state cannot be read .*not fully covered"),
+        (lambda folder: (folder / "state.safetensors").unlink(), "state cannot be read"),
+        (lambda folder: _cut(folder / "state.json"), "state.json cannot be read"),
+        (lambda folder: (folder / "state.json").unlink(), "state.json cannot be read"),
+        (lambda folder: save_file({"weight.a": np.zeros(1)}, folder / "state.safetensors"), "state cannot be read .*rng.cpu"),
+    ],
+)
+def test_a_state_that_is_not_whole_is_refused_with_what_to_do(tiny_base_dir, data, tmp_path, spoil, text):
+    spec = spec_of(max_steps=2)
+    engine.loop.train(load(spec, tiny_base_dir), data, spec, go_on, on_checkpoint=lambda _, save: save(tmp_path))
+    engine.loop.train(load(spec, tiny_base_dir), data, spec, go_on, resume_from=tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(DataLossError, match=f"{text}.*resume from another checkpoint"):
+        engine.loop.train(load(spec, tiny_base_dir), data, spec, go_on, resume_from=tmp_path)
+
+
+def test_a_state_of_another_precision_is_refused(tiny_base_dir, data, tmp_path):
+    spec = spec_of(method="full", max_steps=1)
+    engine.loop.train(load(spec, tiny_base_dir), data, spec, go_on, on_checkpoint=lambda _, save: save(tmp_path))
+    other = spec_of(method="full", max_steps=1, precision="bfloat16")
+    with pytest.raises(DataLossError, match="not those of this model, precision and LoRA shape"):
+        engine.loop.train(load(other, tiny_base_dir), data, other, go_on, resume_from=tmp_path)
+
+
+@pytest.mark.parametrize("lora", [{"dropout": 0.3}, {"use_dora": True}])
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_a_resumed_run_of_transformers_own_modules_is_bit_equal_too(tiny_base_dir, data, tmp_path, lora, stop_after):
+    """Inside an epoch, at its end and behind it; dropout goes on where it was."""
+    spec = spec_of(lora={"rank": 4, **lora}, num_epochs=2)
+    whole, losses = load(spec, tiny_base_dir), []
+    engine.loop.train(whole, data, spec, lambda report: (losses.append(report.loss), Action.CONTINUE)[1], validation=data)
+
+    def pause(report):
+        pieces.append(report.loss)
+        return Action.PAUSE if report.step == stop_after else Action.CONTINUE
+
+    pieces: list[float] = []
+    options: dict[str, Any] = {"validation": data, "on_checkpoint": lambda report, save: report.step == stop_after and save(tmp_path)}
+    engine.loop.train(load(spec, tiny_base_dir), data, spec, pause, **options)
+    resumed = load(spec, tiny_base_dir)
+    torch.manual_seed(99)
+    engine.loop.train(resumed, data, spec, lambda report: (pieces.append(report.loss), Action.CONTINUE)[1], resume_from=tmp_path)
+    assert pieces == losses
+    assert all(torch.equal(weight, weights_of(whole)[name]) for name, weight in weights_of(resumed).items())

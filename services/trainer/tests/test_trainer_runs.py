@@ -577,6 +577,18 @@ async def test_a_deployed_job_cannot_be_deleted_and_another_goes_with_all_its_ar
         await system.get(job.name)
 
 
+async def test_a_job_that_is_a_canary_cannot_be_deleted(system, launcher, wait_until):
+    job = await succeed(system, launcher, wait_until)
+    (alias,) = system.serving.aliases.values()
+    alias.canary.adapter.CopyFrom(alias.adapter)
+    alias.ClearField("adapter")
+    request = training_pb2.DeleteJobRequest(name=job.name)
+    with pytest.raises(FailedPreconditionError, match="is deployed as ft:tiny"):
+        await system.stub.DeleteJob(request, metadata=system.metadata())
+    alias.ClearField("canary")
+    await system.stub.DeleteJob(request, metadata=system.metadata())
+
+
 async def test_a_job_that_is_not_final_cannot_be_deleted(system, launcher):
     job = await system.create()
     with pytest.raises(FailedPreconditionError, match="cancel it"):

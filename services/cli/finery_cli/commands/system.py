@@ -111,15 +111,26 @@ def status(*, state_dir: StateDir = None, as_json: Json = False) -> None:
 
 
 def keys(
-    action: Annotated[str, typer.Argument(help="create, list or revoke.")],
+    action: Annotated[str, typer.Argument(help="create, list, update or revoke.")],
     *,
     project: Annotated[str, typer.Option(help="The project the key is for.")] = "default",
-    key_id: Annotated[str | None, typer.Option("--id", help="Which key to revoke.")] = None,
+    key_id: Annotated[str | None, typer.Option("--id", help="Which key to update or revoke.")] = None,
+    requests_per_minute: Annotated[str | None, typer.Option(help="REST requests a minute; `unlimited` takes the limit away.")] = None,
+    tokens_per_minute: Annotated[str | None, typer.Option(help="Prompt and generated tokens a minute.")] = None,
+    concurrent_streams: Annotated[str | None, typer.Option(help="Generations at one time.")] = None,
     state_dir: StateDir = None,
 ) -> None:
     """Manage API keys of this machine's gateway."""
     layout = Layout.of(state_dir)
-    command = [sys.executable, "-m", "finery_gateway.keys", action, "--project", project, *(["--id", key_id] if key_id else [])]
+    options = {
+        "--project": project,
+        "--id": key_id,
+        "--requests-per-minute": requests_per_minute,
+        "--tokens-per-minute": tokens_per_minute,
+        "--concurrent-streams": concurrent_streams,
+    }
+    given = [word for name, value in options.items() if value is not None for word in (name, value)]
+    command = [sys.executable, "-m", "finery_gateway.keys", action, *given]
     done = subprocess.run(command, env={**os.environ, "FINERY_STATE_DIR": str(layout.state_dir)}, check=False)
     raise typer.Exit(done.returncode)
 

@@ -8,6 +8,7 @@ dataprep's.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,31 @@ from finery_trainer.engine.limits import ModelLimits
 from finery_trainer.engine.packing import IGNORE
 
 IntArray = npt.NDArray[np.int64]
+MaskedRow = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
+"""Token ids and label mask of a row, each 1-D of its length."""
+SampleT_co = TypeVar("SampleT_co", covariant=True)
+
+
+class Samples(Protocol[SampleT_co]):
+    """What the loop asks of a dataset. A sample is a row, or a pair of them."""
+
+    @property
+    def num_rows(self) -> int:
+        """Samples."""
+        ...
+
+    @property
+    def row_lengths(self) -> IntArray:
+        """Tokens of each sample."""
+        ...
+
+    def check(self, limits: ModelLimits, *, max_sequence_length: int) -> None:
+        """Raises InvalidArgumentError where the data do not fit the model or the spec's `max_sequence_length`."""
+        ...
+
+    def training_row(self, index: int, /) -> SampleT_co:
+        """A sample as passes take it."""
+        ...
 
 
 class TokenDataset:
@@ -66,7 +92,7 @@ class TokenDataset:
                 f"input_ids: row {row} has {longest} tokens, the limit is {max_sequence_length}; shorten it or raise max_sequence_length."
             )
 
-    def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    def row(self, index: int) -> MaskedRow:
         """Token ids and label mask of one row, each 1-D of its length."""
         shard_index = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._shards[shard_index].row(index - int(self._starts[shard_index]))

@@ -33,8 +33,8 @@ from finery_common.errors import FailedPreconditionError, UnavailableError
 from finery_common.leash import leashed
 from finery_common.spec import TrainingSpec
 from finery_trainer.engine import loop
-from finery_trainer.engine.data import TokenDataset
-from finery_trainer.engine.packing import IGNORE, Row
+from finery_trainer.engine.data import Samples, TokenDataset
+from finery_trainer.engine.packing import Row, count_labels
 from finery_trainer.engine.passes import PackedPasses, host_bytes, packed_passes
 from finery_trainer.engine.stack import unsupported
 
@@ -189,7 +189,7 @@ class SharedPasses:
         """See Passes: of all `rows`, the same bits on every replica."""
         self._before_step()
         mine = _mine(rows)
-        num_labels = sum(int((targets != IGNORE).sum()) for _, targets in rows)
+        num_labels = count_labels(rows)
         stack = self._passes.stack
         loss = self._passes.gradients(mine, num_labels=num_labels) if mine else torch.zeros((), device=stack.device)
         try:
@@ -199,7 +199,7 @@ class SharedPasses:
             raise ReplicaLostError(f"Gradients cannot be summed over the replicas: {error}") from error
         return loss
 
-    def mean_loss(self, data: TokenDataset) -> float:
+    def mean_loss(self, data: Samples[Row]) -> float:
         """See Passes."""
         return self._passes.mean_loss(data)
 

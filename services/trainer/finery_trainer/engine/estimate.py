@@ -17,11 +17,14 @@ import torch
 from torch import nn
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
-from finery_common.spec import LoraBias, LoraSpec, MethodType, OptimizerType, Precision, Quantization, TrainingSpec
+from finery_common.spec import LoraBias, LoraSpec, MethodType, OptimizerType, Quantization, TrainingSpec
 from finery_kernels.adamw.state import GROUP_BLOCK, QUANTIZATION_BLOCK
 from finery_kernels.lora import StackedLayout
+from finery_trainer.engine import configs
 from finery_trainer.engine.architecture import ModelShape, decoder_of, describe
+from finery_trainer.engine.generic import without_budget
 from finery_trainer.engine.host_embedding import GENERIC, TIED, not_offloaded
+from finery_trainer.engine.model import dtype_of
 from finery_trainer.engine.passes import RESERVE_BYTES, is_capturable
 from finery_trainer.engine.planner import Plan, Ranks, Workload, plan_step
 from finery_trainer.engine.weights import PROJECTIONS
@@ -92,17 +95,19 @@ def estimate(spec: TrainingSpec, config: Mapping[str, Any], *, device_memory_byt
     `device_memory_bytes` is what the GPU has free for the run, of which `spec.memory.budget` says how much it may take; with 0, and where
     that is too little, the answer is the least that the run gets by with. `host_memory_bytes` is what the host has free: half of it may
     be pinned unless `spec.memory.host_budget_bytes` says how much.
-    Raises FailedPreconditionError where the configuration is of no causal language model or its embeddings cannot be offloaded,
-    InvalidArgumentError where a target module is not in it.
+    Raises FailedPreconditionError where the configuration is of no causal language model, its embeddings cannot be offloaded or its budget
+    cannot be kept, InvalidArgumentError where a target module is not in it.
     """
     assert min(device_memory_bytes, host_memory_bytes) >= 0
-    read = _read(config)
-    model = _without_memory(read)
+    whole = configs.read(config)
+    read, model = whole.get_text_config(decoder=True), _without_memory(whole)
     parameters = count_parameters(spec, model)
-    shape = describe(read) if _is_plain(spec, model) else "not plain"
+    shape = describe(whole) if _is_plain(spec, model) else "not plain"
     if isinstance(shape, str):
         if spec.memory.offload_embeddings:
             raise not_offloaded(GENERIC)
+        if spec.memory.budget != "auto":
+            raise without_budget(spec)
         return replace(
             _kept(spec, parameters),
             activations_bytes=activation_bytes(spec, read, num_tokens=_num_tokens(spec)),
@@ -263,24 +268,26 @@ def activation_bytes(spec: TrainingSpec, config: PretrainedConfig, *, num_tokens
     theirs, and gate, up and their product with theirs.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    num_qkv = (config.num_attention_heads + 2 * num_kv_heads) * head_dim
+    # State-space models have no heads, but an inner stream, which they call intermediate.
+    num_heads = getattr(config, "num_attention_heads", None) or 0
+    head_dim = getattr(config, "head_dim", None) or hidden // max(1, num_heads)
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    num_qkv = (num_heads + 2 * num_kv_heads) * head_dim
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    one_layer = 4 * hidden + 2 * (num_qkv + config.num_attention_heads * head_dim) + 6 * intermediate
+    one_layer = 4 * hidden + 2 * (num_qkv + num_heads * head_dim) + 6 * intermediate
     return _element_bytes(spec) * num_tokens * (layers * hidden + one_layer)
 
 
 def count_parameters(spec: TrainingSpec, model: PreTrainedModel) -> Parameters:
     """Numbers of parameters of a model that has shapes and no memory."""
     head = model.get_output_embeddings()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    linears = [sizes for _, module, sizes in linears_of(model) if module is not head]
     tensors = list(model.parameters())
-    num_weights = sum(module.weight.numel() for module in linears.values())
+    num_weights = sum(outputs * inputs for outputs, inputs in linears)
     embedding = cast("nn.Embedding", model.get_input_embeddings()).weight
     is_tied = isinstance(head, nn.Linear) and head.weight is embedding
     return Parameters(
-        linears=tuple((module.out_features, module.in_features) for module in linears.values()),
+        linears=tuple(linears),
         others=sum(tensor.numel() for tensor in tensors) - num_weights,
         embeddings=0 if is_tied else embedding.numel(),
         adapter_tensors=() if spec.method is MethodType.FULL else tuple(_adapter_tensors(model, spec.lora)),
@@ -289,20 +296,32 @@ def count_parameters(spec: TrainingSpec, model: PreTrainedModel) -> Parameters:
     )
 
 
+def linears_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[int, int]]]:
+    """(name, module, (N, K)) of all linear layers, GPT-2's transposed ones included."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module, (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            inputs, outputs = module.weight.shape
+            yield name, module, (outputs, inputs)
+
+
 def _adapter_tensors(model: nn.Module, lora: LoraSpec) -> Iterator[int]:
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = list(linears_of(model))
     for target in lora.target_modules:
-        found = [module for name, module in linears.items() if _is_meant(name, target)]
-        if not found:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+        if not any(_is_meant(name, target) for name, _, _ in linears):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name, _, _ in linears}))
             raise InvalidArgumentError(
                 f"lora.target_modules: got {target!r}, which is no linear layer of this model; it has {known}.", param="lora.target_modules"
             )
-        for module in found:
-            yield lora.rank * module.in_features
-            yield lora.rank * module.out_features
+    for name, module, (outputs, inputs) in linears:
+        if any(_is_meant(name, target) for target in lora.target_modules):
+            yield lora.rank * inputs
+            yield lora.rank * outputs
             if lora.use_dora:
-                yield module.out_features
+                yield outputs
             bias = cast("nn.Parameter | None", module.bias)
             if lora.bias is LoraBias.LORA_ONLY and bias is not None:
                 yield bias.numel()
@@ -341,20 +360,7 @@ def _element_bytes(spec: TrainingSpec) -> int:
 
 
 def _dtype(spec: TrainingSpec) -> torch.dtype:
-    """On a GPU auto is bfloat16."""
-    return torch.float32 if spec.precision is Precision.FLOAT32 else torch.bfloat16
-
-
-def _read(config: Mapping[str, Any]) -> PretrainedConfig:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    fields = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
-    try:
-        read = AutoConfig.for_model(config["model_type"], **fields)
-    except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
-        raise _no_language_model(f"its config.json cannot be read: {error}") from error
-    return read.get_text_config()
+    return dtype_of(spec.precision, torch.device("cuda"))
 
 
 def _without_memory(config: PretrainedConfig) -> PreTrainedModel:

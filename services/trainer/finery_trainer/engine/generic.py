@@ -23,21 +23,22 @@ import torch
 from torch import nn
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError
-from finery_common.spec import TrainingSpec
+from finery_common.spec import Quantization, TrainingSpec
 from finery_kernels.linear_cross_entropy import linear_cross_entropy
 from finery_kernels.nf4 import Nf4State, dequantize
 from finery_trainer.engine.architecture import base_of
 from finery_trainer.engine.determinism import deterministic_operations
 from finery_trainer.engine.host_embedding import GENERIC, not_offloaded
+from finery_trainer.engine.loss_scale import loss_scale_of
 from finery_trainer.engine.optim import Stepper, build_flat_optimizer, rate_factors
-from finery_trainer.engine.packing import IGNORE, Row
+from finery_trainer.engine.packing import IGNORE, Row, count_labels
 from finery_trainer.engine.trained import FlatGroup, flatten, in_place
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from finery_trainer.engine.data import TokenDataset
+    from finery_trainer.engine.data import Samples
 
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 """Names under which configurations keep a factor of the logits, or its inverse."""
@@ -85,12 +86,13 @@ class GenericPasses:
         check_quantization(model)
         self._model, self._spec = model, spec
         self._device = base_of(model).device
-        with deterministic_operations(spec, self._device):
+        with deterministic_operations(spec, self._device), _explained(spec):
             self.stack = GenericStack(model)
 
     def stepper(self, num_steps: int) -> Stepper:
         """The optimizer of what is trained."""
-        return build_flat_optimizer(self._spec.optimizer, self.stack.groups, num_steps, factors=rate_factors(self._model, self._spec))
+        factors, loss_scale = rate_factors(self._model, self._spec), self.stack.loss_scale
+        return build_flat_optimizer(self._spec.optimizer, self.stack.groups, num_steps, factors=factors, loss_scale=loss_scale)
 
     def prepare(self, rows: Sequence[Row]) -> None:
         """Nothing to get ready."""
@@ -100,7 +102,7 @@ class GenericPasses:
 
         However the same rows are split into micro-batches, loss and gradient are the same up to rounding.
         """
-        num_labels = sum(int((targets != IGNORE).sum()) for _, targets in rows)
+        num_labels = count_labels(rows)
         if not num_labels:
             raise InvalidArgumentError(
                 f"targets: got {len(rows)} rows and no token that the loss is taken on, wanted at least 1 in a step; check the labels."
@@ -110,12 +112,15 @@ class GenericPasses:
             losses = [self.stack.forward_backward([rows[row] for row in part], num_labels=num_labels) for part in parts]
             return torch.stack(losses).sum()
 
-    def mean_loss(self, data: TokenDataset) -> float:
+    def mean_loss(self, data: Samples[Row]) -> float:
         """The loss over all labels of `data`, without dropout."""
+        losses, num_labels = list[torch.Tensor](), 0
         with deterministic_operations(self._spec, self._device):
-            parts = self._micro_batches([int(length) for length in data.row_lengths])
-            losses = [self.stack.loss([data.training_row(row) for row in part]) for part in parts]
-            return float(torch.stack(losses).double().sum()) / int(data.row_labels.sum())
+            for part in self._micro_batches([int(length) for length in data.row_lengths]):
+                rows = [data.training_row(row) for row in part]
+                losses.append(self.stack.loss(rows))
+                num_labels += count_labels(rows)
+            return float(torch.stack(losses).double().sum()) / num_labels
 
     def refresh(self) -> None:
         """Takes over new values of the trained parameters."""
@@ -147,6 +152,8 @@ class GenericStack:
         if is_checkpointed is not None:
             _checkpoint(self._base, wanted=is_checkpointed)
         self.groups: list[FlatGroup] = _flat_groups(model)
+        self.loss_scale = loss_scale_of(self.dtype, self.device)
+        """By which gradients are multiplied, where their type wants it."""
         self._gradients: dict[int, torch.Tensor] = {}
         for group in self.groups:
             for index, (parameter, _) in enumerate(group.members):
@@ -171,11 +178,12 @@ class GenericStack:
     def forward_backward(self, rows: Sequence[Row], *, num_labels: int | torch.Tensor) -> torch.Tensor:
         """Adds the gradients of (summed cross-entropy / `num_labels`) and answers that loss, a float32 scalar on the device.
 
-        `rows` go through the model as one padded micro-batch. `num_labels` is the whole optimizer step's, so that it may be split into any.
+        The gradients are multiplied by `loss_scale`. `rows` go through the model as one padded micro-batch. `num_labels` is the whole
+        optimizer step's, so that it may be split into any.
         """
         loss = self._summed_loss(rows) / num_labels
         if loss.requires_grad:
-            loss.backward()
+            (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
         self._collect_gradients()
         return loss.detach()
 
@@ -226,6 +234,22 @@ def without_budget(spec: TrainingSpec) -> FailedPreconditionError:
         "leave it out, and lower batch.micro_batch_size or batch.max_tokens where memory is short.",
         param="spec.memory.budget",
     )
+
+
+@contextlib.contextmanager
+def _explained(spec: TrainingSpec) -> Iterator[None]:
+    """A model's first tokens: where it computes with weights past their layers, as Mamba does, quantized ones fail it in torch."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if spec.quantization is Quantization.NONE:
+            raise
+        raise FailedPreconditionError(
+            f"quantization: got {spec.quantization.value}, but this model cannot compute with quantized weights ({error}); use none.",
+            param="spec.quantization",
+        ) from error
 
 
 def check_quantization(model: PeftModel | PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""The supervised training loop: rows to gradients to steps, with a report after each step that may pause or cancel the run.
+"""The training loop: samples to gradients to steps, with a report after each step that may pause or cancel the run.
 
 Owns the order of things and the numbers reported. How gradients come about is `passes`'s, where reports and checkpoints go the caller's.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import psutil
 import torch
@@ -19,7 +19,7 @@ import torch
 from finery_common.errors import DataLossError
 from finery_common.spec import TrainingSpec
 from finery_trainer.engine import checkpoint
-from finery_trainer.engine.data import TokenDataset, epoch_order
+from finery_trainer.engine.data import Samples, TokenDataset, epoch_order
 from finery_trainer.engine.limits import limits_of
 from finery_trainer.engine.optim import Stepper, non_finite
 from finery_trainer.engine.packing import Row
@@ -28,6 +28,8 @@ from finery_trainer.engine.passes import Passes, passes_of
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
+
+SampleT = TypeVar("SampleT")
 
 
 class Action(StrEnum):
@@ -79,7 +81,7 @@ def train(
     validation: TokenDataset | None = None,
     on_checkpoint: OnCheckpoint | None = None,
     resume_from: Path | None = None,
-    passes: Passes | None = None,
+    passes: Passes[Row] | None = None,
 ) -> Outcome:
     """Trains `model` in place on `data` and answers how the run ended.
 
@@ -89,7 +91,23 @@ def train(
     On a CPU the run is deterministic, and a resumed one is bit-equal to one never stopped.
     Raises FailedPreconditionError (`non_finite_loss`) where it diverges, InvalidArgumentError where data do not fit the model.
     """
-    run = _Run(model, data, spec, validation=validation, passes=passes)
+    passes = passes_of(model, spec, data) if passes is None else passes
+    return drive(model, data, spec, passes, on_step, validation=validation, on_checkpoint=on_checkpoint, resume_from=resume_from)
+
+
+def drive(
+    model: PeftModel | PreTrainedModel,
+    data: Samples[SampleT],
+    spec: TrainingSpec,
+    passes: Passes[SampleT],
+    on_step: OnStep,
+    *,
+    validation: Samples[SampleT] | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
+    resume_from: Path | None = None,
+) -> Outcome:
+    """As `train`, by `passes` over samples of whatever kind they take."""
+    run = _Run(model, data, spec, passes, validation=validation)
     if resume_from is not None:
         run.resume(resume_from)
     report = None
@@ -112,27 +130,26 @@ def steps_of(num_rows: int, spec: TrainingSpec) -> tuple[int, int]:
     return per_epoch, total if spec.max_steps is None else min(total, spec.max_steps)
 
 
-class _Run:
+class _Run(Generic[SampleT]):
     def __init__(
         self,
         model: PeftModel | PreTrainedModel,
-        data: TokenDataset,
+        data: Samples[SampleT],
         spec: TrainingSpec,
+        passes: Passes[SampleT],
         *,
-        validation: TokenDataset | None,
-        passes: Passes | None,
+        validation: Samples[SampleT] | None,
     ) -> None:
-        self._model, self._data, self._spec, self._validation = model, data, spec, validation
+        self._model, self._data, self._spec, self._passes, self._validation = model, data, spec, passes, validation
         limits = limits_of(cast("PretrainedConfig", model.config))
         for dataset in (data, validation):
             if dataset is not None:
                 dataset.check(limits, max_sequence_length=spec.max_sequence_length)
         self._steps_per_epoch, self.num_steps = steps_of(data.num_rows, spec)
-        self._passes = passes_of(model, spec, data) if passes is None else passes
-        self.stepper: Stepper = self._passes.stepper(self.num_steps)
+        self.stepper: Stepper = passes.stepper(self.num_steps)
         self._num_trained_tokens = 0
         self._order: tuple[int, list[int]] = (-1, [])
-        self._next: tuple[list[int], list[Row]] = ([], [])
+        self._next: tuple[list[int], list[SampleT]] = ([], [])
         torch.manual_seed(spec.seed)
         model.train()
 
@@ -141,7 +158,7 @@ class _Run:
         self._passes.refresh()
         if (cursor.num_steps, cursor.num_rows) != (self.num_steps, self._data.num_rows):
             raise DataLossError(
-                f"The checkpoint belongs to a run of {cursor.num_steps} steps over {cursor.num_rows} rows, "
+                f"The checkpoint belongs to a run of {cursor.num_steps} steps over {cursor.num_rows} rows or pairs, "
                 f"this one has {self.num_steps} over {self._data.num_rows}; start the job anew."
             )
         self._num_trained_tokens = cursor.num_trained_tokens
@@ -158,18 +175,24 @@ class _Run:
         started_s = time.perf_counter()
         rows = self._rows(self.stepper.step)
         num_tokens = int(self._data.row_lengths[rows].sum())
-        loss_0d = self._passes.gradients(self._read(rows))
-        self._prepare_next()
-        loss = loss_0d.item()
-        if not math.isfinite(loss):
-            raise non_finite("loss", loss, step=self.stepper.step + 1)
-        grad_norm = self.stepper.apply()
+        loss, grad_norm = self._stepped(rows)
+        while grad_norm is None:
+            loss, grad_norm = self._stepped(rows)
         self._passes.refresh()
         self._num_trained_tokens += num_tokens
         seconds = time.perf_counter() - started_s
         return self._report(loss, grad_norm, num_tokens=num_tokens, seconds=seconds)
 
-    def _read(self, rows: list[int]) -> list[Row]:
+    def _stepped(self, rows: list[int]) -> tuple[float, float | None]:
+        """(loss, norm of the gradients) of a step; without a norm it was not taken, and is to be computed again (`Stepper.apply`)."""
+        loss_0d = self._passes.gradients(self._read(rows))
+        self._prepare_next()
+        loss = loss_0d.item()
+        if not math.isfinite(loss):
+            raise non_finite("loss", loss, step=self.stepper.step + 1)
+        return loss, self.stepper.apply()
+
+    def _read(self, rows: list[int]) -> list[SampleT]:
         if self._next[0] != rows:
             self._next = rows, [self._data.training_row(row) for row in rows]
         return self._next[1]

@@ -6,16 +6,20 @@ where it is to be, quantized there before the next one is read; so neither host 
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError
 from finery_common.spec import LoraSpec, MethodType, Precision, Quantization, TrainingSpec
 from finery_trainer.engine.layers import replace_layers
+
+_LEAST_SHARE = 0.5
+"""Of a model's weights, without embeddings and head, that quantization must reach to be worth its name."""
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -58,29 +62,99 @@ def load_base(
     Embeddings, head, norms and biases have `dtype`, and so has what is computed with 4-bit weights. The shares of memory that a
     checkpoint's tied weights take are taken once.
 
-    Raises FailedPreconditionError: there is no such model, or bitsandbytes is missing.
+    Raises FailedPreconditionError: there is no such model, weights are missing or of other shapes or quantized otherwise, or bitsandbytes
+    is missing.
     """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    config = _quantization_config(quantization, dtype=dtype)
+    config = None if _is_quantized(base_dir) else _quantization_config(quantization, dtype=dtype)
     try:
-        base = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             base_dir,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             device_map={"": device},
+            output_loading_info=True,
+            # `_check_files` names them.
+            ignore_mismatched_sizes=True,
             **({} if config is None else {"quantization_config": config}),
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise FailedPreconditionError(
-            f"The base model's folder holds no causal language model with safetensors weights that can be loaded: {error}",
-            code="invalid_base_model",
-        ) from error
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
+        raise _unusable(f"holds no causal language model with safetensors weights that can be loaded: {error}") from error
+    base, found = cast("tuple[PreTrainedModel, Mapping[str, Any]]", loaded)
+    _check_files(base, found)
+    _check_quantized(base, quantization)
     if quantization is Quantization.NF4:
-        _keep_packing(base)
+        _settle_nf4(base, dtype=dtype)
     return base
+
+
+def _is_quantized(base_dir: Path) -> bool:
+    """Whether the files say how they are quantized; transformers then warns of any other word on it."""
+    try:
+        return "quantization_config" in json.loads((base_dir / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _check_files(base: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """Raises where transformers would train on weights of its own making: those that the files lack, or have in another shape."""
+    if missing := sorted(found["missing_keys"]):
+        raise _unusable(f"lacks {len(missing)} of the weights that its config.json speaks of, such as {missing[0]}; fetch the model again")
+    for name, got, wanted in [*sorted(found["mismatched_keys"]), *_other_shapes(base)]:
+        raise _unusable(f"has {name} of shape {tuple(got)}, wanted {tuple(wanted)} by its config.json; fetch the model again")
+
+
+def _other_shapes(base: PreTrainedModel) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """(name, shape, wanted) of matrices whose module speaks of another shape: transformers does not look while it quantizes."""
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            wanted = module.out_features, module.in_features
+        elif isinstance(module, torch.nn.Embedding):
+            wanted = module.num_embeddings, module.embedding_dim
+        else:
+            continue
+        got = tuple(getattr(module.weight, "quant_state", module.weight).shape)
+        if got != wanted:
+            yield f"{name}.weight", got, wanted
+
+
+def _check_quantized(base: PreTrainedModel, quantization: Quantization) -> None:
+    """Raises where files are quantized in another way than the spec says."""
+    is_4bit, is_8bit = (bool(getattr(base, f"is_loaded_in_{bits}bit", False)) for bits in (4, 8))
+    stored = "int8" if is_8bit else None
+    if is_4bit:
+        stored = str(cast("Any", base.config).quantization_config.bnb_4bit_quant_type)
+    if (stored or "none") != quantization.value:
+        raise FailedPreconditionError(
+            f"quantization: got {quantization.value}, but the base model's files are quantized as {stored}; "
+            "use a base model of 16 or 32 bits, or the quantization that its files have.",
+            param="spec.quantization",
+        )
+    if quantization is not Quantization.NONE and (share := _quantized_share(base)) < _LEAST_SHARE:
+        raise FailedPreconditionError(
+            f"quantization: got {quantization.value}, which is for linear layers, and only {share:.0%} of this model's weights without "
+            "embeddings and head are in such (experts and some families' own layers are not); use none.",
+            param="spec.quantization",
+        )
+
+
+def _quantized_share(base: PreTrainedModel) -> float:
+    """Of the weights that are neither embeddings nor head, how many are in quantized layers."""
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    quantized = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, Linear4bit | Linear8bitLt))
+    ends = {id(end.weight) for end in (base.get_input_embeddings(), base.get_output_embeddings()) if isinstance(end, torch.nn.Module)}
+    others = sum(p.numel() for p in base.parameters() if id(p) not in ends and p.is_floating_point() and p.dim() > 1)
+    return quantized / max(1, quantized + others)
+
+
+def _unusable(what: str) -> FailedPreconditionError:
+    return FailedPreconditionError(f"The base model's folder {what}.", code="invalid_base_model")
 
 
 def default_device() -> torch.device:
@@ -92,7 +166,7 @@ def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
     """The element type of weights and arithmetic; auto is bfloat16 on a GPU and float32 on a CPU."""
     if precision is Precision.AUTO:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
+    return {Precision.BFLOAT16: torch.bfloat16, Precision.FLOAT16: torch.float16, Precision.FLOAT32: torch.float32}[precision]
 
 
 def lora_config(spec: LoraSpec, base: torch.nn.Module) -> LoraConfig:
@@ -141,10 +215,14 @@ def _quantization_config(quantization: Quantization, *, dtype: torch.dtype) -> B
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
 
 
-def _keep_packing(base: PreTrainedModel) -> None:
-    """On some CPUs bitsandbytes repacks a weight for its own product the first time it is used; others read it too."""
+def _settle_nf4(base: PreTrainedModel, *, dtype: torch.dtype) -> None:
+    """Products in `dtype`, whatever quantized files say; and weights that stay as they are.
+
+    On some CPUs bitsandbytes repacks a weight for its own product the first time it is used; others read it too.
+    """
     from bitsandbytes.nn.modules import Linear4bit
 
     for module in base.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+            module.compute_dtype, module.compute_type_is_set = dtype, True

@@ -24,7 +24,8 @@ _IN_FLIGHT = 1
 class Offloader:
     """Moves the tensors that `host` names, a set for each layer, off their tapes and back.
 
-    Call `stored` after a layer's forward pass, `fetched` before its backward pass, layers in order and back again.
+    Call `stored` after a layer's forward pass, `fetched` before its backward pass (`skipped` where it has none), layers in order and back
+    again.
     """
 
     def __init__(self, host: tuple[frozenset[str], ...], *, device: torch.device) -> None:
@@ -71,6 +72,14 @@ class Offloader:
         event, tensors = self._arriving.pop(index)
         torch.cuda.current_stream(self._device).wait_event(event)
         tape.update(tensors)
+
+    def skipped(self, index: int) -> None:
+        """Lets go of what was stored of a layer whose backward pass does not come."""
+        for name in _with_lse(self._host[index]):
+            self._pinned.pop((index, name), None)
+        if index in self._arriving:
+            event, _ = self._arriving.pop(index)
+            torch.cuda.current_stream(self._device).wait_event(event)
 
     def _start(self, index: int) -> None:
         if index in self._arriving:

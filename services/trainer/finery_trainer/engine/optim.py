@@ -17,6 +17,7 @@ from finery_common.errors import FailedPreconditionError
 from finery_common.spec import OptimizerSpec, ScheduleType, TrainingSpec
 from finery_trainer.engine.architecture import base_of
 from finery_trainer.engine.flat_adamw import FlatAdamW
+from finery_trainer.engine.loss_scale import LossScale
 from finery_trainer.engine.trained import FlatGroup
 
 if TYPE_CHECKING:
@@ -81,20 +82,40 @@ class Stepper:
     schedule: Schedule
     max_grad_norm: float
     step: int = 0
+    loss_scale: LossScale | None = None
+    """By which whoever computes gradients multiplies the loss."""
 
-    def apply(self) -> float:
+    def apply(self) -> float | None:
         """One optimizer step with the gradients at hand, which it then drops; answers their L2 norm before clipping.
 
-        Raises FailedPreconditionError (code `non_finite_loss`) where that norm is not finite; the weights are then unchanged.
+        None, and no step, where they overflowed and `loss_scale` was lowered for it: they are to be computed again. Raises
+        FailedPreconditionError (code `non_finite_loss`) where the norm is not finite otherwise; the weights are then unchanged.
         """
-        norm, clip_coef = self.optimizer.clip_coefficient(self.max_grad_norm)
-        grad_norm = float(norm)
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        norm, clip_coef = self.optimizer.clip_coefficient(self.max_grad_norm * scale)
+        grad_norm = float(norm) / scale
         if not math.isfinite(grad_norm):
-            raise non_finite("gradient norm", grad_norm, step=self.step + 1)
+            if self.loss_scale is None or not self.loss_scale.lower():
+                raise non_finite("gradient norm", grad_norm, step=self.step + 1)
+            self.optimizer.zero_grad()
+            return None
         self.step += 1
-        self.optimizer.step(learning_rate=self.learning_rate, step=self.step, clip_coef=clip_coef)
+        self.optimizer.step(learning_rate=self.learning_rate, step=self.step, clip_coef=clip_coef / scale)
         self.optimizer.zero_grad()
+        if self.loss_scale is not None:
+            self.loss_scale.stepped()
         return grad_norm
+
+    def state(self) -> State:
+        """What a resumed run needs besides the number of steps."""
+        tensors, numbers = self.optimizer.state()
+        return tensors, numbers | ({} if self.loss_scale is None else self.loss_scale.state())
+
+    def load_state(self, state: State) -> None:
+        """Takes over what `state` of the same model and spec has answered. Raises KeyError for one of another precision."""
+        self.optimizer.load_state(state)
+        if self.loss_scale is not None:
+            self.loss_scale.load_state(state[1])
 
     @property
     def learning_rate(self) -> float:
@@ -103,13 +124,19 @@ class Stepper:
 
 
 def build_flat_optimizer(
-    spec: OptimizerSpec, groups: Sequence[FlatGroup], num_steps: int, *, factors: Mapping[torch.nn.Parameter, float] | None = None
+    spec: OptimizerSpec,
+    groups: Sequence[FlatGroup],
+    num_steps: int,
+    *,
+    factors: Mapping[torch.nn.Parameter, float] | None = None,
+    loss_scale: LossScale | None = None,
 ) -> Stepper:
     """The optimizer of `groups` for a run of `num_steps`. Matrices decay, vectors (biases) do not.
 
-    `factors` (see `rate_factors`) multiply the learning rate of the parameters they name.
+    `factors` (see `rate_factors`) multiply the learning rate of the parameters they name; gradients come multiplied by `loss_scale`.
     """
-    return Stepper(FlatAdamW(groups, spec, factors=factors), _schedule(spec, num_steps), spec.max_grad_norm)
+    optimizer = FlatAdamW(groups, spec, factors=factors)
+    return Stepper(optimizer, _schedule(spec, num_steps), spec.max_grad_norm, loss_scale=loss_scale)
 
 
 def _schedule(spec: OptimizerSpec, num_steps: int) -> Schedule:

@@ -104,6 +104,11 @@ def pack(rows: Sequence[Row], *, token_multiple: int = 1, label_multiple: int = 
     )
 
 
+def count_labels(rows: Sequence[Row]) -> int:
+    """Positions that a loss is taken on."""
+    return sum(int((targets != IGNORE).sum()) for _, targets in rows)
+
+
 def padded_tokens(num_tokens: int) -> int:
     """The tokens that a pack of `num_tokens` is padded to beside a GPU.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import psutil
 import structlog
@@ -24,7 +24,7 @@ from finery_trainer.engine.generic import GenericPasses
 from finery_trainer.engine.graphs import GraphedPasses, in_buckets
 from finery_trainer.engine.host_embedding import HostEmbedding
 from finery_trainer.engine.optim import Stepper, build_flat_optimizer, rate_factors
-from finery_trainer.engine.packing import PackedBatch, Row, groups, pack, padded_tokens, replaced
+from finery_trainer.engine.packing import PackedBatch, Row, count_labels, groups, pack, padded_tokens, replaced
 from finery_trainer.engine.planner import Plan, Ranks, Workload, keep_all, plan_step
 from finery_trainer.engine.stack import TrainingStack, unsupported
 
@@ -33,11 +33,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from finery_trainer.engine.architecture import ModelShape
-    from finery_trainer.engine.data import TokenDataset
+    from finery_trainer.engine.data import Samples, TokenDataset
 
 log = structlog.get_logger(__name__)
+SampleT_contra = TypeVar("SampleT_contra", contravariant=True)
 
 _CPU_PACK_TOKENS = 4096
+_CONTEXT_BYTES = 1 << 30
+"""What CUDA's context takes of a card at the most, where the memory that is free is not asked for."""
 RESERVE_BYTES = 512 << 20
 """Left free on a GPU: what fragments, and other libraries' workspaces."""
 
@@ -122,15 +125,19 @@ class PackedPasses:
         """Cross-entropy summed over the labels of `rows`: float32, 0-dim, on the device."""
         return torch.stack([self.stack.loss(batch.to(self._device)) for batch in self._batches(rows)]).sum()
 
-    def mean_loss(self, data: TokenDataset) -> float:
+    def mean_loss(self, data: Samples[Row]) -> float:
         """The loss over all labels of `data`."""
-        members = groups([int(length) for length in data.row_lengths], max_tokens=self._max_tokens)
-        return math.fsum(self.loss([data.training_row(row) for row in rows]).item() for rows in members) / int(data.row_labels.sum())
+        total, num_labels = 0.0, 0
+        for members in groups([int(length) for length in data.row_lengths], max_tokens=self._max_tokens):
+            rows = [data.training_row(row) for row in members]
+            total += self.loss(rows).item()
+            num_labels += count_labels(rows)
+        return total / num_labels
 
     def stepper(self, num_steps: int) -> Stepper:
         """The optimizer of what is trained. Memory is planned when it is there."""
-        factors = rate_factors(self._model, self._spec)
-        stepper = build_flat_optimizer(self._spec.optimizer, self.stack.groups, num_steps, factors=factors)
+        factors, loss_scale = rate_factors(self._model, self._spec), self.stack.loss_scale
+        stepper = build_flat_optimizer(self._spec.optimizer, self.stack.groups, num_steps, factors=factors, loss_scale=loss_scale)
         self.plan_memory()
         return stepper
 
@@ -198,22 +205,25 @@ def workload(stack: TrainingStack, spec: TrainingSpec, *, longest_row: int, mean
     )
 
 
-class Passes(Protocol):
-    """What the loop asks of a path through a model."""
+class Passes(Protocol[SampleT_contra]):
+    """What the loop asks of a path through a model. Samples are rows, or pairs of them."""
 
     def stepper(self, num_steps: int) -> Stepper:
         """The optimizer of what is trained."""
         ...
 
-    def prepare(self, rows: Sequence[Row]) -> None:
-        """Gets ready for `gradients` of these rows while the device is busy."""
+    def prepare(self, rows: Sequence[SampleT_contra], /) -> None:
+        """Gets ready for `gradients` of these samples while the device is busy."""
         ...
 
-    def gradients(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Adds the gradients of the mean loss over the labels of `rows`, and answers it: float32, 0-dim, on the device."""
+    def gradients(self, rows: Sequence[SampleT_contra], /) -> torch.Tensor:
+        """Adds the gradients of the mean loss over the labels of the samples, and answers it: float32, 0-dim, on the device.
+
+        The stepper's `loss_scale` multiplies the gradients, not the answer.
+        """
         ...
 
-    def mean_loss(self, data: TokenDataset) -> float:
+    def mean_loss(self, data: Samples[SampleT_contra], /) -> float:
         """The loss over all labels of `data`, without dropout."""
         ...
 
@@ -222,7 +232,7 @@ class Passes(Protocol):
         ...
 
 
-def passes_of(model: PeftModel | PreTrainedModel, spec: TrainingSpec, data: TokenDataset) -> Passes:
+def passes_of(model: PeftModel | PreTrainedModel, spec: TrainingSpec, data: TokenDataset) -> Passes[Row]:
     """The engine's own layers where they take the model, transformers' otherwise; which one and why is logged."""
     if (reason := unsupported(model)) is not None:
         log.info("training by transformers' own modules", reason=reason)
@@ -247,7 +257,7 @@ def _card_bytes(spec: TrainingSpec, device: torch.device, *, is_fixed: bool) -> 
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
-    ours = (total if is_fixed else free + torch.cuda.memory_reserved(device)) - RESERVE_BYTES
+    ours = (total - _CONTEXT_BYTES if is_fixed else free + torch.cuda.memory_reserved(device)) - RESERVE_BYTES
     return spec.memory.budget_bytes(ours) - allocated
 
 

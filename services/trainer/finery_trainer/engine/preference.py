@@ -1,7 +1,7 @@
-"""Training on preferences: pairs to gradients to steps, with the reports, pauses and checkpoints of the supervised loop.
+"""Training on preferences: pairs to gradients, for the loop that supervised runs take their steps by.
 
-Owns reading datasets of pairs and the order of things. The loss of a pair is `dpo`'s, which is TRL's; the decoder's layers are the engine's
-own (`layers`) where they take the model.
+Owns reading datasets of pairs and how pairs become micro-batches. The loss of a pair is `dpo`'s, which is TRL's; the decoder's layers are
+the engine's own (`layers`) where they take the model.
 
 A dataset folder's shards hold each pair twice over: `chosen_input_ids`, `chosen_label_mask`, `chosen_row_offsets`, and the same with
 `rejected_`. Making them is dataprep's.
@@ -13,33 +13,35 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import structlog
 import torch
 
-from finery_common.errors import DataLossError, InvalidArgumentError
+from finery_common.errors import InvalidArgumentError
 from finery_common.spec import MethodType, TrainingSpec
-from finery_trainer.engine import checkpoint
-from finery_trainer.engine.data import IntArray, TokenDataset, epoch_order
+from finery_trainer.engine.architecture import base_of
+from finery_trainer.engine.data import IntArray, MaskedRow, Samples, TokenDataset
 from finery_trainer.engine.determinism import deterministic_operations
 from finery_trainer.engine.generic import check_quantization
 from finery_trainer.engine.layers import bind_layers
-from finery_trainer.engine.limits import ModelLimits, limits_of
-from finery_trainer.engine.loop import Action, OnCheckpoint, OnStep, Outcome, StepReport, memory_bytes, steps_of
-from finery_trainer.engine.optim import Stepper, build_flat_optimizer, non_finite, rate_factors
+from finery_trainer.engine.limits import ModelLimits
+from finery_trainer.engine.loop import OnCheckpoint, OnStep, Outcome, drive
+from finery_trainer.engine.loss_scale import loss_scale_of
+from finery_trainer.engine.optim import Stepper, build_flat_optimizer, rate_factors
 from finery_trainer.engine.stack import unsupported
 from finery_trainer.engine.trained import flatten
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PretrainedConfig
 
 log = structlog.get_logger(__name__)
+
+Pair = tuple[MaskedRow, MaskedRow]
+"""A chosen and a rejected row."""
 
 
 class PreferenceDataset:
@@ -72,23 +74,9 @@ class PreferenceDataset:
         self.chosen.check(limits, max_sequence_length=max_sequence_length)
         self.rejected.check(limits, max_sequence_length=max_sequence_length)
 
-    def batch(self, pairs: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The given pairs padded on the right: int64 `input_ids`, `attention_mask` and `completion_mask`, each [R, T]."""
-        rows = [*(self.chosen.row(pair) for pair in pairs), *(self.rejected.row(pair) for pair in pairs)]
-        batch_3RT = np.zeros((3, len(rows), max(len(ids) for ids, _ in rows)), dtype=np.int64)
-        for index, (ids, mask) in enumerate(rows):
-            batch_3RT[0, index, : len(ids)] = ids
-            batch_3RT[1, index, : len(ids)] = 1
-            batch_3RT[2, index, : len(ids)] = mask
-        names = ("input_ids", "attention_mask", "completion_mask")
-        return {name: torch.from_numpy(part) for name, part in zip(names, batch_3RT, strict=True)}
-
-    def micro_batches(self, pairs: Sequence[int], *, size: int) -> Iterator[list[int]]:
-        """`pairs` in lists of `size`, neighbours in length together so that little is padding."""
-        lengths = np.maximum(self.chosen.row_lengths, self.rejected.row_lengths)
-        by_length = sorted(pairs, key=lambda pair: (-int(lengths[pair]), pair))
-        for start in range(0, len(by_length), size):
-            yield by_length[start : start + size]
+    def training_row(self, index: int) -> Pair:
+        """One pair."""
+        return self.chosen.row(index), self.rejected.row(index)
 
 
 def train(
@@ -108,112 +96,78 @@ def train(
     """
     assert spec.method is MethodType.DPO
     with deterministic_operations(spec, model.device):
-        run = _Run(model, data, spec, validation=validation)
-        if resume_from is not None:
-            run.resume(resume_from)
-        report = None
-        while run.stepper.step < run.num_steps:
-            report = run.step()
-            action = on_step(report)
-            if action is Action.CANCEL:
-                return Outcome(action, report)
-            if on_checkpoint is not None and (action is Action.PAUSE or run.is_checkpoint_due(report)):
-                on_checkpoint(report, run.save)
-            if action is Action.PAUSE and report.step < run.num_steps:
-                return Outcome(action, report)
-        return Outcome(Action.CONTINUE, report)
+        passes = PreferencePasses(model, spec)
+        return drive(model, data, spec, passes, on_step, validation=validation, on_checkpoint=on_checkpoint, resume_from=resume_from)
 
 
-class _Run:
-    def __init__(self, model: PeftModel, data: PreferenceDataset, spec: TrainingSpec, *, validation: PreferenceDataset | None) -> None:
+class PreferencePasses:
+    """Passes over pairs, padded micro-batches of `spec.batch`; see `passes.Passes`."""
+
+    def __init__(self, model: PeftModel, spec: TrainingSpec) -> None:
         from finery_trainer.engine.dpo import pair_loss
 
-        self._model, self._data, self._spec, self._validation = model, data, spec, validation
-        limits = limits_of(cast("PretrainedConfig", model.get_base_model().config))
-        for dataset in (data, validation):
-            if dataset is not None:
-                dataset.check(limits, max_sequence_length=spec.max_sequence_length)
-        self._steps_per_epoch, self.num_steps = steps_of(data.num_rows, spec)
+        self._model, self._spec = model, spec
         self._loss = pair_loss(model, spec)
-        groups = [flatten([parameter for parameter in model.parameters() if parameter.requires_grad])]
-        self.stepper: Stepper = build_flat_optimizer(spec.optimizer, groups, self.num_steps, factors=rate_factors(model, spec))
-        _bind(model)
-        self._num_trained_tokens = 0
-        self._order: tuple[int, list[int]] = (-1, [])
-        torch.manual_seed(spec.seed)
-        model.train()
+        self._loss_scale = loss_scale_of(base_of(model).dtype, model.device)
 
-    def resume(self, folder: Path) -> None:
-        cursor = checkpoint.restore(folder, model=self._model, stepper=self.stepper)
-        if (cursor.num_steps, cursor.num_rows) != (self.num_steps, self._data.num_rows):
-            raise DataLossError(
-                f"The checkpoint belongs to a run of {cursor.num_steps} steps over {cursor.num_rows} pairs, "
-                f"this one has {self.num_steps} over {self._data.num_rows}; start the job anew."
-            )
-        self._num_trained_tokens = cursor.num_trained_tokens
+    def stepper(self, num_steps: int) -> Stepper:
+        """The optimizer of the adapter."""
+        groups = [flatten([parameter for parameter in self._model.parameters() if parameter.requires_grad])]
+        factors = rate_factors(self._model, self._spec)
+        stepper = build_flat_optimizer(self._spec.optimizer, groups, num_steps, factors=factors, loss_scale=self._loss_scale)
+        _bind(self._model)
+        return stepper
 
-    def save(self, folder: Path) -> None:
-        cursor = checkpoint.Cursor(self.stepper.step, self.num_steps, self._num_trained_tokens, self._data.num_rows)
-        checkpoint.save(folder, model=self._model, stepper=self.stepper, cursor=cursor)
+    def prepare(self, pairs: Sequence[Pair]) -> None:
+        """Nothing to get ready."""
 
-    def is_checkpoint_due(self, report: StepReport) -> bool:
-        interval = self._spec.checkpoint.interval_steps
-        return report.is_epoch_end or (interval is not None and report.step % interval == 0)
+    def gradients(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        """Adds the gradients of the mean loss over `pairs`, and answers it: float32, 0-dim, on the device."""
+        losses: list[torch.Tensor] = []
+        for loss in self._losses(pairs):
+            (loss if self._loss_scale is None else loss * self._loss_scale.value).backward()
+            losses.append(loss.detach().float())
+        return torch.stack(losses).sum()
 
-    def step(self) -> StepReport:
-        started_s = time.perf_counter()
-        pairs = self._pairs(self.stepper.step)
-        loss = 0.0
-        for part in self._losses(self._data, pairs):
-            part.backward()
-            loss += part.item()
-        if not math.isfinite(loss):
-            raise non_finite("loss", loss, step=self.stepper.step + 1)
-        grad_norm = self.stepper.apply()
-        num_tokens = int(self._data.row_lengths[pairs].sum())
-        self._num_trained_tokens += num_tokens
-        return self._report(loss, grad_norm, tokens_per_second=num_tokens / (time.perf_counter() - started_s))
+    def mean_loss(self, data: Samples[Pair]) -> float:
+        """The mean loss over all pairs of `data`, without dropout."""
+        self._model.eval()
+        with torch.no_grad():
+            pairs = [data.training_row(pair) for pair in range(data.num_rows)]
+            loss = math.fsum(part.item() for part in self._losses(pairs))
+        self._model.train()
+        return loss
 
-    def _losses(self, data: PreferenceDataset, pairs: Sequence[int]) -> Iterator[torch.Tensor]:
+    def refresh(self) -> None:
+        """Trained values are read where they stand."""
+
+    def _losses(self, pairs: Sequence[Pair]) -> Iterator[torch.Tensor]:
         """The losses of the micro-batches that `pairs` make; their sum is the mean over `pairs`."""
-        for part in data.micro_batches(pairs, size=self._spec.batch.micro_batch_size):
-            inputs = {name: tensor.to(self._model.device) for name, tensor in data.batch(part).items()}
+        for part in micro_batches(pairs, size=self._spec.batch.micro_batch_size):
+            inputs = {name: tensor.to(self._model.device) for name, tensor in padded(part).items()}
             with _precision(self._model):
                 loss = self._loss.of(inputs)
             yield loss * (len(part) / len(pairs))
 
-    def _validation_loss(self, data: PreferenceDataset) -> float:
-        self._model.eval()
-        with torch.no_grad():
-            loss = math.fsum(part.item() for part in self._losses(data, range(data.num_rows)))
-        self._model.train()
-        return loss
 
-    def _report(self, loss: float, grad_norm: float, *, tokens_per_second: float) -> StepReport:
-        step = self.stepper.step
-        is_epoch_end = step % self._steps_per_epoch == 0 or step == self.num_steps
-        is_measured = is_epoch_end and self._validation is not None
-        return StepReport(
-            step=step,
-            num_steps=self.num_steps,
-            epoch=step / self._steps_per_epoch,
-            loss=loss,
-            learning_rate=self.stepper.learning_rate,
-            grad_norm=grad_norm,
-            tokens_per_second=tokens_per_second,
-            num_trained_tokens=self._num_trained_tokens,
-            memory_bytes=memory_bytes(self._model.device),
-            validation_loss=self._validation_loss(cast("PreferenceDataset", self._validation)) if is_measured else None,
-            is_epoch_end=is_epoch_end,
-        )
+def padded(pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
+    """The pairs padded on the right: int64 `input_ids`, `attention_mask` and `completion_mask`, each [R, T]."""
+    rows = [*(chosen for chosen, _ in pairs), *(rejected for _, rejected in pairs)]
+    batch_3RT = np.zeros((3, len(rows), max(len(ids) for ids, _ in rows)), dtype=np.int64)
+    for index, (ids, mask) in enumerate(rows):
+        batch_3RT[0, index, : len(ids)] = ids
+        batch_3RT[1, index, : len(ids)] = 1
+        batch_3RT[2, index, : len(ids)] = mask
+    names = ("input_ids", "attention_mask", "completion_mask")
+    return {name: torch.from_numpy(part) for name, part in zip(names, batch_3RT, strict=True)}
 
-    def _pairs(self, step: int) -> list[int]:
-        """The pairs of the step after `step` steps."""
-        epoch, within = divmod(step, self._steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = epoch, epoch_order(self._data.num_rows, seed=self._spec.seed, epoch=epoch)
-        size = self._spec.batch.micro_batch_size * self._spec.batch.gradient_accumulation_steps
-        return self._order[1][within * size : (within + 1) * size]
+
+def micro_batches(pairs: Sequence[Pair], *, size: int) -> Iterator[list[Pair]]:
+    """`pairs` in lists of `size`, neighbours in length together so that little is padding."""
+    longest = [max(len(ids) for ids, _ in pair) for pair in pairs]
+    by_length = sorted(range(len(pairs)), key=lambda index: -longest[index])
+    for start in range(0, len(by_length), size):
+        yield [pairs[index] for index in by_length[start : start + size]]
 
 
 def _bind(model: PeftModel) -> None:
@@ -224,7 +178,6 @@ def _bind(model: PeftModel) -> None:
 
 
 def _precision(model: PeftModel) -> contextlib.AbstractContextManager[object]:
-    """Adapters are float32 even on bfloat16 weights; autocast makes their products bfloat16, as the rest."""
-    if model.get_base_model().dtype is torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(model.device.type, dtype=torch.bfloat16)
+    """Adapters are float32 even on 16-bit weights; autocast makes their products 16-bit, as the rest."""
+    dtype = base_of(model).dtype
+    return contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(model.device.type, dtype=dtype)

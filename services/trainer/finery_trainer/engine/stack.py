@@ -12,7 +12,7 @@ Shapes: T tokens of a packed batch, D hidden, V vocabulary, L labelled positions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -24,6 +24,7 @@ from finery_kernels.lora import Adapter
 from finery_kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from finery_trainer.engine.architecture import LayerShape, ModelShape, base_of, decoder_of, describe, norms_of, rotary_tables
 from finery_trainer.engine.block import Block, Gradients, Rotary, Tape
+from finery_trainer.engine.loss_scale import loss_scale_of
 from finery_trainer.engine.offload import Offloader
 from finery_trainer.engine.packing import IGNORE, PackedBatch
 from finery_trainer.engine.planner import Plan, keep_all
@@ -60,6 +61,8 @@ class TrainingStack:
         # The embedding may be on the host.
         self.dtype, self.device = self._embedding.weight.dtype, cast("torch.Tensor", self._norm.weight).device
         self.workspace = Workspace(dtype=self.dtype, device=self.device)
+        self.loss_scale = loss_scale_of(self.dtype, self.device)
+        """By which gradients are multiplied, where their type wants it."""
         self._gradients: dict[int, torch.Tensor] = {}
         layers = list(cast("nn.ModuleList", decoder.layers))
         projections = [
@@ -105,15 +108,23 @@ class TrainingStack:
             group.grads_N.zero_()
 
     @torch.no_grad()
-    def forward_backward(self, batch: PackedBatch, *, num_labels: int | torch.Tensor) -> torch.Tensor:
+    def forward_backward(
+        self, batch: PackedBatch, *, num_labels: int | torch.Tensor, backward_layers: Collection[int] | None = None
+    ) -> torch.Tensor:
         """Adds the gradients of (summed cross-entropy / `num_labels`) and answers that loss, a float32 scalar on the device.
 
         `batch` is on the model's device. `num_labels` is the whole optimizer step's, so that it may be split into any batches.
+        `backward_layers` is for a pass whose peak of memory is looked for: only those layers' backward passes run, each with as much memory
+        beside it as in a whole pass, and the embedding's does not. Gradients are right down to the first layer that is left out.
         """
         self.workspace.forget()
         tapes: list[Tape] = [{} for _ in self.blocks]
         loss, g_ext = self._loss_backward(self._forward(batch, tapes), batch, num_labels)
         for index in reversed(range(len(self.blocks))):
+            if backward_layers is not None and index not in backward_layers:
+                tapes[index].clear()
+                self._offloader.skipped(index)
+                continue
             self._offloader.fetched(index, tapes[index])
             self.blocks[index].backward(
                 g_ext,
@@ -123,7 +134,7 @@ class TrainingStack:
                 mlp_rows=self.plan.mlp_rows,
                 head_groups=self.plan.head_groups,
             )
-        if self.trains_embedding:
+        if self.trains_embedding and backward_layers is None:
             self._embedding_backward(batch, g_ext[:, : self.shape.hidden])
         return loss
 
@@ -206,7 +217,7 @@ class TrainingStack:
             self._head.weight,
             batch.targets_L,
             rows_L=batch.rows_L,
-            grad_scale=grad_scale,
+            grad_scale=grad_scale if self.loss_scale is None else grad_scale * self.loss_scale.factor_1,
             softcap=self.shape.logits_softcap,
             scale=self.shape.logits_scale,
             tile_rows=self.plan.head_rows,

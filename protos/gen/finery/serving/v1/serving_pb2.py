@@ -27,45 +27,61 @@ from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66inery/serving/v1/serving.proto\x12\x11\x66inery.serving.v1\x1a\x1a\x66inery/common/v1/job.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"m\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0floaded_versions\x18\x04 \x03(\t\"\x97\x01\n\nDeployment\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x19\n\x11\x62\x61se_model_sha256\x18\x02 \x01(\t\x12,\n\x08replicas\x18\x03 \x03(\x0b\x32\x1a.finery.serving.v1.Replica\x12\x15\n\rmax_lora_rank\x18\x04 \x01(\x03\x12\x15\n\rmax_model_len\x18\x05 \x01(\x03\"\x8b\x01\n\x07Rollout\x12.\n\x05state\x18\x01 \x01(\x0e\x32\x1f.finery.serving.v1.RolloutState\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1a.finery.common.v1.JobError\x12\x14\n\x0cswap_seconds\x18\x04 \x01(\x01\"\xb5\x02\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12.\n\x07\x61\x64\x61pter\x18\x05 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x0c\n\x04\x65tag\x18\x06 \x01(\t\x12\r\n\x05\x65poch\x18\x07 \x01(\x03\x12+\n\x07rollout\x18\x08 \x01(\x0b\x32\x1a.finery.serving.v1.Rollout\x12\x0e\n\x06job_id\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x18\n\x16ListDeploymentsRequest\"M\n\x17ListDeploymentsResponse\x12\x32\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x1d.finery.serving.v1.Deployment\"\x87\x01\n\x14\x44\x65ployAdapterRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12.\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"\x1f\n\x0fGetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x12ListAliasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x13ListAliasesResponse\x12)\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x18.finery.serving.v1.Alias\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x12\x44\x65leteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"%\n\x13WatchAliasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"F\n\nAliasEvent\x12\'\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x18.finery.serving.v1.Alias\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x08\"I\n\x13ResolveModelRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x61\x66ter_epoch\x18\x03 \x01(\x03\"\x82\x01\n\x05Route\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x17\n\x0freplica_address\x18\x03 \x01(\t\x12\x15\n\rreplica_token\x18\x04 \x01(\t\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12\x15\n\rmax_model_len\x18\x06 \x01(\x03*\xe8\x01\n\x0cRolloutState\x12\x1d\n\x19ROLLOUT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15ROLLOUT_STATE_PENDING\x10\x01\x12\x19\n\x15ROLLOUT_STATE_STAGING\x10\x02\x12\x19\n\x15ROLLOUT_STATE_LOADING\x10\x03\x12\x19\n\x15ROLLOUT_STATE_PROBING\x10\x04\x12\x1a\n\x16ROLLOUT_STATE_DRAINING\x10\x05\x12\x17\n\x13ROLLOUT_STATE_READY\x10\x06\x12\x18\n\x14ROLLOUT_STATE_FAILED\x10\x07\x32\xef\x04\n\x0eServingService\x12h\n\x0fListDeployments\x12).finery.serving.v1.ListDeploymentsRequest\x1a*.finery.serving.v1.ListDeploymentsResponse\x12R\n\rDeployAdapter\x12\'.finery.serving.v1.DeployAdapterRequest\x1a\x18.finery.serving.v1.Alias\x12H\n\x08GetAlias\x12\".finery.serving.v1.GetAliasRequest\x1a\x18.finery.serving.v1.Alias\x12\\\n\x0bListAliases\x12%.finery.serving.v1.ListAliasesRequest\x1a&.finery.serving.v1.ListAliasesResponse\x12L\n\x0b\x44\x65leteAlias\x12%.finery.serving.v1.DeleteAliasRequest\x1a\x16.google.protobuf.Empty\x12W\n\x0cWatchAliases\x12&.finery.serving.v1.WatchAliasesRequest\x1a\x1d.finery.serving.v1.AliasEvent0\x01\x12P\n\x0cResolveModel\x12&.finery.serving.v1.ResolveModelRequest\x1a\x18.finery.serving.v1.Routeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66inery/serving/v1/serving.proto\x12\x11\x66inery.serving.v1\x1a\x1a\x66inery/common/v1/job.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"m\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0floaded_versions\x18\x04 \x03(\t\"\x97\x01\n\nDeployment\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x19\n\x11\x62\x61se_model_sha256\x18\x02 \x01(\t\x12,\n\x08replicas\x18\x03 \x03(\x0b\x32\x1a.finery.serving.v1.Replica\x12\x15\n\rmax_lora_rank\x18\x04 \x01(\x03\x12\x15\n\rmax_model_len\x18\x05 \x01(\x03\"\xa2\x01\n\x07Rollout\x12.\n\x05state\x18\x01 \x01(\x0e\x32\x1f.finery.serving.v1.RolloutState\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1a.finery.common.v1.JobError\x12\x14\n\x0cswap_seconds\x18\x04 \x01(\x01\x12\x15\n\rcanary_weight\x18\x05 \x01(\x05\"i\n\x06\x43\x61nary\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12\x0e\n\x06weight\x18\x04 \x01(\x05\"b\n\x0fPreviousVersion\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x0e\n\x06job_id\x18\x03 \x01(\t\"\xa6\x03\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12.\n\x07\x61\x64\x61pter\x18\x05 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x0c\n\x04\x65tag\x18\x06 \x01(\t\x12\r\n\x05\x65poch\x18\x07 \x01(\x03\x12+\n\x07rollout\x18\x08 \x01(\x0b\x32\x1a.finery.serving.v1.Rollout\x12\x0e\n\x06job_id\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06\x63\x61nary\x18\x0c \x01(\x0b\x32\x19.finery.serving.v1.Canary\x12\x34\n\x08previous\x18\r \x01(\x0b\x32\".finery.serving.v1.PreviousVersion\x12\x0e\n\x06pinned\x18\x0e \x01(\x08\"\x18\n\x16ListDeploymentsRequest\"M\n\x17ListDeploymentsResponse\x12\x32\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x1d.finery.serving.v1.Deployment\"\xb5\x01\n\x14\x44\x65ployAdapterRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12.\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x1a\n\rcanary_weight\x18\x06 \x01(\x05H\x00\x88\x01\x01\x42\x10\n\x0e_canary_weight\"\x1f\n\x0fGetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x12ListAliasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x13ListAliasesResponse\x12)\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x18.finery.serving.v1.Alias\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x12\x44\x65leteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"D\n\x16SetCanaryWeightRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x05\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"E\n\x13PromoteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"F\n\x14RollBackAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\x1f\n\x0fPinAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"!\n\x11UnpinAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"%\n\x13WatchAliasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\"F\n\nAliasEvent\x12\'\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x18.finery.serving.v1.Alias\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x08\"I\n\x13ResolveModelRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x61\x66ter_epoch\x18\x03 \x01(\x03\"\xb3\x01\n\x05Route\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x17\n\x0freplica_address\x18\x03 \x01(\t\x12\x15\n\rreplica_token\x18\x04 \x01(\t\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12\x15\n\rmax_model_len\x18\x06 \x01(\x03\x12/\n\x07targets\x18\x07 \x03(\x0b\x32\x1e.finery.serving.v1.RouteTarget\".\n\x0bRouteTarget\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x05*\xa1\x02\n\x0cRolloutState\x12\x1d\n\x19ROLLOUT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15ROLLOUT_STATE_PENDING\x10\x01\x12\x19\n\x15ROLLOUT_STATE_STAGING\x10\x02\x12\x19\n\x15ROLLOUT_STATE_LOADING\x10\x03\x12\x19\n\x15ROLLOUT_STATE_PROBING\x10\x04\x12\x1a\n\x16ROLLOUT_STATE_DRAINING\x10\x05\x12\x17\n\x13ROLLOUT_STATE_READY\x10\x06\x12\x18\n\x14ROLLOUT_STATE_FAILED\x10\x07\x12\x18\n\x14ROLLOUT_STATE_CANARY\x10\x08\x12\x1d\n\x19ROLLOUT_STATE_ROLLED_BACK\x10\t2\x85\x08\n\x0eServingService\x12h\n\x0fListDeployments\x12).finery.serving.v1.ListDeploymentsRequest\x1a*.finery.serving.v1.ListDeploymentsResponse\x12R\n\rDeployAdapter\x12\'.finery.serving.v1.DeployAdapterRequest\x1a\x18.finery.serving.v1.Alias\x12H\n\x08GetAlias\x12\".finery.serving.v1.GetAliasRequest\x1a\x18.finery.serving.v1.Alias\x12\\\n\x0bListAliases\x12%.finery.serving.v1.ListAliasesRequest\x1a&.finery.serving.v1.ListAliasesResponse\x12L\n\x0b\x44\x65leteAlias\x12%.finery.serving.v1.DeleteAliasRequest\x1a\x16.google.protobuf.Empty\x12V\n\x0fSetCanaryWeight\x12).finery.serving.v1.SetCanaryWeightRequest\x1a\x18.finery.serving.v1.Alias\x12P\n\x0cPromoteAlias\x12&.finery.serving.v1.PromoteAliasRequest\x1a\x18.finery.serving.v1.Alias\x12R\n\rRollBackAlias\x12\'.finery.serving.v1.RollBackAliasRequest\x1a\x18.finery.serving.v1.Alias\x12H\n\x08PinAlias\x12\".finery.serving.v1.PinAliasRequest\x1a\x18.finery.serving.v1.Alias\x12L\n\nUnpinAlias\x12$.finery.serving.v1.UnpinAliasRequest\x1a\x18.finery.serving.v1.Alias\x12W\n\x0cWatchAliases\x12&.finery.serving.v1.WatchAliasesRequest\x1a\x1d.finery.serving.v1.AliasEvent0\x01\x12P\n\x0cResolveModel\x12&.finery.serving.v1.ResolveModelRequest\x1a\x18.finery.serving.v1.Routeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'finery.serving.v1.serving_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLLOUTSTATE']._serialized_start=1677
-  _globals['_ROLLOUTSTATE']._serialized_end=1909
+  _globals['_ROLLOUTSTATE']._serialized_start=2444
+  _globals['_ROLLOUTSTATE']._serialized_end=2733
   _globals['_REPLICA']._serialized_start=144
   _globals['_REPLICA']._serialized_end=253
   _globals['_DEPLOYMENT']._serialized_start=256
   _globals['_DEPLOYMENT']._serialized_end=407
   _globals['_ROLLOUT']._serialized_start=410
-  _globals['_ROLLOUT']._serialized_end=549
-  _globals['_ALIAS']._serialized_start=552
-  _globals['_ALIAS']._serialized_end=861
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=863
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=887
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=889
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=966
-  _globals['_DEPLOYADAPTERREQUEST']._serialized_start=969
-  _globals['_DEPLOYADAPTERREQUEST']._serialized_end=1104
-  _globals['_GETALIASREQUEST']._serialized_start=1106
-  _globals['_GETALIASREQUEST']._serialized_end=1137
-  _globals['_LISTALIASESREQUEST']._serialized_start=1139
-  _globals['_LISTALIASESREQUEST']._serialized_end=1214
-  _globals['_LISTALIASESRESPONSE']._serialized_start=1216
-  _globals['_LISTALIASESRESPONSE']._serialized_end=1305
-  _globals['_DELETEALIASREQUEST']._serialized_start=1307
-  _globals['_DELETEALIASREQUEST']._serialized_end=1355
-  _globals['_WATCHALIASESREQUEST']._serialized_start=1357
-  _globals['_WATCHALIASESREQUEST']._serialized_end=1394
-  _globals['_ALIASEVENT']._serialized_start=1396
-  _globals['_ALIASEVENT']._serialized_end=1466
-  _globals['_RESOLVEMODELREQUEST']._serialized_start=1468
-  _globals['_RESOLVEMODELREQUEST']._serialized_end=1541
-  _globals['_ROUTE']._serialized_start=1544
-  _globals['_ROUTE']._serialized_end=1674
-  _globals['_SERVINGSERVICE']._serialized_start=1912
-  _globals['_SERVINGSERVICE']._serialized_end=2535
+  _globals['_ROLLOUT']._serialized_end=572
+  _globals['_CANARY']._serialized_start=574
+  _globals['_CANARY']._serialized_end=679
+  _globals['_PREVIOUSVERSION']._serialized_start=681
+  _globals['_PREVIOUSVERSION']._serialized_end=779
+  _globals['_ALIAS']._serialized_start=782
+  _globals['_ALIAS']._serialized_end=1204
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=1206
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=1230
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=1232
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=1309
+  _globals['_DEPLOYADAPTERREQUEST']._serialized_start=1312
+  _globals['_DEPLOYADAPTERREQUEST']._serialized_end=1493
+  _globals['_GETALIASREQUEST']._serialized_start=1495
+  _globals['_GETALIASREQUEST']._serialized_end=1526
+  _globals['_LISTALIASESREQUEST']._serialized_start=1528
+  _globals['_LISTALIASESREQUEST']._serialized_end=1603
+  _globals['_LISTALIASESRESPONSE']._serialized_start=1605
+  _globals['_LISTALIASESRESPONSE']._serialized_end=1694
+  _globals['_DELETEALIASREQUEST']._serialized_start=1696
+  _globals['_DELETEALIASREQUEST']._serialized_end=1744
+  _globals['_SETCANARYWEIGHTREQUEST']._serialized_start=1746
+  _globals['_SETCANARYWEIGHTREQUEST']._serialized_end=1814
+  _globals['_PROMOTEALIASREQUEST']._serialized_start=1816
+  _globals['_PROMOTEALIASREQUEST']._serialized_end=1885
+  _globals['_ROLLBACKALIASREQUEST']._serialized_start=1887
+  _globals['_ROLLBACKALIASREQUEST']._serialized_end=1957
+  _globals['_PINALIASREQUEST']._serialized_start=1959
+  _globals['_PINALIASREQUEST']._serialized_end=1990
+  _globals['_UNPINALIASREQUEST']._serialized_start=1992
+  _globals['_UNPINALIASREQUEST']._serialized_end=2025
+  _globals['_WATCHALIASESREQUEST']._serialized_start=2027
+  _globals['_WATCHALIASESREQUEST']._serialized_end=2064
+  _globals['_ALIASEVENT']._serialized_start=2066
+  _globals['_ALIASEVENT']._serialized_end=2136
+  _globals['_RESOLVEMODELREQUEST']._serialized_start=2138
+  _globals['_RESOLVEMODELREQUEST']._serialized_end=2211
+  _globals['_ROUTE']._serialized_start=2214
+  _globals['_ROUTE']._serialized_end=2393
+  _globals['_ROUTETARGET']._serialized_start=2395
+  _globals['_ROUTETARGET']._serialized_end=2441
+  _globals['_SERVINGSERVICE']._serialized_start=2736
+  _globals['_SERVINGSERVICE']._serialized_end=3765
 # @@protoc_insertion_point(module_scope)

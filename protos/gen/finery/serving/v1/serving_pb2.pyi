@@ -22,6 +22,8 @@ class RolloutState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLLOUT_STATE_DRAINING: _ClassVar[RolloutState]
     ROLLOUT_STATE_READY: _ClassVar[RolloutState]
     ROLLOUT_STATE_FAILED: _ClassVar[RolloutState]
+    ROLLOUT_STATE_CANARY: _ClassVar[RolloutState]
+    ROLLOUT_STATE_ROLLED_BACK: _ClassVar[RolloutState]
 ROLLOUT_STATE_UNSPECIFIED: RolloutState
 ROLLOUT_STATE_PENDING: RolloutState
 ROLLOUT_STATE_STAGING: RolloutState
@@ -30,6 +32,8 @@ ROLLOUT_STATE_PROBING: RolloutState
 ROLLOUT_STATE_DRAINING: RolloutState
 ROLLOUT_STATE_READY: RolloutState
 ROLLOUT_STATE_FAILED: RolloutState
+ROLLOUT_STATE_CANARY: RolloutState
+ROLLOUT_STATE_ROLLED_BACK: RolloutState
 
 class Replica(_message.Message):
     __slots__ = ("id", "ready", "start_time", "loaded_versions")
@@ -58,19 +62,43 @@ class Deployment(_message.Message):
     def __init__(self, base_model: _Optional[str] = ..., base_model_sha256: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., max_lora_rank: _Optional[int] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
 class Rollout(_message.Message):
-    __slots__ = ("state", "version", "error", "swap_seconds")
+    __slots__ = ("state", "version", "error", "swap_seconds", "canary_weight")
     STATE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SWAP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CANARY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     state: RolloutState
     version: str
     error: _job_pb2.JobError
     swap_seconds: float
-    def __init__(self, state: _Optional[_Union[RolloutState, str]] = ..., version: _Optional[str] = ..., error: _Optional[_Union[_job_pb2.JobError, _Mapping]] = ..., swap_seconds: _Optional[float] = ...) -> None: ...
+    canary_weight: int
+    def __init__(self, state: _Optional[_Union[RolloutState, str]] = ..., version: _Optional[str] = ..., error: _Optional[_Union[_job_pb2.JobError, _Mapping]] = ..., swap_seconds: _Optional[float] = ..., canary_weight: _Optional[int] = ...) -> None: ...
+
+class Canary(_message.Message):
+    __slots__ = ("version", "adapter", "job_id", "weight")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    adapter: _job_pb2.ArtifactRef
+    job_id: str
+    weight: int
+    def __init__(self, version: _Optional[str] = ..., adapter: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., job_id: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
+
+class PreviousVersion(_message.Message):
+    __slots__ = ("version", "adapter", "job_id")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    adapter: _job_pb2.ArtifactRef
+    job_id: str
+    def __init__(self, version: _Optional[str] = ..., adapter: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., job_id: _Optional[str] = ...) -> None: ...
 
 class Alias(_message.Message):
-    __slots__ = ("name", "alias", "base_model", "version", "adapter", "etag", "epoch", "rollout", "job_id", "create_time", "update_time")
+    __slots__ = ("name", "alias", "base_model", "version", "adapter", "etag", "epoch", "rollout", "job_id", "create_time", "update_time", "canary", "previous", "pinned")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +110,9 @@ class Alias(_message.Message):
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     UPDATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    CANARY_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
     name: str
     alias: str
     base_model: str
@@ -93,7 +124,10 @@ class Alias(_message.Message):
     job_id: str
     create_time: _timestamp_pb2.Timestamp
     update_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., alias: _Optional[str] = ..., base_model: _Optional[str] = ..., version: _Optional[str] = ..., adapter: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., etag: _Optional[str] = ..., epoch: _Optional[int] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., job_id: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    canary: Canary
+    previous: PreviousVersion
+    pinned: bool
+    def __init__(self, name: _Optional[str] = ..., alias: _Optional[str] = ..., base_model: _Optional[str] = ..., version: _Optional[str] = ..., adapter: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., etag: _Optional[str] = ..., epoch: _Optional[int] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., job_id: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., canary: _Optional[_Union[Canary, _Mapping]] = ..., previous: _Optional[_Union[PreviousVersion, _Mapping]] = ..., pinned: _Optional[bool] = ...) -> None: ...
 
 class ListDeploymentsRequest(_message.Message):
     __slots__ = ()
@@ -106,18 +140,20 @@ class ListDeploymentsResponse(_message.Message):
     def __init__(self, deployments: _Optional[_Iterable[_Union[Deployment, _Mapping]]] = ...) -> None: ...
 
 class DeployAdapterRequest(_message.Message):
-    __slots__ = ("parent", "alias", "adapter", "etag", "request_id")
+    __slots__ = ("parent", "alias", "adapter", "etag", "request_id", "canary_weight")
     PARENT_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CANARY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     parent: str
     alias: str
     adapter: _job_pb2.ArtifactRef
     etag: str
     request_id: str
-    def __init__(self, parent: _Optional[str] = ..., alias: _Optional[str] = ..., adapter: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., etag: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    canary_weight: int
+    def __init__(self, parent: _Optional[str] = ..., alias: _Optional[str] = ..., adapter: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., etag: _Optional[str] = ..., request_id: _Optional[str] = ..., canary_weight: _Optional[int] = ...) -> None: ...
 
 class GetAliasRequest(_message.Message):
     __slots__ = ("name",)
@@ -151,6 +187,48 @@ class DeleteAliasRequest(_message.Message):
     etag: str
     def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ...) -> None: ...
 
+class SetCanaryWeightRequest(_message.Message):
+    __slots__ = ("name", "weight", "etag")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    weight: int
+    etag: str
+    def __init__(self, name: _Optional[str] = ..., weight: _Optional[int] = ..., etag: _Optional[str] = ...) -> None: ...
+
+class PromoteAliasRequest(_message.Message):
+    __slots__ = ("name", "etag", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    etag: str
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class RollBackAliasRequest(_message.Message):
+    __slots__ = ("name", "etag", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    etag: str
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class PinAliasRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class UnpinAliasRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
 class WatchAliasesRequest(_message.Message):
     __slots__ = ("parent",)
     PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -176,17 +254,27 @@ class ResolveModelRequest(_message.Message):
     def __init__(self, parent: _Optional[str] = ..., model: _Optional[str] = ..., after_epoch: _Optional[int] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("version", "epoch", "replica_address", "replica_token", "base_model", "max_model_len")
+    __slots__ = ("version", "epoch", "replica_address", "replica_token", "base_model", "max_model_len", "targets")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     REPLICA_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
     version: str
     epoch: int
     replica_address: str
     replica_token: str
     base_model: str
     max_model_len: int
-    def __init__(self, version: _Optional[str] = ..., epoch: _Optional[int] = ..., replica_address: _Optional[str] = ..., replica_token: _Optional[str] = ..., base_model: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
+    targets: _containers.RepeatedCompositeFieldContainer[RouteTarget]
+    def __init__(self, version: _Optional[str] = ..., epoch: _Optional[int] = ..., replica_address: _Optional[str] = ..., replica_token: _Optional[str] = ..., base_model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[RouteTarget, _Mapping]]] = ...) -> None: ...
+
+class RouteTarget(_message.Message):
+    __slots__ = ("version", "weight")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    weight: int
+    def __init__(self, version: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...

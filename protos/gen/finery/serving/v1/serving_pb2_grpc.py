@@ -61,6 +61,31 @@ class ServingServiceStub:
                 request_serializer=finery_dot_serving_dot_v1_dot_serving__pb2.DeleteAliasRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.SetCanaryWeight = channel.unary_unary(
+                '/finery.serving.v1.ServingService/SetCanaryWeight',
+                request_serializer=finery_dot_serving_dot_v1_dot_serving__pb2.SetCanaryWeightRequest.SerializeToString,
+                response_deserializer=finery_dot_serving_dot_v1_dot_serving__pb2.Alias.FromString,
+                _registered_method=True)
+        self.PromoteAlias = channel.unary_unary(
+                '/finery.serving.v1.ServingService/PromoteAlias',
+                request_serializer=finery_dot_serving_dot_v1_dot_serving__pb2.PromoteAliasRequest.SerializeToString,
+                response_deserializer=finery_dot_serving_dot_v1_dot_serving__pb2.Alias.FromString,
+                _registered_method=True)
+        self.RollBackAlias = channel.unary_unary(
+                '/finery.serving.v1.ServingService/RollBackAlias',
+                request_serializer=finery_dot_serving_dot_v1_dot_serving__pb2.RollBackAliasRequest.SerializeToString,
+                response_deserializer=finery_dot_serving_dot_v1_dot_serving__pb2.Alias.FromString,
+                _registered_method=True)
+        self.PinAlias = channel.unary_unary(
+                '/finery.serving.v1.ServingService/PinAlias',
+                request_serializer=finery_dot_serving_dot_v1_dot_serving__pb2.PinAliasRequest.SerializeToString,
+                response_deserializer=finery_dot_serving_dot_v1_dot_serving__pb2.Alias.FromString,
+                _registered_method=True)
+        self.UnpinAlias = channel.unary_unary(
+                '/finery.serving.v1.ServingService/UnpinAlias',
+                request_serializer=finery_dot_serving_dot_v1_dot_serving__pb2.UnpinAliasRequest.SerializeToString,
+                response_deserializer=finery_dot_serving_dot_v1_dot_serving__pb2.Alias.FromString,
+                _registered_method=True)
         self.WatchAliases = channel.unary_stream(
                 '/finery.serving.v1.ServingService/WatchAliases',
                 request_serializer=finery_dot_serving_dot_v1_dot_serving__pb2.WatchAliasesRequest.SerializeToString,
@@ -85,7 +110,9 @@ class ServingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeployAdapter(self, request, context):
-        """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one.
+        """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one; with a
+        `canary_weight` it becomes the alias' canary instead. Over a canary, once the new version has proved itself: a new canary
+        takes its place, a plain deploy the whole alias.
         Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -105,7 +132,46 @@ class ServingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAlias(self, request, context):
-        """Takes the alias out at once, then drains and unloads its version.
+        """Takes the alias out at once, then drains and unloads its versions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetCanaryWeight(self, request, context):
+        """Changes the share of requests that the canary answers. FAILED_PRECONDITION without a canary.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteAlias(self, request, context):
+        """Flips the alias to its canary at once, then drains and unloads what served. FAILED_PRECONDITION without a canary; ABORTED
+        where something else changed the alias first. The same `request_id` and body promote once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBackAlias(self, request, context):
+        """Ends what is newer than the version that serves: a rollout under way, and a canary, which is then drained and unloaded.
+        Without either, rolls out the version that served before, which `rollout` follows; rolling back once more returns.
+        FAILED_PRECONDITION where there is nothing of all that; ABORTED where something else changed the alias first. The same
+        `request_id` and body roll back once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinAlias(self, request, context):
+        """Loads the version that serves and keeps it loaded, whatever else is asked for. FAILED_PRECONDITION where no more can be pinned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinAlias(self, request, context):
+        """Lets the alias' version make room again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,6 +218,31 @@ def add_ServingServiceServicer_to_server(servicer, server):
                     servicer.DeleteAlias,
                     request_deserializer=finery_dot_serving_dot_v1_dot_serving__pb2.DeleteAliasRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'SetCanaryWeight': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetCanaryWeight,
+                    request_deserializer=finery_dot_serving_dot_v1_dot_serving__pb2.SetCanaryWeightRequest.FromString,
+                    response_serializer=finery_dot_serving_dot_v1_dot_serving__pb2.Alias.SerializeToString,
+            ),
+            'PromoteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteAlias,
+                    request_deserializer=finery_dot_serving_dot_v1_dot_serving__pb2.PromoteAliasRequest.FromString,
+                    response_serializer=finery_dot_serving_dot_v1_dot_serving__pb2.Alias.SerializeToString,
+            ),
+            'RollBackAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBackAlias,
+                    request_deserializer=finery_dot_serving_dot_v1_dot_serving__pb2.RollBackAliasRequest.FromString,
+                    response_serializer=finery_dot_serving_dot_v1_dot_serving__pb2.Alias.SerializeToString,
+            ),
+            'PinAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAlias,
+                    request_deserializer=finery_dot_serving_dot_v1_dot_serving__pb2.PinAliasRequest.FromString,
+                    response_serializer=finery_dot_serving_dot_v1_dot_serving__pb2.Alias.SerializeToString,
+            ),
+            'UnpinAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAlias,
+                    request_deserializer=finery_dot_serving_dot_v1_dot_serving__pb2.UnpinAliasRequest.FromString,
+                    response_serializer=finery_dot_serving_dot_v1_dot_serving__pb2.Alias.SerializeToString,
             ),
             'WatchAliases': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchAliases,
@@ -300,6 +391,141 @@ class ServingService:
             '/finery.serving.v1.ServingService/DeleteAlias',
             finery_dot_serving_dot_v1_dot_serving__pb2.DeleteAliasRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetCanaryWeight(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finery.serving.v1.ServingService/SetCanaryWeight',
+            finery_dot_serving_dot_v1_dot_serving__pb2.SetCanaryWeightRequest.SerializeToString,
+            finery_dot_serving_dot_v1_dot_serving__pb2.Alias.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finery.serving.v1.ServingService/PromoteAlias',
+            finery_dot_serving_dot_v1_dot_serving__pb2.PromoteAliasRequest.SerializeToString,
+            finery_dot_serving_dot_v1_dot_serving__pb2.Alias.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBackAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finery.serving.v1.ServingService/RollBackAlias',
+            finery_dot_serving_dot_v1_dot_serving__pb2.RollBackAliasRequest.SerializeToString,
+            finery_dot_serving_dot_v1_dot_serving__pb2.Alias.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finery.serving.v1.ServingService/PinAlias',
+            finery_dot_serving_dot_v1_dot_serving__pb2.PinAliasRequest.SerializeToString,
+            finery_dot_serving_dot_v1_dot_serving__pb2.Alias.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finery.serving.v1.ServingService/UnpinAlias',
+            finery_dot_serving_dot_v1_dot_serving__pb2.UnpinAliasRequest.SerializeToString,
+            finery_dot_serving_dot_v1_dot_serving__pb2.Alias.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,13 +37,31 @@ class ServingServiceStub:
     ListDeployments: _grpc.UnaryUnaryMultiCallable[_serving_pb2.ListDeploymentsRequest, _serving_pb2.ListDeploymentsResponse]
     """The base models being served, each with its replicas."""
     DeployAdapter: _grpc.UnaryUnaryMultiCallable[_serving_pb2.DeployAdapterRequest, _serving_pb2.Alias]
-    """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one.
+    """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one; with a
+    `canary_weight` it becomes the alias' canary instead. Over a canary, once the new version has proved itself: a new canary
+    takes its place, a plain deploy the whole alias.
     Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout.
     """
     GetAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.GetAliasRequest, _serving_pb2.Alias]
     ListAliases: _grpc.UnaryUnaryMultiCallable[_serving_pb2.ListAliasesRequest, _serving_pb2.ListAliasesResponse]
     DeleteAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.DeleteAliasRequest, _empty_pb2.Empty]
-    """Takes the alias out at once, then drains and unloads its version."""
+    """Takes the alias out at once, then drains and unloads its versions."""
+    SetCanaryWeight: _grpc.UnaryUnaryMultiCallable[_serving_pb2.SetCanaryWeightRequest, _serving_pb2.Alias]
+    """Changes the share of requests that the canary answers. FAILED_PRECONDITION without a canary."""
+    PromoteAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.PromoteAliasRequest, _serving_pb2.Alias]
+    """Flips the alias to its canary at once, then drains and unloads what served. FAILED_PRECONDITION without a canary; ABORTED
+    where something else changed the alias first. The same `request_id` and body promote once.
+    """
+    RollBackAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.RollBackAliasRequest, _serving_pb2.Alias]
+    """Ends what is newer than the version that serves: a rollout under way, and a canary, which is then drained and unloaded.
+    Without either, rolls out the version that served before, which `rollout` follows; rolling back once more returns.
+    FAILED_PRECONDITION where there is nothing of all that; ABORTED where something else changed the alias first. The same
+    `request_id` and body roll back once.
+    """
+    PinAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.PinAliasRequest, _serving_pb2.Alias]
+    """Loads the version that serves and keeps it loaded, whatever else is asked for. FAILED_PRECONDITION where no more can be pinned."""
+    UnpinAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.UnpinAliasRequest, _serving_pb2.Alias]
+    """Lets the alias' version make room again."""
     WatchAliases: _grpc.UnaryStreamMultiCallable[_serving_pb2.WatchAliasesRequest, _serving_pb2.AliasEvent]
     """The present state of every alias that the caller may see, then each change."""
     ResolveModel: _grpc.UnaryUnaryMultiCallable[_serving_pb2.ResolveModelRequest, _serving_pb2.Route]
@@ -57,13 +75,31 @@ class ServingServiceAsyncStub(ServingServiceStub):
     ListDeployments: _aio.UnaryUnaryMultiCallable[_serving_pb2.ListDeploymentsRequest, _serving_pb2.ListDeploymentsResponse]  # type: ignore[assignment]
     """The base models being served, each with its replicas."""
     DeployAdapter: _aio.UnaryUnaryMultiCallable[_serving_pb2.DeployAdapterRequest, _serving_pb2.Alias]  # type: ignore[assignment]
-    """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one.
+    """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one; with a
+    `canary_weight` it becomes the alias' canary instead. Over a canary, once the new version has proved itself: a new canary
+    takes its place, a plain deploy the whole alias.
     Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout.
     """
     GetAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.GetAliasRequest, _serving_pb2.Alias]  # type: ignore[assignment]
     ListAliases: _aio.UnaryUnaryMultiCallable[_serving_pb2.ListAliasesRequest, _serving_pb2.ListAliasesResponse]  # type: ignore[assignment]
     DeleteAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.DeleteAliasRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Takes the alias out at once, then drains and unloads its version."""
+    """Takes the alias out at once, then drains and unloads its versions."""
+    SetCanaryWeight: _aio.UnaryUnaryMultiCallable[_serving_pb2.SetCanaryWeightRequest, _serving_pb2.Alias]  # type: ignore[assignment]
+    """Changes the share of requests that the canary answers. FAILED_PRECONDITION without a canary."""
+    PromoteAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.PromoteAliasRequest, _serving_pb2.Alias]  # type: ignore[assignment]
+    """Flips the alias to its canary at once, then drains and unloads what served. FAILED_PRECONDITION without a canary; ABORTED
+    where something else changed the alias first. The same `request_id` and body promote once.
+    """
+    RollBackAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.RollBackAliasRequest, _serving_pb2.Alias]  # type: ignore[assignment]
+    """Ends what is newer than the version that serves: a rollout under way, and a canary, which is then drained and unloaded.
+    Without either, rolls out the version that served before, which `rollout` follows; rolling back once more returns.
+    FAILED_PRECONDITION where there is nothing of all that; ABORTED where something else changed the alias first. The same
+    `request_id` and body roll back once.
+    """
+    PinAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.PinAliasRequest, _serving_pb2.Alias]  # type: ignore[assignment]
+    """Loads the version that serves and keeps it loaded, whatever else is asked for. FAILED_PRECONDITION where no more can be pinned."""
+    UnpinAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.UnpinAliasRequest, _serving_pb2.Alias]  # type: ignore[assignment]
+    """Lets the alias' version make room again."""
     WatchAliases: _aio.UnaryStreamMultiCallable[_serving_pb2.WatchAliasesRequest, _serving_pb2.AliasEvent]  # type: ignore[assignment]
     """The present state of every alias that the caller may see, then each change."""
     ResolveModel: _aio.UnaryUnaryMultiCallable[_serving_pb2.ResolveModelRequest, _serving_pb2.Route]  # type: ignore[assignment]
@@ -86,7 +122,9 @@ class ServingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _serving_pb2.DeployAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_serving_pb2.Alias, _abc.Awaitable[_serving_pb2.Alias]]:
-        """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one.
+        """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one; with a
+        `canary_weight` it becomes the alias' canary instead. Over a canary, once the new version has proved itself: a new canary
+        takes its place, a plain deploy the whole alias.
         Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout.
         """
 
@@ -110,7 +148,53 @@ class ServingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _serving_pb2.DeleteAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Takes the alias out at once, then drains and unloads its version."""
+        """Takes the alias out at once, then drains and unloads its versions."""
+
+    @_abc_1.abstractmethod
+    def SetCanaryWeight(
+        self,
+        request: _serving_pb2.SetCanaryWeightRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_serving_pb2.Alias, _abc.Awaitable[_serving_pb2.Alias]]:
+        """Changes the share of requests that the canary answers. FAILED_PRECONDITION without a canary."""
+
+    @_abc_1.abstractmethod
+    def PromoteAlias(
+        self,
+        request: _serving_pb2.PromoteAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_serving_pb2.Alias, _abc.Awaitable[_serving_pb2.Alias]]:
+        """Flips the alias to its canary at once, then drains and unloads what served. FAILED_PRECONDITION without a canary; ABORTED
+        where something else changed the alias first. The same `request_id` and body promote once.
+        """
+
+    @_abc_1.abstractmethod
+    def RollBackAlias(
+        self,
+        request: _serving_pb2.RollBackAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_serving_pb2.Alias, _abc.Awaitable[_serving_pb2.Alias]]:
+        """Ends what is newer than the version that serves: a rollout under way, and a canary, which is then drained and unloaded.
+        Without either, rolls out the version that served before, which `rollout` follows; rolling back once more returns.
+        FAILED_PRECONDITION where there is nothing of all that; ABORTED where something else changed the alias first. The same
+        `request_id` and body roll back once.
+        """
+
+    @_abc_1.abstractmethod
+    def PinAlias(
+        self,
+        request: _serving_pb2.PinAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_serving_pb2.Alias, _abc.Awaitable[_serving_pb2.Alias]]:
+        """Loads the version that serves and keeps it loaded, whatever else is asked for. FAILED_PRECONDITION where no more can be pinned."""
+
+    @_abc_1.abstractmethod
+    def UnpinAlias(
+        self,
+        request: _serving_pb2.UnpinAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_serving_pb2.Alias, _abc.Awaitable[_serving_pb2.Alias]]:
+        """Lets the alias' version make room again."""
 
     @_abc_1.abstractmethod
     def WatchAliases(

@@ -50,6 +50,7 @@ class Precision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PRECISION_AUTO: _ClassVar[Precision]
     PRECISION_FLOAT32: _ClassVar[Precision]
     PRECISION_BFLOAT16: _ClassVar[Precision]
+    PRECISION_FLOAT16: _ClassVar[Precision]
 
 class LoraBias(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -83,6 +84,7 @@ PRECISION_UNSPECIFIED: Precision
 PRECISION_AUTO: Precision
 PRECISION_FLOAT32: Precision
 PRECISION_BFLOAT16: Precision
+PRECISION_FLOAT16: Precision
 LORA_BIAS_UNSPECIFIED: LoraBias
 LORA_BIAS_NONE: LoraBias
 LORA_BIAS_ALL: LoraBias
