@@ -18,10 +18,12 @@ from finery_cli import quickstart
 from finery_cli.__main__ import build_app
 from finery_cli.client import Gateway
 from finery_cli.commands import estimate, jobs
+from finery_cli.commands.jobs import settings_of
 from finery_cli.local.layout import Layout, RunningStack
 from finery_cli.output import clear_errors, fail, say, show
 from finery_cli.quickstart_data import QuestionRow, score
 from finery_common.errors import UnauthenticatedError
+from finery_common.spec import TrainingSpec
 
 RUNNING = RunningStack(1, "http://127.0.0.1:9", "127.0.0.1:2", "127.0.0.1:3", {}, {})
 
@@ -172,3 +174,15 @@ def test_a_size_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, size: s
     sent, done = estimated(monkeypatch, ["--gpu-memory", size])
     assert (done.exit_code, sent) == (1, [])
     assert f"got {size!r}" in done.output.replace("\n", " ")
+
+
+def test_a_job_tells_what_it_trains_with_and_what_is_not_the_default():
+    plain = settings_of(TrainingSpec.parse({"base_model": "m"}))
+    assert plain == {"method": "lora", "lora.rank": 16, "optimizer.learning_rate": 2e-4, "num_epochs": 1}
+    asked = {"base_model": "m", "quantization": "nf4", "lora": {"use_dora": True}, "memory": {"budget": "8GiB"}}
+    assert settings_of(TrainingSpec.parse(asked)) == plain | {"quantization": "nf4", "lora.use_dora": True, "memory.budget": "8GiB"}
+    assert settings_of(TrainingSpec.parse({"base_model": "m", "method": "full"})) == {
+        "method": "full",
+        "optimizer.learning_rate": 2e-5,
+        "num_epochs": 1,
+    }

@@ -23,7 +23,7 @@ LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 SERVABLE_LORA_RANK = 512
 _EMBEDDING_MODULES = frozenset({"embed_tokens", "lm_head"})
 _BYTES_OF_UNIT = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
-_BUDGET = r"^(auto|[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?(MB|GB|MiB|GiB)?)$"
+_BUDGET = r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?(MB|GB|MiB|GiB)?"
 
 M = TypeVar("M", bound=Message)
 
@@ -190,7 +190,7 @@ class CheckpointSpec(Spec):
 class MemorySpec(Spec):
     """What memory a run may use. The numbers of a run do not depend on it, but for the order of sums."""
 
-    budget: str = Field(default="auto", pattern=_BUDGET)
+    budget: str = "auto"
     """Of the GPU's memory: `auto` for what is free, a fraction of it up to 1 such as 0.9, or bytes, also as 24GiB or 24GB. A JSON
     number is taken as well. See `budget_bytes`."""
     host_budget_bytes: int | None = Field(default=None, ge=0, strict=True)
@@ -208,11 +208,11 @@ class MemorySpec(Spec):
     def _is_positive(cls, value: str) -> str:
         if value == "auto":
             return value
-        number = _budget_number(value)
+        number = _budget_number(value) if re.fullmatch(_BUDGET, value) else 0.0
         has_unit = value.endswith("B")
         # 1.5 is a fraction gone wrong, and a byte with a unit would be taken for one.
         if not 0 < number < inf or (not has_unit and number > 1 and not number.is_integer()) or (has_unit and number <= 1):
-            raise ValueError(f"got {value!r}, wanted auto, a fraction up to 1, or a number of bytes")
+            raise ValueError(f"got {value!r}, wanted auto, a fraction up to 1, or a number of bytes, such as 24GiB")
         return value
 
     def budget_bytes(self, free_bytes: int) -> int:
@@ -444,7 +444,7 @@ def _violation(item: dict[str, Any], known: Iterable[str]) -> Violation:
 def plain_words(message: str) -> str:
     """Pydantic's words for one input as ours: what was wanted."""
     message = message.removeprefix("Value error, ").replace("Input should be", "wanted")
-    return message.replace("String should match pattern", "wanted text that matches")
+    return message.replace("String should match pattern", "wanted text that matches").replace("a valid tuple", "a list")
 
 
 def _short(value: object) -> str:

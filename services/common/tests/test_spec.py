@@ -82,7 +82,14 @@ def test_a_wrong_field_is_named_with_what_was_wanted(fields, param, text):
         ({"gpus": 2, "lora": {"dropout": 0.1}}, "gpus", "got 2 with lora.dropout 0.1, wanted 1"),
         ({"gpus": 2, "lora": {"bias": "all"}}, "gpus", "got 2 with lora.bias all, wanted 1"),
         ({"gpus": 2, "lora": {"target_modules": ["q_proj", "lm_head"]}}, "gpus", "got 2 with lm_head in lora.target_modules"),
-        ({"precision": "float16"}, "precision", "got 'float16', wanted 'auto', 'float32' or 'bfloat16'"),
+        ({"precision": "float8"}, "precision", "got 'float8', wanted 'auto', 'float32', 'bfloat16' or 'float16'"),
+        ({"method": "full", "precision": "float16"}, "precision", "got float16 with method full, wanted bfloat16 or float32"),
+        (
+            {"memory": {"budget": "24gib"}},
+            "memory.budget",
+            "got '24gib', wanted auto, a fraction up to 1, or a number of bytes, such as 24GiB",
+        ),
+        ({"lora": {"target_modules": "q_proj"}}, "lora.target_modules", "got 'q_proj', wanted a list"),
     ],
 )
 def test_fields_that_cannot_hold_together_are_refused_by_the_one_to_change(fields, param, text):

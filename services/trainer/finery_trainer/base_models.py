@@ -70,7 +70,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise InvalidArgumentError(f"{gguf}: cannot be read as a causal language model: {error}") from error
     if not tokenizer.chat_template:
         raise InvalidArgumentError(f"{gguf}: its tokenizer has no chat template; import an instruct model.")
-    model.config.quantization_config = None
+    del model.config.quantization_config
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from typing import Any
 
@@ -248,6 +249,14 @@ def test_files_that_are_quantized_already_are_taken_as_what_they_are_and_nothing
         with pytest.raises(FailedPreconditionError, match=f"got {quantization.value}, but .* quantized as nf4") as caught:
             load_base(tmp_path, dtype=torch.float32, quantization=quantization, device=CPU)
         assert caught.value.param == "spec.quantization"
+
+
+def test_a_configuration_that_says_null_of_its_quantization_is_of_plain_files(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    model = load_base(folder, dtype=torch.float32, quantization=Quantization.NF4, device=CPU)
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

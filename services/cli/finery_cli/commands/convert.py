@@ -57,6 +57,8 @@ def convert(
 def _last_step(gateway: Gateway, job_id: str) -> int:
     newest = next(iter(gateway.openai.fine_tuning.jobs.checkpoints.list(job_id, limit=1)), None)
     if newest is None:
+        if gateway.openai.fine_tuning.jobs.retrieve(job_id).status == "succeeded":
+            fail(f"{job_id} has no adapter to merge: method full publishes a whole model, models/{job_id}, which the catalogue can name.")
         fail(f"{job_id} has published no adapter yet; `finery jobs watch {job_id}` shows how far it is.")
     return newest.step_number
 

@@ -51,7 +51,8 @@ def _show_tables(answer: dict[str, Any], *, gpu_memory: str | None) -> None:
         parts.append({"part": "pinned host memory", "memory": _size(answer["host_bytes"])})
     show(parts, columns=("part", "memory"), as_json=False)
     if gpu_memory is not None:
-        say(f"a GPU with {gpu_memory} free {'is enough' if answer['fits'] else 'is too small'}")
+        why_not = "is too small: half a GiB stays free, and of the rest a run takes what memory.budget says, all of it by default"
+        say(f"a GPU with {gpu_memory} free {'is enough' if answer['fits'] else why_not}")
     elif answer["gpus"]:
         show([_gpu_row(gpu) for gpu in answer["gpus"]], columns=_GPU_COLUMNS, as_json=False)
     else:

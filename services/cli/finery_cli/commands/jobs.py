@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import openai
 import typer
@@ -13,10 +14,12 @@ from finery_cli.client import Gateway, connected
 from finery_cli.commands.options import Json, Limit, Settings, read_settings
 from finery_cli.output import fail, say, show
 from finery_cli.watch import watch_job
-from finery_common.spec import MethodType, Quantization
+from finery_common.spec import MethodType, Quantization, TrainingSpec
 
 COLUMNS = ("id", "status", "model", "fine_tuned_model", "trained_tokens", "created_at", "finished_at", "error")
 LIST_COLUMNS = ("id", "status", "model", "fine_tuned_model", "created_at")
+
+_ALWAYS_SHOWN = ("method", "lora.rank", "optimizer.learning_rate", "num_epochs")
 
 app = typer.Typer(no_args_is_help=True, help="Fine-tuning jobs.")
 
@@ -71,8 +74,11 @@ def list_jobs(*, limit: Limit = 20, as_json: Json = False) -> None:
 def get(job_id: str, *, as_json: Json = False) -> None:
     """Show one job."""
     with connected() as gateway:
-        job = gateway.openai.fine_tuning.jobs.retrieve(job_id)
-    show(job.to_dict(), columns=COLUMNS, as_json=as_json)
+        job = gateway.openai.fine_tuning.jobs.retrieve(job_id).to_dict()
+    show(job, columns=COLUMNS, as_json=as_json)
+    if not as_json and isinstance(settings := job.get("spec"), Mapping):
+        trained = settings_of(TrainingSpec.parse(settings))
+        show(trained, columns=tuple(trained), as_json=False)
 
 
 @app.command()
@@ -146,3 +152,21 @@ def _file_id(gateway: Gateway, file: str) -> str:
         fail(f"{file} is neither a file's id nor a path; `finery files list` shows the ids.")
     with path.open("rb") as content:
         return gateway.openai.files.create(file=(path.name, content), purpose="fine-tune").id
+
+
+def settings_of(spec: TrainingSpec) -> dict[str, object]:
+    """What a job trains with, by field: the settings that everybody asks about, and all that are not the defaults."""
+    fields = _flat(spec.model_dump(mode="json"))
+    defaults = _flat(TrainingSpec(base_model=spec.base_model).model_dump(mode="json"))
+    hidden = {"base_model", *(name for name in fields if name.startswith("lora.") and spec.method is MethodType.FULL)}
+    return {name: value for name, value in fields.items() if name not in hidden and (name in _ALWAYS_SHOWN or value != defaults.get(name))}
+
+
+def _flat(fields: Mapping[str, object], *, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(cast("Mapping[str, object]", value), prefix=f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -96,8 +96,8 @@ def load_base(
 def _is_quantized(base_dir: Path) -> bool:
     """Whether the files say how they are quantized; transformers then warns of any other word on it."""
     try:
-        return "quantization_config" in json.loads((base_dir / "config.json").read_text())
-    except (OSError, ValueError):
+        return bool(json.loads((base_dir / "config.json").read_text()).get("quantization_config"))
+    except (OSError, ValueError, AttributeError):
         return False
 
 

@@ -18,6 +18,7 @@ import psutil
 import structlog
 import torch
 
+from finery_common.errors import FailedPreconditionError
 from finery_common.spec import Quantization, TrainingSpec
 from finery_kernels.attention import choose_backend
 from finery_trainer.engine.generic import GenericPasses
@@ -49,7 +50,8 @@ class PackedPasses:
     """Passes of the engine's own layers over packed batches.
 
     `longest_row`, `mean_row` and `num_tokens` (of a step) describe the data for the plan. Raises FailedPreconditionError for a model that
-    the engine's layers do not take or whose embeddings cannot stay on the host, ResourceExhaustedError where `spec.memory` is too little.
+    the engine's layers do not take or whose embeddings cannot stay on the host, and for a budget of a GPU's memory without one;
+    ResourceExhaustedError where `spec.memory` is too little.
     """
 
     def __init__(
@@ -58,6 +60,11 @@ class PackedPasses:
         self._model = model
         self.stack = TrainingStack(model)
         self._device = self.stack.device
+        if spec.memory.budget != "auto" and self._device.type != "cuda":
+            raise FailedPreconditionError(
+                f"memory.budget: got {spec.memory.budget}, which is of a GPU's memory, but this run is on a CPU; leave it out.",
+                param="spec.memory.budget",
+            )
         is_gpu = self._device.type == "cuda"
         self._is_deterministic = spec.deterministic if spec.deterministic is not None else not is_gpu
         self._longest_row, self._mean_row, self._num_tokens = longest_row, mean_row, num_tokens
