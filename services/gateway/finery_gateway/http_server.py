@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import socket
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,6 +16,7 @@ from finery_common.errors import FailedPreconditionError
 from finery_common.rpc.server import DRAIN_S
 
 HTTP_DRAIN_S = DRAIN_S - 2
+MAX_HEAD_BYTES = 256 * 1024
 _BACKLOG = 2048
 
 
@@ -22,12 +24,51 @@ class HttpServer(uvicorn.Server):
     """uvicorn without its signal handlers: one place decides when everything of the process stops."""
 
     def __init__(self, app: FastAPI) -> None:
-        config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=int(HTTP_DRAIN_S))
-        super().__init__(config)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(HTTP_DRAIN_S),
+                http=_http_protocol(),
+            )
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _http_protocol() -> type[asyncio.Protocol] | Literal["auto"]:
+    """httptools' where it is installed, else uvicorn's choice, h11, which has a bound of its own."""
+    try:
+        implementation = importlib.import_module("uvicorn.protocols.http.httptools_impl")
+    except ImportError:
+        return "auto"
+
+    class BoundedHead(implementation.HttpToolsProtocol):
+        """Of a request's head httptools keeps whatever comes, before anybody could say who it is from."""
+
+        _is_in_head, _head_bytes = False, 0
+
+        def on_message_begin(self) -> None:
+            self._is_in_head, self._head_bytes = True, 0
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self._is_in_head = False
+            super().on_headers_complete()
+
+        def data_received(self, data: bytes) -> None:
+            was_in_head = self._is_in_head
+            super().data_received(data)
+            if was_in_head and self._is_in_head:
+                self._head_bytes += len(data)
+                if self._head_bytes > MAX_HEAD_BYTES:
+                    self.send_400_response(f"The head of a request may have {MAX_HEAD_BYTES} bytes.")
+
+    return BoundedHead
 
 
 def listen(host: str, port: int) -> socket.socket:

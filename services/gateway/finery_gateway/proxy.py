@@ -206,8 +206,9 @@ class GenerationResponse(Response):
                 await send({"type": "http.response.body", "body": _broken_off(generation.model), "more_body": False})
             else:
                 await send({"type": "http.response.body", "body": tap.end(), "more_body": False})
-                outcome = "answered"
-                report.whole.observe(time.perf_counter() - started_s)
+                outcome = "failed" if tap.has_failed else "answered"
+                if outcome == "answered":
+                    report.whole.observe(time.perf_counter() - started_s)
         finally:
             report.finish(outcome, tap.usage)
             generation.record.prompt_tokens = tap.usage.prompt_tokens

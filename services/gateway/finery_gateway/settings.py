@@ -29,7 +29,7 @@ class GatewaySettings(ServiceSettings):
     """Also logs what was asked and answered, in the line of each generation. What users write is then in the log."""
     generation_timeout_s: float = 600.0
     """How long vLLM may be silent within one request."""
-    gateway_workers: int = Field(default=0, ge=0, le=64)
+    gateway_workers: int = Field(default=0, ge=0, le=31)
     """Processes that answer HTTP on the one port; 0 takes one for every four cores of this machine, four at the most."""
 
     @property

@@ -8,12 +8,16 @@ from __future__ import annotations
 import re
 
 # `/v1/responses` has other names for the same counts.
-_PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d+)')
-_COMPLETION = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d+)')
+_PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,12})(?!\d)')
+_COMPLETION = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,12})(?!\d)')
 # In a JSON string the quotes would be escaped, so neither is ever found in generated text.
 _USAGE_EVENT = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 _TAIL_BYTES = 4096
-_USAGE_OBJECT = re.compile(rb'"usage"\s*:\s*\{')
+# Of vLLM's faults after the first byte.
+_ERROR_EVENT = re.compile(rb'(?:^|\n)(?:data:\s*\{\s*"error"|event: error\n)')
+_FAILED = b"event: response.failed\n"
+# The events that end a response. Those before repeat the request, with whatever it has of counts.
+_LAST_EVENTS = (b"event: response.completed\n", b"event: response.incomplete\n", _FAILED)
 
 
 class Usage:
@@ -36,6 +40,8 @@ class StreamTap:
 
     def __init__(self, *, hide_usage: bool) -> None:
         self.usage = Usage()
+        self.has_failed = False
+        """Whether an error ended the stream."""
         self._hide_usage = hide_usage
         self._held = b""
 
@@ -51,6 +57,8 @@ class StreamTap:
                 return b""
             self._held = chunk[end:]
             chunk = chunk[:end]
+        if b"error" in chunk and _ERROR_EVENT.search(chunk):
+            self.has_failed = True
         return self._counted(chunk) if b'"usage"' in chunk else chunk
 
     def end(self) -> bytes:
@@ -77,13 +85,18 @@ class ResponsesTap(StreamTap):
         super().__init__(hide_usage=False)
 
     def _counted(self, chunk: bytes) -> bytes:
-        if _USAGE_OBJECT.search(chunk):
-            self.usage.read(chunk)
+        for event in chunk.split(b"\n\n"):
+            if event.startswith(_LAST_EVENTS):
+                self.usage.read(event)
+                self.has_failed |= event.startswith(_FAILED)
         return chunk
 
 
 class BodyTap:
     """Passes a whole JSON body on and reads the usage at its end."""
+
+    has_failed = False
+    """A whole answer that failed has a status that says so."""
 
     def __init__(self) -> None:
         self.usage = Usage()

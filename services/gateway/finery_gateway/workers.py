@@ -128,15 +128,18 @@ async def _serve(settings: GatewaySettings, *, descriptor: int, number: int) -> 
 
 @contextlib.contextmanager
 def _announced(settings: GatewaySettings, *, number: int, port: int) -> Iterator[None]:
-    file = targets_file(settings.state_dir, number)
+    file, address = targets_file(settings.state_dir, number), f"{settings.metrics_host}:{port}"
     try:
-        announce_metrics(file, address=f"{settings.metrics_host}:{port}", service="gateway-worker")
+        announce_metrics(file, address=address, service="gateway-worker")
     except OSError as error:
         log.warning("Prometheus cannot be told of this worker", error=str(error))
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        # Where this one's parent was killed, the file may be its successor's already.
+        with contextlib.suppress(OSError):
+            if f'"{address}"' in file.read_text():
+                file.unlink()
 
 
 def targets_file(state_dir: Path, number: int) -> Path:

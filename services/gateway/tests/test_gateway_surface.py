@@ -1,14 +1,18 @@
 """OpenAI's surface for tokens, by the official client: every field is passed on within bounds or refused with its reason."""
 
+import asyncio
+import contextlib
 import json
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 from openai.types import CreateEmbeddingResponse
 from prometheus_client import REGISTRY
 
-from finery_gateway.usage import ResponsesTap
+from finery_gateway.http_server import MAX_HEAD_BYTES, HttpServer, listen
+from finery_gateway.usage import ResponsesTap, StreamTap
 
 BASE = "SmolLM2-135M-Instruct"
 MESSAGES = [{"role": "user", "content": "The capital of France?"}]
@@ -249,11 +253,58 @@ async def test_stored_responses_are_nobodys(plain):
 
 
 def test_the_counts_of_a_response_are_its_own_wherever_the_stream_is_cut():
-    body = b'event: x\ndata: {"response":{"tools":[{"input_tokens":99}],"usage":{"input_tokens":5,"output_tokens":6}}}\n\n'
+    echoed = b'event: response.created\ndata: {"response":{"tools":[{"usage":{"output_tokens":99}}],"usage":null}}\n\n'
+    last = b'event: response.completed\ndata: {"response":{"tools":[{"input_tokens":99}],"usage":{"input_tokens":5,"output_tokens":6}}}\n\n'
+    body = echoed + last
     for cut in range(len(body) + 1):
         tap = ResponsesTap()
         assert tap.feed(body[:cut]) + tap.feed(body[cut:]) + tap.end() == body
-        assert (tap.usage.prompt_tokens, tap.usage.completion_tokens) == (5, 6)
+        assert (tap.usage.prompt_tokens, tap.usage.completion_tokens, tap.has_failed) == (5, 6, False)
+    tap = ResponsesTap()
+    tap.feed(echoed)
+    assert (tap.usage.prompt_tokens, tap.usage.completion_tokens) == (0, 0)
+
+
+def test_a_number_that_is_no_count_is_none():
+    tap = ResponsesTap()
+    tap.feed(b'event: response.completed\ndata: {"usage":{"output_tokens":' + b"9" * 400 + b"}}\n\n")
+    assert tap.usage.completion_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("tap", "event"),
+    [
+        (StreamTap(hide_usage=False), b'data: {"error":{"message":"the engine died","code":500}}\n\n'),
+        (ResponsesTap(), b'event: response.failed\ndata: {"response":{"status":"failed","usage":{"output_tokens":1}}}\n\n'),
+        (ResponsesTap(), b'event: error\ndata: {"type":"error","message":"x"}\n\n'),
+    ],
+)
+def test_a_stream_that_ends_with_an_error_has_failed(tap, event):
+    tap.feed(b'data: {"choices":[{"delta":{"content":"no \\"error\\" yet"}}]}\n\n')
+    assert not tap.has_failed
+    tap.feed(event)
+    assert tap.has_failed
+
+
+async def test_a_head_without_end_is_refused_before_it_fills_the_memory():
+    pytest.importorskip("httptools")
+    listener = listen("127.0.0.1", 0)
+    server = HttpServer(FastAPI())
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    reader, writer = await asyncio.open_connection(*listener.getsockname())
+    writer.write(b"GET / HTTP/1.1\r\nX: ")
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while sent < 16 * MAX_HEAD_BYTES and not reader.at_eof():
+            writer.write(b"a" * 65536)
+            await writer.drain()
+            sent += 65536
+    with contextlib.suppress(ConnectionError):
+        assert b"400" in (await reader.read(64)).split(b"\r\n")[0]
+    assert sent < 16 * MAX_HEAD_BYTES
+    writer.close()
+    server.should_exit = True
+    await serving
 
 
 async def test_embeddings_come_from_models_that_have_them(client, world):
