@@ -17,7 +17,7 @@ import torch
 from benchmarks.measure import GIB
 from benchmarks.peer_engines import LEARNING_RATE, RANK
 from benchmarks.workloads import DETERMINISTIC, MAX_SHORT_TOKENS, MEAN_SHORT_TOKENS, PACKED_TOKENS, IntArray, Workload
-from finery_common.spec import TrainingSpec
+from finery_common.spec import MemorySpec, TrainingSpec
 from finery_trainer.engine.packing import IGNORE, Row, pack, padded_tokens
 from finery_trainer.engine.passes import RESERVE_BYTES
 from finery_trainer.engine.planner import Plan
@@ -48,6 +48,9 @@ class FineryEngine:
         """Plans memory and makes the optimizer for `workload`."""
         self.release()
         self._workload, self._spec = workload, spec_of(workload)
+        if not torch.cuda.is_available():
+            # Limits are of a GPU's memory.
+            self._spec = self._spec.model_copy(update={"memory": MemorySpec()})
         self._passes = self._passes_of.PackedPasses(self._model, self._spec, **rows_of(workload))
         self._optimizer = self._optimizer_of.FlatAdamW(self._passes.stack.groups, self._spec.optimizer)
         self._passes.plan_memory()

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from finery_common.errors import AlreadyExistsError, FineryError, InvalidArgumentError
 
@@ -71,7 +70,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise InvalidArgumentError(f"{gguf}: cannot be read as a causal language model: {error}") from error
     if not tokenizer.chat_template:
         raise InvalidArgumentError(f"{gguf}: its tokenizer has no chat template; import an instruct model.")
-    del cast("Any", model.config).quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
