@@ -18,7 +18,9 @@ from finery_gateway.inference_fields import (
     MAX_TOOLS,
     MAX_TOOLS_BYTES,
     Closed,
+    FunctionDefinition,
     Name,
+    NamedFunction,
     NoReasoning,
     RequestFields,
     SamplingFields,
@@ -97,22 +99,12 @@ class FunctionOutputItem(Closed):
     status: Status | None = None
 
 
-class FunctionTool(Closed):
+class FunctionTool(FunctionDefinition):
     type: Literal["function"]
-    name: Name
-    description: str | None = None
-    parameters: dict[str, JsonValue] | None = None
-    strict: bool | None = None
-
-    @model_validator(mode="after")
-    def _is_bounded(self) -> Self:
-        check_schema(self.parameters or {}, limit_bytes=MAX_SCHEMA_BYTES)
-        return self
 
 
-class FunctionChoice(Closed):
+class FunctionChoice(NamedFunction):
     type: Literal["function"]
-    name: Name
 
 
 class TextFormat(Closed):
