@@ -45,7 +45,9 @@ async def _serve(settings: ServingSettings) -> None:
     store = await asyncio.to_thread(ArtifactStore.connect, settings.s3())
     entry = base_entry(settings)
     base_dir = await asyncio.to_thread(materialize, entry, cache_dir=settings.artifact_cache_dir, store=store)
-    runtime = make_runtime(settings.runtime_dir, xdg_runtime_dir=os.environ.get("XDG_RUNTIME_DIR"))
+    runtime = make_runtime(
+        settings.runtime_dir, xdg_runtime_dir=os.environ.get("XDG_RUNTIME_DIR"), secret=settings.token_secret()
+    )
     async with AsyncExitStack() as stack:
         stack.callback(runtime.remove)
         agent = Agent(
@@ -66,12 +68,13 @@ async def _serve(settings: ServingSettings) -> None:
             routes=services.routes,
             process=agent.process,
             residency=services.residency,
+            registry=services.registry,
             base=base,
             changes=agent.changes,
         )
         server = RpcServer(address=settings.grpc_address, servicers=[servicer_of(servicer)], authenticate=token_authenticator(signer))
         await server.start()
-        await until_stopped([supervising, services.task])
+        await until_stopped([supervising, *services.tasks])
         # Watches never end by themselves and would take up the whole time for draining.
         servicer.end_watches()
         await server.stop(drain_s=_DRAIN_S)

@@ -16,8 +16,10 @@ from finery_common.artifacts import ArtifactStore
 from finery_common.database import Database
 from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
+from finery_serving.placement import Placement
 from finery_serving.preflight import BaseModel
 from finery_serving.reconcile import Reconciler
+from finery_serving.registry import Registry
 from finery_serving.releases import Releases
 from finery_serving.residency import Residency
 from finery_serving.rollout import RolloutRunner
@@ -29,13 +31,14 @@ from finery_serving.vllm_process import Runtime, VllmConfig, VllmProcess
 
 @dataclass(frozen=True)
 class Services:
-    """What the gRPC face calls, and the task of reconciling, which never ends by itself."""
+    """What the gRPC face calls, and the tasks behind it, which never end by themselves."""
 
     aliases: AliasStore
     releases: Releases
     routes: Routes
     residency: Residency
-    task: asyncio.Task[None]
+    registry: Registry
+    tasks: tuple[asyncio.Task[None], ...]
 
 
 class Agent:
@@ -63,27 +66,27 @@ class Agent:
         aliases = AliasStore(database, changes=changes)
         staging = Staging(store, folder=cache_dir)
         residency = Residency(self.process, client=self.client, max_resident=config.max_cpu_loras, changes=changes)
+        registry = Registry(database, process=self.process, residency=residency, client=self.client, changes=changes)
+        placement = Placement(aliases, registry=registry)
         runner = RolloutRunner(
             aliases,
             staging=staging,
             residency=residency,
+            registry=registry,
+            placement=placement,
             client=self.client,
             base=base,
             max_lora_rank=config.max_lora_rank,
             changes=changes,
         )
         reconciler = Reconciler(
-            aliases,
-            runner=runner,
-            residency=residency,
-            staging=staging,
-            changes=changes,
-            replica_id=self.process.runtime.replica_id,
-            max_resident=config.max_cpu_loras,
+            aliases, runner=runner, residency=residency, registry=registry, placement=placement, staging=staging, changes=changes
         )
-        routes = Routes(aliases, process=self.process, residency=residency, staging=staging, client=self.client, changes=changes)
-        async with _background(reconciler.run(), name="reconciler") as task:
-            yield Services(aliases, Releases(database, changes=changes), routes, residency, task)
+        routes = Routes(
+            aliases, process=self.process, residency=residency, registry=registry, staging=staging, client=self.client, changes=changes
+        )
+        async with _background(registry.run(), name="registry") as telling, _background(reconciler.run(), name="reconciler") as reconciling:
+            yield Services(aliases, Releases(database, changes=changes), routes, residency, registry, (telling, reconciling))
 
 
 @asynccontextmanager

@@ -23,7 +23,7 @@ from finery_common.artifacts import ArtifactRef
 from finery_common.database import Database
 from finery_common.errors import AbortedError, AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from finery_serving.changes import Changes
-from finery_serving.tables import AliasRow, RolloutRow
+from finery_serving.tables import AliasRow, RolloutRow, changing
 
 _ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,256}")
 _ADAPTER_PREFIX = re.compile(r"projects/(?P<project>[^/]+)/adapters/(?P<job_id>[A-Za-z0-9_][A-Za-z0-9_-]*)-(?P<step>[0-9]+)/")
@@ -167,7 +167,7 @@ class AliasStore:
             body.append(canary_weight)
         body_sha256 = body_digest(body)
         try:
-            async with self._db.begin() as session:
+            async with changing(self._db) as session:
                 if (
                     known := await self._known_request(session, project, alias, request_id=request_id, body_sha256=body_sha256)
                 ) is not None:
@@ -215,7 +215,7 @@ class AliasStore:
 
     async def delete(self, project: str, alias: str, *, etag: str = "") -> None:
         """Takes the alias out and ends its rollouts as FAILED. Raises NotFoundError, AbortedError (`etag`)."""
-        async with self._db.begin() as session:
+        async with changing(self._db) as session:
             row = await session.get(AliasRow, (project, alias), with_for_update=True)
             if row is None:
                 raise alias_not_found(project, alias)
@@ -239,6 +239,12 @@ class AliasStore:
             query = sa.select(RolloutRow).where(RolloutRow.state.in_(_AT_WORK)).order_by(RolloutRow.number)
             return tuple(_rollout(row) for row in await session.scalars(query))
 
+    async def is_before_flip(self, rollout: Rollout) -> bool:
+        """Whether the alias may still change by it."""
+        async with self._db.read() as session:
+            state = await session.scalar(sa.select(RolloutRow.state).where(RolloutRow.number == rollout.number))
+        return state is not None and RolloutState(state).is_before_flip
+
     async def advance(self, rollout: Rollout, to: RolloutState) -> None:
         """Notes how far the rollout is. Raises AbortedError where it has ended meanwhile: rolled back, or its alias was deleted."""
         await self._update(rollout, states=BEFORE_FLIP, state=to)
@@ -248,7 +254,7 @@ class AliasStore:
 
         A canary is dropped: the version has the whole alias.
         """
-        async with self._db.begin() as session:
+        async with changing(self._db) as session:
             row = await _unchanged(session, rollout, etag=etag)
             values: dict[str, object] = {"state": RolloutState.DRAINING, "swap_s": swap_s, "replaced": row.version}
             await _update_rollout(session, rollout, states=BEFORE_FLIP, values=values)
@@ -262,7 +268,7 @@ class AliasStore:
 
         It takes the place of an earlier canary.
         """
-        async with self._db.begin() as session:
+        async with changing(self._db) as session:
             row = await _unchanged(session, rollout, etag=etag)
             _check_canary(row, alias=rollout.alias, version=rollout.version)
             await drop_canary(session, row)
@@ -283,7 +289,7 @@ class AliasStore:
         return True
 
     async def _update(self, rollout: Rollout, *, states: list[str], **values: object) -> None:
-        async with self._db.begin() as session:
+        async with changing(self._db) as session:
             await _update_rollout(session, rollout, states=states, values=values)
         self._changes.notify()
 

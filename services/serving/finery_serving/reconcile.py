@@ -1,13 +1,14 @@
 """Brings the replica to what the database wants, again and again: rollouts are run, versions loaded after a restart, leftovers dropped.
 
-Owns the order of work and its tasks. One agent reconciles one replica. Leaves each single piece of work to `rollout` and `residency`.
+Owns the order of work and its tasks. One agent reconciles one replica. Leaves each single piece of work to `rollout` and `residency`, and
+which replica is to hold what to `placement`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 
 import structlog
 
@@ -15,6 +16,8 @@ from finery_common.errors import FineryError
 from finery_serving.aliases import Alias, AliasStore, Rollout, RolloutState, Served
 from finery_serving.changes import Changes
 from finery_serving.metrics import ADAPTER_STATE, ADAPTER_STATES
+from finery_serving.placement import Placement
+from finery_serving.registry import Registry
 from finery_serving.residency import Residency
 from finery_serving.rollout import RolloutRunner
 from finery_serving.staging import Staging
@@ -22,6 +25,7 @@ from finery_serving.staging import Staging
 _INTERVAL_S = 30.0
 _RETRY_S = 1.0
 _PIN_WAIT_S = 60.0
+_ASKED_WAIT_S = 30.0
 
 log = structlog.get_logger(__name__)
 
@@ -35,23 +39,25 @@ class Reconciler:
         *,
         runner: RolloutRunner,
         residency: Residency,
+        registry: Registry,
+        placement: Placement,
         staging: Staging,
         changes: Changes,
-        replica_id: str,
-        max_resident: int,
     ) -> None:
         self._store = store
         self._runner = runner
         self._residency = residency
         self._staging = staging
+        self._registry = registry
+        self._placement = placement
         self._changes = changes
-        self._replica_id = replica_id
-        self._max_resident = max_resident
         self._tasks: dict[str, asyncio.Task[None]] = {}
         # The start of vLLM for which everything was loaded again.
         self._generation = 0
-        # The versions of pinned aliases at the last pass.
-        self._kept: frozenset[str] = frozenset()
+        # What was to be here at the last pass.
+        self._placed: frozenset[str] = frozenset()
+        # When a pinned version that could not be loaded is tried again.
+        self._retry_s: dict[str, float] = {}
 
     async def run(self) -> None:
         """Reconciles until cancelled; what fails is tried again."""
@@ -74,28 +80,36 @@ class Reconciler:
         rollouts = await self._store.active_rollouts()
         aliases = await self._store.desired()
         self._publish(aliases)
-        kept = frozenset(alias.version for alias in aliases if alias.pinned)
-        self._residency.keep(kept)
+        self._residency.keep([alias.version for alias in aliases if alias.pinned])
         for rollout in rollouts:
             self._continue(rollout)
         if not self._residency.ready:
             return
-        self._spawn_loads(aliases, kept=kept)
+        self._spawn_loads(aliases, placed=self._placement.of(aliases, rollouts))
+        for version, adapter in self._registry.loads_asked.items():
+            self._spawn(f"load {version}", self._load_as_asked(Served(version, "", adapter)))
         wanted = _versions(aliases) | {rollout.version for rollout in rollouts}
         for version in self._residency.versions:
             if version not in wanted:
                 self._spawn(f"drop {version}", self._residency.drop(version))
         await self._sweep(aliases, rollouts)
 
-    def _spawn_loads(self, aliases: Sequence[Alias], *, kept: frozenset[str]) -> None:
-        """Loads what was pinned since the last pass, and after a start of vLLM everything that there is room for."""
-        is_new = self._generation != self._residency.generation
-        known = frozenset[str]() if is_new else self._kept
-        self._generation, self._kept = self._residency.generation, kept
-        for number, served in enumerate(_distinct(aliases)):
-            if served.version in kept - known:
+    def _spawn_loads(self, aliases: Sequence[Alias], *, placed: Mapping[str, Sequence[str]]) -> None:
+        """Loads what is placed here since the last pass, and after a start of vLLM everything that is; a pinned version until it is loaded.
+
+        What had to make room since comes back when it is asked for.
+        """
+        own = self._registry.own.id
+        here = frozenset(version for version, replicas in placed.items() if own in replicas)
+        known = self._placed if self._generation == self._residency.generation else frozenset[str]()
+        self._generation, self._placed = self._residency.generation, here
+        for served, is_pinned in _distinct(aliases).values():
+            if served.version not in here or self._residency.state_of(served.version) == "loaded":
+                continue
+            if is_pinned and self._retry_s.get(served.version, 0.0) <= time.monotonic():
+                self._retry_s[served.version] = time.monotonic() + _INTERVAL_S
                 self._spawn(f"load {served.version}", self._load(served, wait_s=_PIN_WAIT_S))
-            elif is_new and number < self._max_resident:
+            elif served.version not in known:
                 self._spawn(f"load {served.version}", self._load(served))
 
     def _continue(self, rollout: Rollout) -> None:
@@ -106,19 +120,32 @@ class Reconciler:
             self._spawn(f"alias {rollout.project} {rollout.alias}", self._runner.run(rollout))
 
     async def _drain(self, rollout: Rollout) -> None:
-        """Drains what `rollout` replaced, beside the next rollout of the alias; the rollout is READY when that is done.
+        """Drains what `rollout` replaced, beside the next rollout of the alias; the rollout is READY when that is done on every replica.
 
         A vLLM that was started since holds nothing of it.
         """
-        still_wanted = _versions(await self._store.desired())
-        still_wanted |= {other.version for other in await self._store.active_rollouts() if other.state.is_before_flip}
-        if rollout.replaced and rollout.replaced not in still_wanted:
-            await self._residency.drop(rollout.replaced)
+        while rollout.replaced and not await self._wants(rollout.replaced):
+            if rollout.replaced in self._residency.versions:
+                await self._residency.drop(rollout.replaced)
+            seen = self._changes.count
+            if not any(replica.versions.get(rollout.replaced, "failed") != "failed" for replica in self._registry.ready):
+                break
+            await self._changes.wait_after(seen, timeout_s=_INTERVAL_S)
         await self._store.finish(rollout)
+
+    async def _wants(self, version: str) -> bool:
+        wanted = _versions(await self._store.desired())
+        return version in wanted | {other.version for other in await self._store.active_rollouts() if other.state.is_before_flip}
 
     async def _load(self, served: Served, *, wait_s: float = 0.0) -> None:
         path = await self._staging.fetch(served.adapter)
         await self._residency.ensure(served.version, path=path, deadline_s=time.monotonic() + wait_s)
+
+    async def _load_as_asked(self, served: Served) -> None:
+        try:
+            await self._load(served, wait_s=_ASKED_WAIT_S)
+        finally:
+            await self._registry.loaded(served.version)
 
     async def _sweep(self, aliases: Sequence[Alias], rollouts: Sequence[Rollout]) -> None:
         """Removes copies that nothing wants, once vLLM has let go of them."""
@@ -132,7 +159,7 @@ class Reconciler:
         names = {served.version: alias.alias for alias in aliases for served in alias.serving}
         for version in {*names, *self._residency.versions}:
             state = ADAPTER_STATES.index(self._residency.state_of(version))
-            ADAPTER_STATE.labels(names.get(version, ""), version, self._replica_id).set(state)
+            ADAPTER_STATE.labels(names.get(version, ""), version, self._registry.own.id).set(state)
 
     def _spawn(self, name: str, work: Coroutine[None, None, None]) -> None:
         """Runs `work` unless the work of that name is still running."""
@@ -151,13 +178,14 @@ class Reconciler:
             self._changes.notify()
 
 
-def _distinct(aliases: Sequence[Alias]) -> list[Served]:
-    """Each version once: those that are pinned, then in order, each alias' canary after its version."""
+def _distinct(aliases: Sequence[Alias]) -> dict[str, tuple[Served, bool]]:
+    """Each version once, and whether it is pinned: those that are first, then in order, each alias' canary after its version."""
     by_need = sorted(aliases, key=lambda alias: not alias.pinned)
-    found: dict[str, Served] = {}
-    for served in (served for alias in by_need for served in alias.serving):
-        found.setdefault(served.version, served)
-    return list(found.values())
+    found: dict[str, tuple[Served, bool]] = {}
+    for alias in by_need:
+        for served in alias.serving:
+            found.setdefault(served.version, (served, alias.pinned and served.version == alias.version))
+    return found
 
 
 def _versions(aliases: Sequence[Alias]) -> set[str]:

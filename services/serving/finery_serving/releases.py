@@ -36,7 +36,7 @@ from finery_serving.aliases import (
 )
 from finery_serving.changes import Changes
 from finery_serving.metrics import SWAPS
-from finery_serving.tables import AliasRow, RequestRow, RolloutRow
+from finery_serving.tables import AliasRow, RequestRow, RolloutRow, changing
 
 _Act = Callable[[AsyncSession, AliasRow], Awaitable[str]]
 
@@ -56,7 +56,7 @@ class Releases:
         Raises InvalidArgumentError, NotFoundError, AbortedError (`etag`), FailedPreconditionError without a canary.
         """
         check_weight(weight, param="weight")
-        async with self._db.begin() as session:
+        async with changing(self._db) as session:
             row = await _locked(session, project, alias)
             check_etag(row, etag=etag, alias=alias)
             _canary(row)
@@ -84,7 +84,7 @@ class Releases:
 
     async def pin(self, project: str, alias: str, *, max_pins: int) -> Alias:
         """Keeps the alias' version loaded. Raises NotFoundError, FailedPreconditionError where `max_pins` aliases are pinned."""
-        async with self._pinning, self._db.begin() as session:
+        async with self._pinning, changing(self._db) as session:
             row = await _locked(session, project, alias)
             if not row.pinned:
                 num_pins = await session.scalar(sa.select(sa.func.count()).select_from(AliasRow).where(AliasRow.pinned)) or 0
@@ -96,7 +96,7 @@ class Releases:
 
     async def unpin(self, project: str, alias: str) -> Alias:
         """Lets the alias' version make room again. Raises NotFoundError."""
-        async with self._db.begin() as session:
+        async with changing(self._db) as session:
             row = await _locked(session, project, alias)
             row.pinned, row.updated_at = False, datetime.now(UTC)
             unpinned = await _flushed(session, row)
@@ -110,7 +110,7 @@ class Releases:
         seen = etag or await self._etag(project, alias)
         outcome = None
         try:
-            async with self._db.begin() as session:
+            async with changing(self._db) as session:
                 row = await _locked(session, project, alias)
                 # Behind the lock: of one request that comes twice at once, the second finds the first done.
                 if not await _is_known(session, project, request_id, body_sha256=body_sha256):

@@ -20,7 +20,7 @@ import structlog
 from finery_common.errors import FailedPreconditionError, FineryError, UnavailableError
 from finery_serving.changes import Changes
 from finery_serving.metrics import EVICTIONS, LOAD_SECONDS
-from finery_serving.vllm_client import RETRY_AFTER_S, VllmClient
+from finery_serving.vllm_client import RETRY_AFTER_S, ReplicaState, VllmClient
 from finery_serving.vllm_process import VllmProcess
 
 _POLL_S = 0.1
@@ -33,6 +33,9 @@ class _Resident:
     adapter_id: int
     path: Path
     last_used_s: float
+    is_admitted: bool = False
+    """Noted before vLLM is told otherwise and after it is told so: whatever becomes of the call, nobody is sent where he is refused."""
+    is_probed: bool = False
 
 
 class Residency:
@@ -73,7 +76,7 @@ class Residency:
 
     def serves(self, version: str) -> bool:
         """Whether requests for `version` are let in; marks it as used now."""
-        if version not in self.versions or version in self._draining:
+        if self.state_of(version) != "loaded":
             return False
         self._resident[version].last_used_s = time.monotonic()
         return True
@@ -82,7 +85,19 @@ class Residency:
         """One of `metrics.ADAPTER_STATES`."""
         if version not in self.versions:
             return "failed" if version in self._failed else "cold"
-        return "draining" if version in self._draining else "loaded"
+        return "loaded" if self._resident[version].is_admitted else "draining"
+
+    def states(self) -> dict[str, str]:
+        """What `state_of` says of every version that vLLM holds or could not load."""
+        return {version: self.state_of(version) for version in {*self.versions, *self._failed}}
+
+    def note_probe(self, version: str) -> None:
+        """`version` has answered its probe, which holds for as long as it stays loaded."""
+        self._resident[version].is_probed = True
+
+    def has_answered(self, version: str) -> bool:
+        """Whether `version` is let in and has answered a probe."""
+        return self.state_of(version) == "loaded" and self._resident[version].is_probed
 
     @property
     def max_pins(self) -> int:
@@ -118,7 +133,8 @@ class Residency:
         if self.serves(version):
             return
         with self.pinned(version):
-            while not await self._try_load(version, path=path):
+            # Who asks may leave; what vLLM was told meanwhile must still be noted.
+            while not await asyncio.shield(asyncio.ensure_future(self._try_load(version, path=path))):
                 if time.monotonic() > deadline_s:
                     raise UnavailableError(
                         "Every adapter that vLLM has room for is answering requests; repeat later.", retry_after_s=RETRY_AFTER_S
@@ -145,7 +161,7 @@ class Residency:
         async with self._lock:
             if version not in self._draining or version not in self.versions:
                 return True
-            if await self._client.retire(version):
+            if await self._retire(version):
                 return False
             await self._unload(version)
             return True
@@ -157,29 +173,29 @@ class Residency:
                 raise UnavailableError("vLLM is starting; repeat later.", retry_after_s=RETRY_AFTER_S)
             if self._generation != self._process.generation:
                 self._generation, self._resident = self._process.generation, {}
-            if version in self._draining:
-                self._draining.discard(version)
-                if version in self._resident:
-                    await self._client.admit(version)
+            self._draining.discard(version)
             if self.serves(version):
                 return True
-            if len(self._resident) >= self._max_resident and not await self._make_room():
+            is_new = version not in self._resident
+            if is_new and len(self._resident) >= self._max_resident and not await self._make_room():
                 return False
             await self._load(version, path=path)
             return True
 
     async def _load(self, version: str, *, path: Path) -> None:
+        """Registers and admits; one that was retired without being unloaded is taken over."""
         started_s = time.perf_counter()
         self._failed.discard(version)
         try:
             adapter_id = await self._register(version, path=path)
+            resident = self._resident[version] = _Resident(adapter_id, path, time.monotonic())
             await self._client.admit(version)
         except FineryError:
             self._failed.add(version)
             raise
+        resident.is_admitted = True
         load_s = time.perf_counter() - started_s
         LOAD_SECONDS.observe(load_s)
-        self._resident[version] = _Resident(adapter_id, path, time.monotonic())
         log.info("adapter loaded", version=version, load_s=round(load_s, 3))
         self._changes.notify()
 
@@ -194,19 +210,30 @@ class Residency:
 
     async def _make_room(self) -> bool:
         """Unloads the version that was used longest ago among those that are idle."""
-        in_flight = (await self._client.state()).in_flight
-        idle = [version for version in self._resident if self._may_go(version) and not in_flight.get(version)]
-        for version in sorted(idle, key=lambda name: self._resident[name].last_used_s):
-            if await self._client.retire(version):
+        state = await self._client.state()
+        idle = [version for version in self._resident if self._may_go(version) and not state.in_flight.get(version)]
+        for version in sorted(idle, key=lambda name: self._idle_s(name, state), reverse=True):
+            if await self._retire(version):
                 await self._client.admit(version)
+                self._resident[version].is_admitted = True
                 continue
             await self._unload(version)
             EVICTIONS.labels(self._process.runtime.replica_id).inc()
             return True
         return False
 
+    def _idle_s(self, version: str, state: ReplicaState) -> float:
+        """Seconds since the version was last asked: routes to it are kept, so that most requests come without being announced."""
+        announced_s = time.monotonic() - self._resident[version].last_used_s
+        requests = state.requests.get(version)
+        return announced_s if requests is None else min(announced_s, requests.idle_s)
+
     def _may_go(self, version: str) -> bool:
         return not self._pins[version] and version not in self._kept
+
+    async def _retire(self, version: str) -> int:
+        self._resident[version].is_admitted = False
+        return await self._client.retire(version)
 
     async def _unload(self, version: str) -> None:
         await self._client.unload(version, adapter_id=self._resident[version].adapter_id)

@@ -1,22 +1,26 @@
 """Where a request for a model goes.
 
 Owns waiting: for a rollout that is under way, for vLLM to start, for cold versions to load. The gateway asks, keeps the answer, splits
-requests over its targets by itself, sends each to the replica as `middleware/finery_vllm_middleware.py` says, and asks again when the
-replica answers 409 with `x-finery-retired`, 401, or not at all before the first byte. Repeat such a request once with the new route. Ask
-without `after_epoch` then: a version may be gone because it had to make room, and the answer brings the same one back under the same
-epoch.
+requests over its targets and their replicas by itself, sends each to a replica as `middleware/finery_vllm_middleware.py` says, and asks
+again when the replica answers 409 with `x-finery-retired`, 401, or not at all before the first byte. Repeat such a request once with the
+new route, at another replica where there is one. Ask without `after_epoch` then: a version may be gone because it had to make room, and
+the answer brings the same one back under the same epoch.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import structlog
 
 from finery_common.errors import FailedPreconditionError, FineryError, NotFoundError, UnavailableError
 from finery_serving.aliases import Alias, AliasStore, RolloutState, Served
 from finery_serving.changes import Changes
+from finery_serving.placement import Placement
+from finery_serving.registry import Registry, Replica
 from finery_serving.residency import Residency
 from finery_serving.staging import Staging
 from finery_serving.vllm_client import RETRY_AFTER_S, VllmClient
@@ -30,34 +34,53 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Route:
-    """A replica and the name it knows the version by; `epoch` is 0 for the base model, `max_model_len` is in tokens.
-
-    `targets` are versions with their percent of the requests, `version` first.
-    """
+class Target:
+    """A version, its percent of the requests, and the replicas that let requests for it in, each with its address and token."""
 
     version: str
-    targets: tuple[tuple[str, int], ...]
+    weight: int
+    replicas: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Route:
+    """What requests for a model are split over, what serves first; `epoch` is 0 for the base model, `max_model_len` is in tokens."""
+
+    targets: tuple[Target, ...]
     epoch: int
-    replica_address: str
-    replica_token: str
     base_model: str
     max_model_len: int
+
+    @property
+    def version(self) -> str:
+        """What serves."""
+        return self.targets[0].version
 
 
 class Routes:
     """Resolves models to routes."""
 
     def __init__(
-        self, store: AliasStore, *, process: VllmProcess, residency: Residency, staging: Staging, client: VllmClient, changes: Changes
+        self,
+        store: AliasStore,
+        *,
+        process: VllmProcess,
+        residency: Residency,
+        registry: Registry,
+        staging: Staging,
+        client: VllmClient,
+        changes: Changes,
     ) -> None:
         self._store = store
         self._process = process
         self._residency = residency
+        self._registry = registry
         self._staging = staging
         self._client = client
         self._changes = changes
-        self._max_model_len = (0, 0)
+        self._max_model_len = 0
+        # Canaries on their way to be loaded.
+        self._warming: dict[str, asyncio.Task[None]] = {}
 
     async def resolve(self, project: str, *, model: str, after_epoch: int, timeout_s: float) -> Route:
         """The route of an alias of `project`, newer than `after_epoch`, or of the base model.
@@ -67,52 +90,90 @@ class Routes:
         loaded.
         """
         deadline_s = time.monotonic() + timeout_s - _MARGIN_S
+        asked: set[str] = set()
         while True:
             seen = self._changes.count
             reason = f"{model} is being deployed; repeat in {RETRY_AFTER_S:.0f} s."
             try:
-                route = await self._look(project, model, after_epoch=after_epoch, deadline_s=deadline_s)
+                route = await self._look(project, model, after_epoch=after_epoch, deadline_s=deadline_s, asked=asked)
             except UnavailableError as error:
                 route, reason = None, error.message
-            # A killed vLLM takes a moment to be gone: who comes here after it failed must not be sent there again.
-            if route is not None and await self._client.is_healthy():
+            if route is not None:
                 return route
-            if not self._process.ready:
+            if not self._registry.ready:
                 reason = f"vLLM is starting; repeat in {RETRY_AFTER_S:.0f} s."
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 raise UnavailableError(reason, retry_after_s=RETRY_AFTER_S)
             await self._changes.wait_after(seen, timeout_s=min(left_s, _LOOK_AGAIN_S))
 
-    async def _look(self, project: str, model: str, *, after_epoch: int, deadline_s: float) -> Route | None:
-        """The route, or None while it has to be waited for."""
+    async def _look(self, project: str, model: str, *, after_epoch: int, deadline_s: float, asked: set[str]) -> Route | None:
+        """The route, or None while it has to be waited for; `asked` are the replicas that were asked to load for it."""
+        ready = await self._answering()
         if model == self._process.config.base_model:
-            return await self._route(((model, 100),), epoch=0) if self._process.ready else None
+            return await self._route([Target(model, 100, self._addresses(ready))], epoch=0) if ready else None
         alias = await self._store.get(project, model)
-        if _awaits_flip(alias, after_epoch=after_epoch) or not self._process.ready:
+        if _awaits_flip(alias, after_epoch=after_epoch) or not ready:
             return None
-        return await self._alias_route(alias, deadline_s=deadline_s)
-
-    async def _alias_route(self, alias: Alias, *, deadline_s: float) -> Route:
-        served, *canary = alias.serving
-        with self._residency.pinned(served.version):
-            await self._warm(alias, served, deadline_s=deadline_s)
-            weight = await self._canary_weight(alias, canary[0]) if canary else 0
-        targets = (served.version, 100 - weight), *([(canary[0].version, weight)] if weight else [])
+        served, *canaries = alias.serving
+        holders = await self._holders(alias, served, ready=ready, deadline_s=deadline_s, asked=asked)
+        if not holders:
+            return None
+        targets = [Target(served.version, 100, self._addresses(holders))]
+        for canary in canaries:
+            # One that is not there yet must not keep the version that serves from answering.
+            if holders := [replica for replica in ready if self._serves(replica, canary.version)]:
+                targets = [replace(targets[0], weight=100 - alias.canary_weight)]
+                targets.append(Target(canary.version, alias.canary_weight, self._addresses(holders)))
+            else:
+                self._warm_canary(alias, canary, ready=ready)
         return await self._route(targets, epoch=alias.epoch)
 
-    async def _canary_weight(self, alias: Alias, canary: Served) -> int:
-        """The canary's share; 0 while it cannot be loaded: it must not keep the version that serves from answering."""
+    async def _answering(self) -> tuple[Replica, ...]:
+        """The replicas to send requests to. A killed vLLM takes a moment to be gone: who comes here after it failed must not be sent there
+        again.
+        """
+        ready = self._registry.ready
+        own = self._registry.own.id
+        if any(replica.id == own for replica in ready) and not await self._client.is_healthy():
+            return tuple(replica for replica in ready if replica.id != own)
+        return ready
+
+    def _serves(self, replica: Replica, version: str) -> bool:
+        """As of now where the replica is this one, whose use of the version is noted by it."""
+        return self._residency.serves(version) if replica.id == self._registry.own.id else replica.serves(version)
+
+    async def _holders(
+        self, alias: Alias, served: Served, *, ready: Sequence[Replica], deadline_s: float, asked: set[str]
+    ) -> list[Replica]:
+        """The replicas that let requests for `served` in; where none does, the first that the alias prefers loads it, which another's agent
+        is asked for: none for now.
+        """
+        if holders := [replica for replica in ready if self._serves(replica, served.version)]:
+            return holders
+        by_id = {replica.id: replica for replica in ready}
+        first = by_id[Placement.preferred(alias, by_id)[0]]
+        if first.id == self._registry.own.id:
+            await self._warm(alias, served, deadline_s=deadline_s)
+            return [first]
+        if first.id not in asked:
+            asked.add(first.id)
+            await self._registry.ask_to_load(first, served.version, adapter=served.adapter)
+        return []
+
+    def _warm_canary(self, alias: Alias, canary: Served, *, ready: Sequence[Replica]) -> None:
+        if canary.version not in self._warming:
+            task = asyncio.create_task(self._try_canary(alias, canary, ready=ready))
+            self._warming[canary.version] = task
+            task.add_done_callback(lambda _: self._warming.pop(canary.version))
+
+    async def _try_canary(self, alias: Alias, canary: Served, *, ready: Sequence[Replica]) -> None:
         try:
-            await self._warm(alias, canary, deadline_s=time.monotonic())
+            await self._holders(alias, canary, ready=ready, deadline_s=time.monotonic(), asked=set())
         except FineryError as error:
             log.warning("a canary gets no requests", alias=alias.alias, version=canary.version, reason=error.message)
-            return 0
-        return alias.canary_weight
 
     async def _warm(self, alias: Alias, served: Served, *, deadline_s: float) -> None:
-        if self._residency.serves(served.version):
-            return
         try:
             path = await self._staging.fetch(served.adapter)
             await self._residency.ensure(served.version, path=path, deadline_s=deadline_s)
@@ -124,13 +185,13 @@ class Routes:
             message = f"{alias.alias} is deployed but cannot be loaded; the operator finds the reason in serving's log. Deploy it again."
             raise FailedPreconditionError(message, code="adapter_not_loadable") from error
 
-    async def _route(self, targets: tuple[tuple[str, int], ...], *, epoch: int) -> Route:
-        generation, length = self._max_model_len
-        if generation != self._process.generation:
-            generation, length = self._process.generation, await self._client.max_model_len()
-            self._max_model_len = (generation, length)
-        runtime = self._process.runtime
-        return Route(targets[0][0], targets, epoch, runtime.address, runtime.replica_token, self._process.config.base_model, length)
+    def _addresses(self, replicas: Sequence[Replica]) -> tuple[tuple[str, str], ...]:
+        return tuple((replica.address, self._registry.token_of(replica)) for replica in replicas)
+
+    async def _route(self, targets: Sequence[Target], *, epoch: int) -> Route:
+        if not self._max_model_len and self._process.ready:
+            self._max_model_len = await self._client.max_model_len()
+        return Route(tuple(targets), epoch, self._process.config.base_model, self._max_model_len or self._process.config.max_model_len)
 
 
 def _awaits_flip(alias: Alias, *, after_epoch: int) -> bool:

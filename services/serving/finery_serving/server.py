@@ -18,9 +18,10 @@ from finery_common.rpc.tokens import require_project
 from finery_serving.aliases import Alias, AliasStore
 from finery_serving.changes import Changes
 from finery_serving.preflight import BaseModel
+from finery_serving.registry import Registry
 from finery_serving.releases import Releases
 from finery_serving.residency import Residency
-from finery_serving.routes import Routes
+from finery_serving.routes import Routes, Target
 from finery_serving.vllm_process import VllmProcess
 
 
@@ -35,6 +36,7 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         routes: Routes,
         process: VllmProcess,
         residency: Residency,
+        registry: Registry,
         base: BaseModel,
         changes: Changes,
     ) -> None:
@@ -43,6 +45,7 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         self._routes = routes
         self._process = process
         self._residency = residency
+        self._registry = registry
         self._base = base
         self._changes = changes
         self._ending = False
@@ -55,17 +58,20 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
     async def ListDeployments(
         self, request: serving_pb2.ListDeploymentsRequest, context: grpc.aio.ServicerContext
     ) -> serving_pb2.ListDeploymentsResponse:
-        require_project()
-        replica = serving_pb2.Replica(
-            id=self._process.runtime.replica_id,
-            ready=self._process.ready,
-            start_time=timestamp(self._process.started_at),
-            loaded_versions=await self._own_versions(require_project()),
-        )
+        visible = {served.version for alias in (await self._all(require_project())).values() for served in alias.serving}
+        replicas = [
+            serving_pb2.Replica(
+                id=replica.id,
+                ready=replica.is_ready,
+                start_time=timestamp(replica.started_at),
+                loaded_versions=sorted(visible & {version for version, state in replica.versions.items() if state != "failed"}),
+            )
+            for replica in self._registry.live
+        ]
         deployment = serving_pb2.Deployment(
             base_model=self._base.name,
             base_model_sha256=self._base.sha256,
-            replicas=[replica],
+            replicas=replicas,
             max_lora_rank=self._process.config.max_lora_rank,
             max_model_len=self._process.config.max_model_len,
         )
@@ -152,17 +158,10 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         return serving_pb2.Route(
             version=route.version,
             epoch=route.epoch,
-            replica_address=route.replica_address,
-            replica_token=route.replica_token,
             base_model=route.base_model,
             max_model_len=route.max_model_len,
-            targets=[serving_pb2.RouteTarget(version=version, weight=weight) for version, weight in route.targets],
+            targets=[_target_to_proto(target) for target in route.targets],
         )
-
-    async def _own_versions(self, project: str) -> list[str]:
-        """What vLLM holds of `project`."""
-        own = {served.version for alias in (await self._all(project)).values() for served in alias.serving}
-        return [version for version in self._residency.versions if version in own]
 
     async def _all(self, project: str) -> dict[str, Alias]:
         found, token = await self._store.list(project)
@@ -176,6 +175,11 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
 def servicer_of(servicer: ServingServicer) -> Servicer:
     """The servicer for an RpcServer."""
     return Servicer("finery.serving.v1.ServingService", partial(serving_pb2_grpc.add_ServingServiceServicer_to_server, servicer))
+
+
+def _target_to_proto(target: Target) -> serving_pb2.RouteTarget:
+    replicas = [serving_pb2.RouteReplica(address=address, token=token) for address, token in target.replicas]
+    return serving_pb2.RouteTarget(version=target.version, weight=target.weight, replicas=replicas)
 
 
 def _alias_to_proto(alias: Alias) -> serving_pb2.Alias:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from finery_common.database import UtcDateTime
+from finery_common.database import Database, UtcDateTime
 
 type_number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
@@ -79,3 +83,44 @@ class AliasRow(Base):
     pinned: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime())
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime())
+
+
+class ReplicaRow(Base):
+    """One agent with its vLLM, which alone writes it. `beat` grows while the agent lives; `state` is `registry.Replica`'s."""
+
+    __tablename__ = "replicas"
+
+    id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    base_model: Mapped[str] = mapped_column(sa.String(256))
+    address: Mapped[str] = mapped_column(sa.String(512))
+    beat: Mapped[int] = mapped_column(type_number)
+    state: Mapped[dict[str, Any]] = mapped_column(sa.JSON())
+
+
+class LoadRequestRow(Base):
+    """What any agent asks of a replica: to load a version that somebody waits for. The replica deletes it when that is done."""
+
+    __tablename__ = "load_requests"
+
+    replica_id: Mapped[str] = mapped_column(sa.String(64), primary_key=True)
+    version: Mapped[str] = mapped_column(sa.String(256), primary_key=True)
+    adapter: Mapped[dict[str, object]] = mapped_column(sa.JSON())
+
+
+class RevisionRow(Base):
+    """One row, whose number changes with every change of the tables above but `replicas`: agents see by it that there is news."""
+
+    __tablename__ = "revisions"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(type_number)
+
+
+@asynccontextmanager
+async def changing(database: Database) -> AsyncIterator[AsyncSession]:
+    """A transaction whose changes the agents of other replicas see, as `Database.begin` otherwise."""
+    async with database.begin() as session:
+        yield session
+        # Last, so that whoever holds this row waits for no other.
+        await session.flush()
+        await session.execute(sa.update(RevisionRow).values(number=RevisionRow.number + 1))

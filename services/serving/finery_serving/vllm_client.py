@@ -6,7 +6,7 @@ Owns the calls and how their failures read in our tree. Leaves deciding what to 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,23 @@ class LoadedAdapter:
 
 
 @dataclass(frozen=True)
+class Requests:
+    """The requests for a version since it was admitted, and the seconds since the latest."""
+
+    count: int
+    idle_s: float
+
+
+@dataclass(frozen=True)
 class ReplicaState:
-    """What the middleware says: which versions may be asked, how many requests each has in flight, which adapters are registered."""
+    """What the middleware says: which versions may be asked, how many requests each has in flight and has had, which adapters are
+    registered.
+    """
 
     admitted: frozenset[str]
     in_flight: dict[str, int]
     adapters: dict[str, LoadedAdapter]
+    requests: dict[str, Requests] = field(default_factory=dict)
 
 
 class VllmClient:
@@ -65,7 +76,8 @@ class VllmClient:
         """The middleware's state."""
         answer = (await self._call("GET", "/finery/state")).json()
         adapters = {name: LoadedAdapter(**item) for name, item in answer["adapters"].items()}
-        return ReplicaState(frozenset(answer["admitted"]), dict(answer["in_flight"]), adapters)
+        requests = {name: Requests(**item) for name, item in answer["requests"].items()}
+        return ReplicaState(frozenset(answer["admitted"]), dict(answer["in_flight"]), adapters, requests)
 
     async def load(self, version: str, *, path: Path) -> None:
         """Registers the adapter in `path`. Raises FailedPreconditionError with vLLM's reason where it cannot be loaded."""

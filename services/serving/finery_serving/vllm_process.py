@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import hmac
 import json
 import os
 import secrets
@@ -15,7 +17,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -62,12 +64,23 @@ class VllmConfig:
 
 @dataclass(frozen=True)
 class Runtime:
-    """The folder (mode 700) with vLLM's socket and the middleware's configuration, and the tokens of this replica."""
+    """The folder (mode 700) with vLLM's socket and the middleware's configuration, and the secrets of this replica.
+
+    `secret` is the installation's, from which the agents make each other's tokens, so that none has to be written down.
+    """
 
     folder: Path
     replica_id: str
-    replica_token: str
-    admin_token: str
+    secret: str = field(repr=False)
+    admin_token: str = field(repr=False)
+
+    @property
+    def replica_token(self) -> str:
+        return self.token_of(self.replica_id)
+
+    def token_of(self, replica_id: str) -> str:
+        """What requests to any replica of this installation have to carry."""
+        return hmac.new(self.secret.encode(), f"replica:{replica_id}".encode(), hashlib.sha256).hexdigest()
 
     @property
     def socket(self) -> Path:
@@ -82,8 +95,9 @@ class Runtime:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None) -> Runtime:
-    """A fresh runtime folder under `parent`, the user's runtime folder or /tmp.
+def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None, secret: str | None = None) -> Runtime:
+    """A fresh runtime folder under `parent`, the user's runtime folder or /tmp. Without `secret`, one of its own: nobody else can make
+    the replica's token then.
 
     Raises FailedPreconditionError where a socket's path would be too long there.
     """
@@ -94,7 +108,7 @@ def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None) -> Runtime
         candidate.mkdir(parents=True, exist_ok=True)
         if len(os.fsencode(candidate)) + len("/finery-xxxxxxxx/vllm.sock") <= MAX_SOCKET_PATH:
             folder = Path(tempfile.mkdtemp(prefix="finery-", dir=candidate))
-            return Runtime(folder, f"replica-{secrets.token_hex(4)}", secrets.token_urlsafe(32), secrets.token_urlsafe(32))
+            return Runtime(folder, f"replica-{secrets.token_hex(4)}", secret or secrets.token_urlsafe(32), secrets.token_urlsafe(32))
     raise FailedPreconditionError(
         f"FINERY_RUNTIME_DIR: got {candidates[0]}, but a socket's path may have {MAX_SOCKET_PATH} characters; set it to a shorter folder"
     )

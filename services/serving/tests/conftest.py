@@ -76,8 +76,9 @@ def running(tmp_path, agent_database, object_store):
                     releases=services.releases,
                     routes=services.routes,
                     residency=services.residency,
+                    registry=services.registry,
                     supervising=supervising,
-                    reconciling=services.task,
+                    tasks=services.tasks,
                 )
         finally:
             runtime.remove()

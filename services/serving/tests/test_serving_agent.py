@@ -135,7 +135,7 @@ async def test_its_tasks_tell_of_an_error_that_nobody_expected(running, monkeypa
     monkeypatch.setattr(Reconciler, "_pass", broken)
     with pytest.raises(ZeroDivisionError):
         async with running() as here:
-            await until_stopped([here.supervising, here.reconciling])
+            await until_stopped([here.supervising, *here.tasks])
 
 
 async def test_a_version_under_two_aliases_stays_while_one_has_it(running, project, publish):
@@ -182,7 +182,7 @@ async def test_a_cold_version_whose_copy_and_artifact_are_gone_is_an_error_witho
 
 
 async def ask(route, *, alias="m", **fields):
-    headers = {"x-finery-replica-token": route.replica_token, "x-finery-version": route.version, "x-finery-alias": alias}
-    transport = httpx.AsyncHTTPTransport(uds=route.replica_address.removeprefix("unix://"))
+    headers = {"x-finery-replica-token": route.targets[0].replicas[0][1], "x-finery-version": route.version, "x-finery-alias": alias}
+    transport = httpx.AsyncHTTPTransport(uds=route.targets[0].replicas[0][0].removeprefix("unix://"))
     async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as http:
         return await http.post("/v1/completions", json={"model": route.version, "max_tokens": 1, **fields}, headers=headers)

@@ -94,6 +94,7 @@ def serving(running, project, base):
                 routes=here.routes,
                 process=here.agent.process,
                 residency=here.residency,
+                registry=here.registry,
                 base=base,
                 changes=here.agent.changes,
             )
@@ -111,8 +112,8 @@ def serving(running, project, base):
 
 
 async def ask(route, version, *, alias="m", **fields):
-    headers = {"x-finery-replica-token": route.replica_token, "x-finery-version": version, "x-finery-alias": alias}
-    transport = httpx.AsyncHTTPTransport(uds=route.replica_address.removeprefix("unix://"))
+    headers = {"x-finery-replica-token": route.targets[0].replicas[0].token, "x-finery-version": version, "x-finery-alias": alias}
+    transport = httpx.AsyncHTTPTransport(uds=route.targets[0].replicas[0].address.removeprefix("unix://"))
     async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as http:
         return await http.post("/v1/completions", json={"model": version, "max_tokens": 1, **fields}, headers=headers)
 

@@ -331,7 +331,8 @@ async def test_a_request_whose_client_left_is_not_in_flight():
 async def test_the_state_shows_vllms_numbers_and_remove_frees_one():
     middleware, engine = await admitted(App(b"{}")), Engine()
     state = (await admin(middleware, "GET", "/finery/state"))[1]
-    assert state == {"admitted": sorted([BASE, VERSION]), "in_flight": {}, "adapters": {VERSION: {"id": 7, "path": "/state/cache/x"}}}
+    adapters = {VERSION: {"id": 7, "path": "/state/cache/x"}}
+    assert state == {"admitted": sorted([BASE, VERSION]), "in_flight": {}, "adapters": adapters, "requests": {}}
     assert await admin(middleware, "POST", "/finery/remove", {"adapter_id": 7}, engine=engine) == (200, {"removed": True})
     assert engine.removed == (7,)
 

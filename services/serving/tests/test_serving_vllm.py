@@ -122,9 +122,9 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def ask(self, route: serving_pb2.Route, alias: str, **fields: object) -> AsyncIterator[httpx.Response]:
-        headers = {"x-finery-replica-token": route.replica_token, "x-finery-version": route.version, "x-finery-alias": alias}
+        headers = {"x-finery-replica-token": route.targets[0].replicas[0].token, "x-finery-version": route.version, "x-finery-alias": alias}
         body = {"model": route.version, "messages": PROMPT, "temperature": 0, **fields}
-        transport = httpx.AsyncHTTPTransport(uds=route.replica_address.removeprefix("unix://"))
+        transport = httpx.AsyncHTTPTransport(uds=route.targets[0].replicas[0].address.removeprefix("unix://"))
         async with (
             httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=120) as http,
             http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response,
@@ -210,7 +210,7 @@ def adapters(base_model_dir: Path, object_store: ArtifactStore, tmp_path_factory
 async def test_the_base_model_answers_and_tells_its_name(client):
     route = await client.resolve(BASE)
     assert (route.version, route.epoch, route.base_model, route.max_model_len) == (BASE, 0, BASE, 512)
-    assert route.replica_address.startswith("unix:///")
+    assert route.targets[0].replicas[0].address.startswith("unix:///")
     assert await client.answer(BASE)
 
 
@@ -401,15 +401,15 @@ async def test_another_project_sees_nothing(client, adapters):
 
 async def test_vllm_refuses_a_wrong_token_and_other_paths(client):
     route = await client.resolve(BASE)
-    route.replica_token += "x"
+    route.targets[0].replicas[0].token += "x"
     async with client.ask(route, BASE) as response:
         assert response.status_code == 401
-    transport = httpx.AsyncHTTPTransport(uds=route.replica_address.removeprefix("unix://"))
+    transport = httpx.AsyncHTTPTransport(uds=route.targets[0].replicas[0].address.removeprefix("unix://"))
     async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as http:
         assert (await http.post("/adapters", json={"name": "x", "src": "/"})).status_code == 404
         assert (await http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/"})).status_code == 401
         assert (await http.get("/docs")).status_code == 404
-    socket_path = Path(route.replica_address.removeprefix("unix://"))
+    socket_path = Path(route.targets[0].replicas[0].address.removeprefix("unix://"))
     assert socket_path.parent.stat().st_mode & 0o777 == 0o700
 
 

@@ -31,7 +31,8 @@ The agent's contract (header `x-finery-admin-token`)
 ----------------------------------------------------
 `GET /health`, `/metrics`, `/v1/models`, `POST /v1/load_lora_adapter`, `/v1/unload_lora_adapter` reach vLLM. Own endpoints:
 
-    GET  /finery/state                  {"admitted": [...], "in_flight": {version: n}, "adapters": {version: {"id", "path"}}}
+    GET  /finery/state                  {"admitted": [...], "in_flight": {version: n}, "adapters": {version: {"id", "path"}},
+                                         "requests": {version: {"count", "idle_s"}}}: how many came, and the seconds since the latest
     POST /finery/admit   {"version"}    lets requests for it in
     POST /finery/retire  {"version"}    lets none in any more; answers {"in_flight"}: 0 means that vLLM is done with it
     POST /finery/remove  {"adapter_id"} drops an unloaded adapter from the engine's caches; answers {"removed"}
@@ -45,6 +46,7 @@ import hmac
 import json
 import os
 import re
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,8 @@ class FineryMiddleware:
         self._has_tools = config["tools"]
         self._admitted = {self._base_model}
         self._in_flight: dict[str, int] = {}
+        # Of each version: how many requests came, and when the latest did.
+        self._requests: dict[str, tuple[int, float]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -142,6 +146,7 @@ class FineryMiddleware:
             return
         # No await between the check above and this count: retiring and then seeing 0 means that nothing is or comes in.
         self._in_flight[version] = self._in_flight.get(version, 0) + 1
+        self._requests[version] = (self._requests.get(version, (0, 0.0))[0] + 1, time.monotonic())
         try:
             await self._app(scope, receive, _Renamed(send, version=version, alias=alias, private_paths=self._private_paths))
         finally:
@@ -171,15 +176,20 @@ class FineryMiddleware:
         await _answer(send, 200, answer)
 
     def _state(self, scope: Scope) -> dict[str, Any]:
-        requests = scope["app"].state.openai_serving_models.lora_requests
-        adapters = {name: {"id": item.lora_int_id, "path": item.lora_path} for name, item in requests.items()}
-        return {"admitted": sorted(self._admitted), "in_flight": self._in_flight, "adapters": adapters}
+        registered = scope["app"].state.openai_serving_models.lora_requests
+        adapters = {name: {"id": item.lora_int_id, "path": item.lora_path} for name, item in registered.items()}
+        now_s = time.monotonic()
+        requests = {version: {"count": count, "idle_s": now_s - at_s} for version, (count, at_s) in self._requests.items()}
+        return {"admitted": sorted(self._admitted), "in_flight": self._in_flight, "adapters": adapters, "requests": requests}
 
     def _retire(self, version: str) -> int:
         if version == self._base_model:
             raise ValueError("the base model cannot be retired")
         self._admitted.discard(version)
-        return self._in_flight.get(version, 0)
+        in_flight = self._in_flight.get(version, 0)
+        if not in_flight:
+            self._requests.pop(version, None)
+        return in_flight
 
 
 class _Renamed:

@@ -254,27 +254,33 @@ class ResolveModelRequest(_message.Message):
     def __init__(self, parent: _Optional[str] = ..., model: _Optional[str] = ..., after_epoch: _Optional[int] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("version", "epoch", "replica_address", "replica_token", "base_model", "max_model_len", "targets")
+    __slots__ = ("version", "epoch", "base_model", "max_model_len", "targets")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    REPLICA_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    REPLICA_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     version: str
     epoch: int
-    replica_address: str
-    replica_token: str
     base_model: str
     max_model_len: int
     targets: _containers.RepeatedCompositeFieldContainer[RouteTarget]
-    def __init__(self, version: _Optional[str] = ..., epoch: _Optional[int] = ..., replica_address: _Optional[str] = ..., replica_token: _Optional[str] = ..., base_model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[RouteTarget, _Mapping]]] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., epoch: _Optional[int] = ..., base_model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., targets: _Optional[_Iterable[_Union[RouteTarget, _Mapping]]] = ...) -> None: ...
 
 class RouteTarget(_message.Message):
-    __slots__ = ("version", "weight")
+    __slots__ = ("version", "weight", "replicas")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     version: str
     weight: int
-    def __init__(self, version: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
+    replicas: _containers.RepeatedCompositeFieldContainer[RouteReplica]
+    def __init__(self, version: _Optional[str] = ..., weight: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[RouteReplica, _Mapping]]] = ...) -> None: ...
+
+class RouteReplica(_message.Message):
+    __slots__ = ("address", "token")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    token: str
+    def __init__(self, address: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
