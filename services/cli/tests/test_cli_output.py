@@ -19,6 +19,7 @@ from finery_cli.__main__ import build_app
 from finery_cli.client import Gateway
 from finery_cli.commands import estimate, jobs
 from finery_cli.commands.jobs import settings_of
+from finery_cli.commands.options import read_settings
 from finery_cli.local.layout import Layout, RunningStack
 from finery_cli.output import clear_errors, fail, say, show
 from finery_cli.quickstart_data import QuestionRow, score
@@ -110,6 +111,16 @@ def test_what_is_not_given_is_not_sent(option: list[str], sent: dict[str, object
     done = CliRunner().invoke(build_app(), ["jobs", "create", "file-1", "--model", "m", *option])
     assert done.exit_code == 0, done.output
     assert bodies == [{"spec": {}, **sent}]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("nowhere.json", "No such file"), (".", "Is a directory"), ("{1}", "wanted JSON"), ("[1]", "wanted a JSON object")],
+)
+def test_a_spec_that_cannot_be_read_is_named_with_its_cause(given: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(typer.Exit):
+        read_settings(given if given[0] in "{[" else str(tmp_path / given))
+    assert words in " ".join(capsys.readouterr().err.split())
 
 
 ESTIMATE = {

@@ -27,6 +27,8 @@ from finery_common.artifacts.manifest import check_prefix
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
 
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model")
+# The format's own bound.
+_MAX_HEADER_BYTES = 100_000_000
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -161,6 +163,19 @@ def check_folder(folder: Path, *, name: str) -> None:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         found = f" It has {', '.join(pickles)}, but pickled weights are never loaded; convert them to safetensors." if pickles else ""
         raise FailedPreconditionError(f"Base model {name}: {folder} lacks {', '.join(missing[:5])}.{found}")
+
+
+def tensor_names(folder: Path) -> frozenset[str]:
+    """Names of the model's tensors, by its index or the header of its one file; none where those cannot be read. Blocks."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            return frozenset(json.loads(index.read_text())["weight_map"])
+        with (folder / "model.safetensors").open("rb") as file:
+            size_bytes = int.from_bytes(file.read(8), "little")
+            return frozenset(json.loads(file.read(min(size_bytes, _MAX_HEADER_BYTES)))) - {"__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset()
 
 
 def folder_sha256(folder: Path, *, memo_dir: Path) -> str:

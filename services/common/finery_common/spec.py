@@ -105,7 +105,7 @@ class Spec(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise invalid_fields(error, known=cls.model_fields.keys()) from error
+            raise invalid_fields(error, model=cls) from error
 
     def to_proto(self, message_type: type[M]) -> M:
         """This spec as a `message_type`, every field set."""
@@ -411,9 +411,9 @@ class ConversionSpec(Spec):
         return self
 
 
-def invalid_fields(error: ValidationError, *, known: Iterable[str] = ()) -> InvalidArgumentError:
-    """Pydantic's report as one InvalidArgumentError: what was got and what was wanted, by field."""
-    violations = tuple(_violation(dict(item), known) for item in error.errors(include_url=False))
+def invalid_fields(error: ValidationError, *, model: type[BaseModel] | None = None) -> InvalidArgumentError:
+    """Pydantic's report, of `model`, as one InvalidArgumentError: what was got and what was wanted, by field."""
+    violations = tuple(_violation(dict(item), model) for item in error.errors(include_url=False))
     text = "; ".join(f"{v.field}: {v.description}" if v.field else v.description for v in violations)
     return InvalidArgumentError(text, param=violations[0].field or None, violations=violations)
 
@@ -430,15 +430,24 @@ def place_of(item: Mapping[str, Any]) -> list[str]:
     return [*map(str, item["loc"]), *([str(item["ctx"]["field"])] if item["type"] == "conflict" else [])]
 
 
-def _violation(item: dict[str, Any], known: Iterable[str]) -> Violation:
+def _violation(item: dict[str, Any], model: type[BaseModel] | None) -> Violation:
     field = ".".join(place_of(item))
     if item["type"] == "extra_forbidden":
-        names = ", ".join(known) if len(item["loc"]) == 1 and known else "those in the documentation"
-        return Violation(field, f"unknown field; known are {names}")
+        known = _known_beside(item["loc"], model)
+        return Violation(field, f"unknown field; known are {', '.join(known) or 'those in the documentation'}")
     if item["type"] == "missing":
         return Violation(field, "missing; it is required")
     got = "" if item["type"] in ("value_error", "conflict") else f"got {_short(item['input'])}, "
     return Violation(field, got + plain_words(str(item["msg"])))
+
+
+def _known_beside(location: tuple[int | str, ...], model: type[BaseModel] | None) -> Iterable[str]:
+    """The fields that there are where an unknown one was found."""
+    for part in location[:-1]:
+        field = None if model is None else model.model_fields.get(str(part))
+        kind = None if field is None else field.annotation
+        model = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    return () if model is None else model.model_fields.keys()
 
 
 def plain_words(message: str) -> str:

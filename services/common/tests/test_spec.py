@@ -39,6 +39,8 @@ def test_a_spec_survives_the_wire(spec: TrainingSpec):
     [
         ({"base_model": "m", "optimizer": {"learning_rate": 0}}, "optimizer.learning_rate", "got 0, wanted greater than 0"),
         ({"base_model": "m", "learning_rate": 1e-4}, "learning_rate", "unknown field; known are base_model"),
+        ({"base_model": "m", "lora": {"rnk": 1}}, "lora.rnk", "unknown field; known are rank, alpha, dropout, bias, target_modules"),
+        ({"base_model": "m", "seed": {"a": 1}}, "seed", "wanted a valid integer"),
         ({"base_model": "m", "num_epochs": "3"}, "num_epochs", "got '3', wanted a valid integer"),
         ({"base_model": "m", "seed": True}, "seed", "got True, wanted a valid integer"),
         ({"base_model": "m", "lora": {"use_rslora": "yes"}}, "lora.use_rslora", "got 'yes', wanted a valid boolean"),

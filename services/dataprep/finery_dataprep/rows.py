@@ -98,7 +98,7 @@ def parse_row(line: bytes) -> Row:
     if "prompt" in fields or "completion" in fields:
         _closed(fields, ("prompt", "completion"), at="")
         prompt = Message("user", _text(fields, "prompt", at=""))
-        return Row((prompt, Message("assistant", _text(fields, "completion", at=""), has_loss=True)))
+        return Row((prompt, _learnt(Message("assistant", _text(fields, "completion", at=""), has_loss=True), at="completion")))
     got = ", ".join(fields) or "none"
     hint = next((_HINTS[key] for key in fields if key in _HINTS), "")
     raise RowError("row", f'got the keys {_short(got)}, wanted "messages", or "prompt" and "completion"{hint}')
@@ -121,6 +121,7 @@ def parse_pair(line: bytes) -> Pair:
     context = tuple(_without_loss(item, at=f"input.messages.{index}") for index, item in enumerate(items))
     tools = _tools(given.get("tools"), at="input.tools")
     preferred, other = (_output(_present(fields, key), at=key) for key in _PAIR_KEYS[1:])
+    _learnt(preferred, at=f"{_PAIR_KEYS[1]}.0.content")
     if preferred == other:
         raise RowError(_PAIR_KEYS[2], "the same as preferred_output, wanted another: nothing can be learned from the pair")
     return Pair(Row((*context, preferred), tools), Row((*context, other), tools))
@@ -184,7 +185,7 @@ def _messages(value: object) -> tuple[Message, ...]:
     items = _list(value, "messages")
     if not items:
         raise RowError("messages", "got an empty list, wanted at least a user and an assistant message")
-    messages = tuple(_message(item, at=f"messages.{index}") for index, item in enumerate(items))
+    messages = tuple(_learnt(_message(item, at=f"messages.{index}"), at=f"messages.{index}.content") for index, item in enumerate(items))
     if not any(message.role == "assistant" for message in messages):
         raise RowError("messages", "no assistant message, wanted at least one: it is what the model learns to say")
     if not any(message.has_loss for message in messages):
@@ -285,6 +286,13 @@ def _text(fields: dict[str, object], key: str, *, at: str) -> str:
     if not isinstance(value, str):
         raise RowError(where, f"got {_kind(value)}, wanted a string")
     return _encodable(value, where)
+
+
+def _learnt(message: Message, *, at: str) -> Message:
+    """The message; `at` is where its text is. Raises RowError where the model would learn to say nothing from it."""
+    if message.has_loss and not message.content and not message.tool_calls:
+        raise RowError(at, "got an empty text, wanted an answer: the model would learn to say nothing")
+    return message
 
 
 def _encodable(text: str, at: str) -> str:

@@ -34,6 +34,8 @@ GOOD = b'{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "
         (b'{"messages": [{"role": "bot", "content": "x"}]}', "messages.0.role", "got 'bot', wanted one of system, user, assistant, tool"),
         (b'{"messages": [{"role": "user", "content": ["x"]}]}', "messages.0.content", "got a list, wanted a string"),
         (b'{"messages": [{"role": "assistant", "content": null}]}', "messages.0.content", "got null, wanted a string"),
+        (b'{"messages": [{"role": "assistant", "content": ""}]}', "messages.0.content", "got an empty text, wanted an answer"),
+        (b'{"prompt": "p", "completion": ""}', "completion", "wanted an answer"),
         (b'{"messages": [{"role": "user", "content": "x", "weight": 1}]}', "messages.0.weight", "unknown key"),
         (b'{"messages": [{"role": "assistant", "content": "x", "weight": 2}]}', "messages.0.weight", "got 2, wanted 0 or 1"),
         (b'{"messages": [{"role": "assistant", "content": "x", "weight": true}]}', "messages.0.weight", "wanted 0 or 1"),
@@ -105,6 +107,16 @@ def test_a_bad_preference_row_names_its_field_and_what_was_wanted(changes, field
         parse_pair(json.dumps({**PAIR, **changes}).encode())
     assert caught.value.field == field
     assert words in caught.value.description
+
+
+def test_an_answer_may_be_empty_where_the_model_does_not_learn_to_say_it():
+    said = '{"role": "assistant", "content": "%s"}'
+    context = '{"role": "assistant", "content": "", "weight": 0}'
+    assert len(parse_row(f'{{"messages": [{context}, {said % "a"}]}}'.encode()).messages) == 2
+    row = f'{{"input": {{"messages": [{said % ""}]}}, "preferred_output": [{said % "%s"}], "non_preferred_output": [{said % "%s"}]}}'
+    assert parse_pair((row % ("a", "")).encode()).non_preferred.messages[-1].content == ""
+    with pytest.raises(RowError, match="preferred_output.0.content: got an empty text"):
+        parse_pair((row % ("", "a")).encode())
 
 
 @pytest.mark.parametrize("key", PAIR)

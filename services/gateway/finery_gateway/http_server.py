@@ -7,8 +7,9 @@ import contextlib
 import importlib
 import socket
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 
@@ -17,7 +18,11 @@ from finery_common.rpc.server import DRAIN_S
 
 HTTP_DRAIN_S = DRAIN_S - 2
 MAX_HEAD_BYTES = 256 * 1024
+MIN_TAKEN_BYTES, TAKEN_WITHIN_S = 32 * 1024, 60.0
+"""A client for whom more than this waits takes as much within this time, or is cut."""
 _BACKLOG = 2048
+
+log = structlog.get_logger(__name__)
 
 
 class HttpServer(uvicorn.Server):
@@ -31,7 +36,7 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=int(HTTP_DRAIN_S),
-                http=_http_protocol(),
+                http=http_protocol(),
             )
         )
 
@@ -40,14 +45,15 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def _http_protocol() -> type[asyncio.Protocol] | Literal["auto"]:
-    """httptools' where it is installed, else uvicorn's choice, h11, which has a bound of its own."""
+def http_protocol() -> type[asyncio.Protocol]:
+    """httptools' where it is installed, else h11's; with bounds on what a client sends as a head, and on how long it may not read."""
     try:
-        implementation = importlib.import_module("uvicorn.protocols.http.httptools_impl")
+        implementation = importlib.import_module("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol
     except ImportError:
-        return "auto"
+        # It has a bound of its own on heads.
+        return _reading(importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol)
 
-    class BoundedHead(implementation.HttpToolsProtocol):
+    class BoundedHead(_reading(implementation)):
         """Of a request's head httptools keeps whatever comes, before anybody could say who it is from."""
 
         _is_in_head, _head_bytes = False, 0
@@ -69,6 +75,42 @@ def _http_protocol() -> type[asyncio.Protocol] | Literal["auto"]:
                     self.send_400_response(f"The head of a request may have {MAX_HEAD_BYTES} bytes.")
 
     return BoundedHead
+
+
+def _reading(implementation: Any) -> Any:
+    """A protocol whose client reads: without it, one that does not holds its answer open, and with it the version that gives it."""
+
+    class Reading(implementation):
+        _check: asyncio.TimerHandle | None = None
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._check_later()
+
+        def resume_writing(self) -> None:
+            self._stop_checking()
+            super().resume_writing()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_checking()
+            super().connection_lost(exc)
+
+        def _check_later(self) -> None:
+            waiting_bytes = self.transport.get_write_buffer_size()
+            self._check = self.loop.call_later(TAKEN_WITHIN_S, self._check_taken, waiting_bytes)
+
+        def _stop_checking(self) -> None:
+            if self._check is not None:
+                self._check.cancel()
+
+        def _check_taken(self, before_bytes: int) -> None:
+            if before_bytes - self.transport.get_write_buffer_size() >= MIN_TAKEN_BYTES:
+                self._check_later()
+                return
+            log.info("cut a client that does not read", within_s=TAKEN_WITHIN_S)
+            self.transport.abort()
+
+    return Reading
 
 
 def listen(host: str, port: int) -> socket.socket:

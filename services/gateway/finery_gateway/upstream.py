@@ -202,7 +202,7 @@ class _Connection(asyncio.Protocol):
 
     def _check_silence(self, timeout_s: float) -> None:
         left_s = self._heard_s + timeout_s - self._loop.time()
-        # What waits to be read is the client's slowness, not vLLM's silence.
+        # What waits to be read is the client's slowness, not vLLM's silence; `http_server` bounds it.
         if left_s > 0 or self._is_paused:
             self._watch = self._loop.call_later(max(left_s, 1.0), self._check_silence, timeout_s)
         else:

@@ -75,10 +75,13 @@ class VersionReports(Collector):
 
     def __init__(self) -> None:
         self._reports: dict[tuple[str, str], dict[str, VersionReport]] = {}
+        self._kept: dict[str, dict[str, Set[str]]] = {}
 
     def of(self, project: str, alias: str, version: str) -> VersionReport:
         """The report to count in. What is counted after its version is gone is lost with it."""
-        if version == alias:
+        # Before the project's aliases are known, nothing can be told to be gone.
+        is_gone = project in self._kept and version not in self._kept[project].get(alias, ())
+        if version == alias or is_gone:
             return VersionReport()
         return self._reports.setdefault((project, alias), {}).setdefault(version, VersionReport())
 
@@ -87,7 +90,12 @@ class VersionReports(Collector):
         return self._reports.get((project, alias), {}).get(version) or VersionReport()
 
     def keep(self, project: str, alias: str, versions: Set[str]) -> None:
-        """Forgets all other versions of the alias."""
+        """Forgets all other versions of the alias. Nothing is counted of them until they are kept again."""
+        kept = self._kept.get(project, {})
+        if versions:
+            kept[alias] = versions
+        else:
+            kept.pop(alias, None)
         known = self._reports.get((project, alias), {})
         for version in known.keys() - versions:
             del known[version]
@@ -96,6 +104,7 @@ class VersionReports(Collector):
 
     def keep_aliases(self, project: str, versions: Mapping[str, Set[str]]) -> None:
         """Forgets what is not in `versions`, those of every alias of the project."""
+        self._kept[project] = dict(versions)
         for alias in [alias for owner, alias in self._reports if owner == project]:
             self.keep(project, alias, versions.get(alias, frozenset()))
 

@@ -44,6 +44,7 @@ from finery_gateway.client import ConversionClient, DatasetClient, ServingClient
 from finery_gateway.context import Gateway
 from finery_gateway.creates import Creates
 from finery_gateway.files import Files
+from finery_gateway.http_server import http_protocol
 from finery_gateway.keys import KeyStore
 from finery_gateway.limit_table import LimitTable
 from finery_gateway.proxy import Proxy
@@ -355,6 +356,8 @@ class FakeVllm:
     paths: list[str] = field(default_factory=list)
     go_on: asyncio.Event | None = None
     """Where set, a stream says its version in each chunk, and waits for this before the second."""
+    floods: bool = False
+    """It generates as fast as it is read, without end."""
     silent: bool = False
     """It takes the request, and then nothing comes."""
     busy: asyncio.Event = field(default_factory=asyncio.Event)
@@ -481,6 +484,12 @@ class FakeVllm:
             await event({**head, "choices": [{"index": 0, "delta": {"content": word}, "text": word, "finish_reason": None}]})
         if self.break_off:
             raise ConnectionResetError("vLLM dies here")
+        if self.floods:
+            leaving = asyncio.create_task(self._until_the_client_leaves(receive))
+            while not leaving.done():
+                await event({**head, "choices": [{"index": 0, "delta": {"content": "x" * 65536}, "finish_reason": None}]})
+                await asyncio.sleep(0)
+            return
         if self.endless:
             await self._until_the_client_leaves(receive)
             return
@@ -612,7 +621,8 @@ async def world(tmp_path: Path, object_store, log_content: bool) -> AsyncIterato
         rpc = PublicRpc(address="127.0.0.1:0", targets=targets, keys=keys, signer=SIGNER)
         grpc_port = await rpc.start()
         stack.push_async_callback(partial(rpc.stop, drain_s=0))
-        port = await stack.enter_async_context(_running(create_app(gateway, body_limit_bytes=BODY_LIMIT_BYTES, log_content=log_content)))
+        app = create_app(gateway, body_limit_bytes=BODY_LIMIT_BYTES, log_content=log_content)
+        port = await stack.enter_async_context(_running(app, http=http_protocol()))
         url, grpc_address = f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}"
         yield World(url, grpc_address, api_key, gateway, training, serving, datasets, conversions, vllm, project, clock)
 

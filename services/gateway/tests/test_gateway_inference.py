@@ -1,6 +1,9 @@
 """Chat and completions: the route, the hop, and what may go wrong on it."""
 
 import asyncio
+import contextlib
+import json
+import socket
 
 import httpx
 import openai
@@ -9,6 +12,7 @@ from prometheus_client import REGISTRY
 
 from finery.common.v1 import job_pb2
 from finery.training.v1 import spec_pb2, training_pb2
+from finery_gateway import http_server
 from finery_gateway.usage import StreamTap
 
 BASE = "SmolLM2-135M-Instruct"
@@ -195,6 +199,43 @@ async def test_a_client_that_hangs_up_aborts_the_generation(client, world):
     await stream.close()
     async with asyncio.timeout(5):
         await world.vllm.aborted.wait()
+
+
+@contextlib.asynccontextmanager
+async def _unread_stream(world, model):
+    """A connection on which a stream was asked for, by a client that takes little at a time."""
+    body = json.dumps({"model": model, "messages": MESSAGES, "stream": True})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {world.api_key}\r\ncontent-type: application/json"
+    plain = socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    plain.connect(("127.0.0.1", int(world.url.rpartition(":")[2])))
+    reader, writer = await asyncio.open_connection(sock=plain, limit=65536)
+    writer.write(f"{head}\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
+    yield reader
+    writer.close()
+
+
+async def test_a_client_that_stops_reading_is_cut_and_its_generation_aborted(world, monkeypatch):
+    monkeypatch.setattr(http_server, "TAKEN_WITHIN_S", 0.2)
+    world.vllm.floods = True
+    world.vllm.admitted.add("v1")
+    world.serving.flip(world.project, "m", "v1")
+    async with _unread_stream(world, "m"), asyncio.timeout(20):
+        await world.vllm.aborted.wait()
+        while not (requests := world.gateway.proxy.reports.peek(world.project, "m", "v1").requests)["cancelled"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert (requests["cancelled"], sum(requests.values())) == (1, 1)
+
+
+async def test_a_client_that_reads_slowly_is_not_cut(world, monkeypatch):
+    monkeypatch.setattr(http_server, "TAKEN_WITHIN_S", 0.5)
+    monkeypatch.setattr(http_server, "MIN_TAKEN_BYTES", 1)
+    world.vllm.floods = True
+    async with _unread_stream(world, BASE) as reader, asyncio.timeout(20):
+        for _ in range(10):
+            await reader.readexactly(1_000_000)
+            await asyncio.sleep(0.2)
+    assert not world.vllm.aborted.is_set()
 
 
 async def test_a_stream_that_breaks_off_ends_with_an_error(client, world):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 
 import httpx
 import openai
@@ -12,6 +13,7 @@ from openai.types import CreateEmbeddingResponse
 from prometheus_client import REGISTRY
 
 from finery_gateway.http_server import MAX_HEAD_BYTES, HttpServer, listen
+from finery_gateway.json_bounds import check_schema
 from finery_gateway.usage import ResponsesTap, StreamTap
 
 BASE = "SmolLM2-135M-Instruct"
@@ -95,6 +97,13 @@ REFUSED = [
     ),
     (CHAT, {"response_format": _format({"maxItems": 10**9})}, "response_format.json_schema", "maxItems"),
     (CHAT, {"response_format": _format({"$ref": "http://169.254.169.254/x"})}, "response_format.json_schema", "$ref"),
+    (
+        CHAT,
+        {"response_format": _format({"pattern": "a{1,1000000}"})},
+        "response_format.json_schema: pattern",
+        "got the repetition {1,1000000}",
+    ),
+    (RESPONSES, {"tools": [FLAT_TOOL | {"parameters": {"pattern": "(" * 40 + ")" * 40}}]}, "tools.0: pattern", "32 levels"),
     (CHAT, {"response_format": {"type": "json_schema"}}, "response_format", "go together"),
     (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "x", "schema": _nested(40)}}}, "text.format", "32 levels"),
     (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format", "schema"),
@@ -130,6 +139,40 @@ async def test_what_is_not_offered_is_refused_by_name_with_what_is_wanted_and_ne
         assert name in message, (fields, message)
         assert wanted in message, (fields, message)
     assert world.vllm.requests == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "got"),
+    [
+        ("x" * 2049, "2049 characters"),
+        ("(a{1000}){1000}", "1000000 characters"),
+        ("a{50}{50}", "2500 characters"),
+        ("a{50}+{50}", "2500 characters"),
+        ("(?:[a-z]{2}|\\d{,1000}|(b{1000})+){2}", "4010 characters"),
+        ("[](a{1000}){1000}]", "1000002 characters"),
+        ("a{1025,}", "repetition {1025,}"),
+        ("(" * 40, "32 levels"),
+    ],
+)
+def test_a_pattern_costs_what_it_repeats_written_out(pattern, got):
+    for name, schema in (("pattern", {"pattern": pattern}), ("patternProperties", {"patternProperties": {pattern: {}}})):
+        with pytest.raises(ValueError, match=rf"{name}: got .*{re.escape(got)}.*wanted"):
+            check_schema({"properties": {"a": schema}}, limit_bytes=10_000)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^[A-Za-z0-9._%+-]{1,64}@[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63}){1,4}$",
+        r"^\d{4}-\d{2}-\d{2}T[0-9:]{8}(?:\.\d{1,9})?Z?$",
+        r"^.{0,1000}$",
+        r"\(a{3}\){3}[^()\]{9999}]*",
+        "",
+    ],
+)
+def test_patterns_of_every_day_are_within_bounds(pattern):
+    # A property may have that name too.
+    check_schema({"pattern": pattern, "properties": {"pattern": {"type": "string"}, "patternProperties": {}}}, limit_bytes=10_000)
 
 
 HOSTILE_BODIES = [

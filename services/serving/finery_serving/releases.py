@@ -7,8 +7,9 @@ and unloading to `reconcile`, which sees in the database what is wanted.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
@@ -83,12 +84,15 @@ class Releases:
         return await self._once(project, alias, action="roll_back", request_id=request_id, etag=etag, act=_roll_back)
 
     async def pin(self, project: str, alias: str, *, max_pins: int) -> Alias:
-        """Keeps the alias' version loaded. Raises NotFoundError, FailedPreconditionError where `max_pins` aliases are pinned."""
+        """Keeps the alias' version loaded.
+
+        `max_pins` aliases can be pinned. Projects that have an alias may pin even shares of them; what a project pinned while others had
+        none stays. Raises NotFoundError, FailedPreconditionError where there are as many pins, or the project has its share.
+        """
         async with self._pinning, changing(self._db) as session:
             row = await _locked(session, project, alias)
             if not row.pinned:
-                num_pins = await session.scalar(sa.select(sa.func.count()).select_from(AliasRow).where(AliasRow.pinned)) or 0
-                _check_pins(num_pins, max_pins=max_pins, alias=alias)
+                _check_pins(await _pins_by_project(session), project=project, max_pins=max_pins, alias=alias)
             row.pinned, row.updated_at = True, datetime.now(UTC)
             pinned = await _flushed(session, row)
         self._changes.notify()
@@ -211,15 +215,21 @@ def _canary(row: AliasRow) -> Served:
     return Served(row.canary_version, row.canary_job_id, ArtifactRef.model_validate(row.canary_adapter))
 
 
-def _check_pins(num_pins: int, *, max_pins: int, alias: str) -> None:
-    if num_pins < max_pins:
-        return
+async def _pins_by_project(session: AsyncSession) -> dict[str, int]:
+    """How many aliases each project has pinned; every project that has an alias is there."""
+    num_pins = sa.func.count().filter(AliasRow.pinned).label("num_pins")
+    rows = await session.execute(sa.select(AliasRow.project, num_pins).group_by(AliasRow.project))
+    return {row.project: row.num_pins for row in rows}
+
+
+def _check_pins(num_pins: Mapping[str, int], *, project: str, max_pins: int, alias: str) -> None:
+    share, own, total = math.ceil(max_pins / len(num_pins)), num_pins[project], sum(num_pins.values())
     if max_pins < 1:
-        raise FailedPreconditionError(
-            f"{alias} cannot be pinned: vLLM holds one adapter at a time; raise FINERY_MAX_CPU_LORAS.", code="no_room_for_pins"
-        )
-    raise FailedPreconditionError(
-        f"{alias} cannot be pinned: {num_pins} aliases are, of {max_pins} at the most, since all others share what room is left; unpin one "
-        "or raise FINERY_MAX_CPU_LORAS.",
-        code="no_room_for_pins",
-    )
+        text = "vLLM holds one adapter at a time;"
+    elif total >= max_pins:
+        text = f"{total} aliases are, of {max_pins} at the most, since all others share what room is left; unpin one or"
+    elif own >= share:
+        text = f"{own} aliases of this project are, its share of {max_pins} among {len(num_pins)} projects; unpin one or"
+    else:
+        return
+    raise FailedPreconditionError(f"{alias} cannot be pinned: {text} raise FINERY_MAX_CPU_LORAS.", code="no_room_for_pins")

@@ -31,18 +31,18 @@ def releases(database: Database) -> Releases:
     return Releases(database, changes=Changes())
 
 
-def adapter(step: int) -> ArtifactRef:
-    return ArtifactRef(prefix=f"projects/alpha/adapters/ftjob-1-{step}/", manifest_sha256="a" * 64, kind="adapter", size_bytes=10)
+def adapter(step: int, *, project: str = "alpha") -> ArtifactRef:
+    return ArtifactRef(prefix=f"projects/{project}/adapters/ftjob-1-{step}/", manifest_sha256="a" * 64, kind="adapter", size_bytes=10)
 
 
 def version(step: int) -> str:
     return f"ftjob-1-{step}-aaaaaaaa"
 
 
-async def deploy(store, step, *, alias="m", weight=None, etag=""):
+async def deploy(store, step, *, alias="m", weight=None, etag="", project="alpha"):
     request_id = secrets.token_hex(8)
     return await store.deploy(
-        "alpha", alias, adapter=adapter(step), base_model=BASE, request_id=request_id, etag=etag, canary_weight=weight
+        project, alias, adapter=adapter(step, project=project), base_model=BASE, request_id=request_id, etag=etag, canary_weight=weight
     )
 
 
@@ -359,6 +359,20 @@ async def test_no_more_aliases_are_pinned_than_there_is_room_for(store, releases
     for call in (releases.pin("beta", "m1", max_pins=9), releases.unpin("beta", "m1")):
         with pytest.raises(NotFoundError):
             await call
+
+
+async def test_projects_that_have_an_alias_pin_even_shares(store, releases):
+    for number in range(3):
+        await deploy(store, number, alias=f"m{number}")
+        await deploy(store, number, alias=f"m{number}", project="beta")
+    for alias in ("m0", "m1"):
+        assert (await releases.pin("alpha", alias, max_pins=3)).pinned
+    with pytest.raises(FailedPreconditionError, match="2 aliases of this project are, its share of 3 among 2 projects; unpin"):
+        await releases.pin("alpha", "m2", max_pins=3)
+    assert (await releases.pin("beta", "m0", max_pins=3)).pinned
+    # What is left of an uneven number goes to whoever comes first.
+    with pytest.raises(FailedPreconditionError, match="3 aliases are, of 3 at the most"):
+        await releases.pin("beta", "m1", max_pins=3)
 
 
 async def test_aliases_of_before_this_release_are_taken_over(tmp_path):

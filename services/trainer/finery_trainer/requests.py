@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from finery_common.artifacts import ArtifactStore
-from finery_common.catalogue import BaseModelEntry, Catalogue, read_config
+from finery_common.catalogue import BaseModelEntry, Catalogue, read_config, tensor_names
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
 from finery_common.spec import LoraBias, MethodType, TrainingSpec
 from finery_trainer.client import ServingClient
+from finery_trainer.devices import Gpu
+from finery_trainer.machine import check_machine
 from finery_trainer.records import JobRequest
 
 MAX_METADATA_PAIRS, MAX_KEY_LENGTH, MAX_VALUE_LENGTH = 16, 64, 512
 _FILE = re.compile(r"file-[0-9a-f]{24}")
+_NO_LINEAR = re.compile(r"norm|embed|^[0-9]+$|^ln_")
 _SUFFIX = re.compile(r"[a-z0-9-]{0,64}")
 
 
 class RequestChecks:
-    """`serving` is None where this installation serves nothing."""
+    """`serving` is None where this installation serves nothing. `gpus` lists the GPUs that workers may use, and may block."""
 
-    def __init__(self, *, catalogue: Catalogue, cache_dir: Path, artifacts: ArtifactStore, serving: ServingClient | None) -> None:
+    def __init__(
+        self,
+        *,
+        catalogue: Catalogue,
+        cache_dir: Path,
+        artifacts: ArtifactStore,
+        serving: ServingClient | None,
+        gpus: Callable[[], Sequence[Gpu]],
+    ) -> None:
         self._catalogue = catalogue
         self._cache_dir = cache_dir
         self._artifacts = artifacts
         self._serving = serving
+        self._gpus = gpus
 
     async def check(self, request: JobRequest, *, project: str, metadata: Mapping[str, str]) -> None:
         """Raises InvalidArgumentError, NotFoundError or FailedPreconditionError, each with the field at fault."""
@@ -37,6 +49,10 @@ class RequestChecks:
         if request.spec.gpus > 1:
             config = await asyncio.to_thread(read_config, entry, cache_dir=self._cache_dir, store=self._artifacts)
             await asyncio.to_thread(check_gpus, request.spec, config)
+            # Packages are the worker's to judge, which may have other ones.
+            check_machine(request.spec, num_gpus=len(await asyncio.to_thread(self._gpus)), has_bitsandbytes=True)
+        if entry.path is not None:
+            await asyncio.to_thread(check_target_modules, request.spec, entry.path)
         await self._check_servable(request, project=project)
         await self._check_file(request.training_file, project=project, param="training_file")
         if request.validation_file is not None:
@@ -100,6 +116,22 @@ def check_gpus(spec: TrainingSpec, config: Mapping[str, object]) -> None:
             f"spec.gpus: got {spec.gpus}, wanted 1 for {spec.base_model}, whose layers the engine has not ({reason}); set it to 1.",
             param="spec.gpus",
         )
+
+
+def check_target_modules(spec: TrainingSpec, base_dir: Path) -> None:
+    """Raises InvalidArgumentError for adapters on what the base model in `base_dir` has not, by the names in its files. Blocks.
+
+    Names only: whether a module is a linear layer is told when the model is loaded, and so is what is wrong with the files.
+    """
+    tensors = (name.split(".") for name in tensor_names(base_dir))
+    # A head that is tied to the embeddings is in no file.
+    known = {parts[-2] for parts in tensors if len(parts) > 1 and not _NO_LINEAR.search(parts[-2])} | {"lm_head"}
+    for target in spec.lora.target_modules if spec.method is not MethodType.FULL and len(known) > 1 else ():
+        if target.rpartition(".")[2] not in known:
+            raise InvalidArgumentError(
+                f"spec.lora.target_modules: got {target!r}, which {spec.base_model} has not; it has {', '.join(sorted(known))}.",
+                param="spec.lora.target_modules",
+            )
 
 
 def check_servable(spec: TrainingSpec) -> None:

@@ -76,10 +76,10 @@ async def running(settings: TrainerSettings, *, make_launcher: Callable[[str], L
             holder=f"trainer@{socket.gethostname()}:{os.getpid()}",
         )
         cache_dir = settings.artifact_cache_dir
-        checks = RequestChecks(catalogue=catalogue, cache_dir=cache_dir, artifacts=artifacts, serving=serving)
+        gpus = partial(visible_gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        checks = RequestChecks(catalogue=catalogue, cache_dir=cache_dir, artifacts=artifacts, serving=serving, gpus=gpus)
         runs = Runs(jobs, artifacts=artifacts, catalogue=catalogue, checks=checks, serving=serving, wake=scheduler.wake)
         attempts = Attempts(jobs, artifacts=artifacts, lease_s=settings.lease_s, serves=serving is not None, wake=scheduler.wake)
-        gpus = partial(visible_gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
         estimates = ResourceEstimates(catalogue=catalogue, cache_dir=cache_dir, artifacts=artifacts, gpus=gpus)
         training = TrainingServicer(runs, estimates=estimates, catalogue=catalogue, cache_dir=cache_dir)
         server = RpcServer(

@@ -161,11 +161,8 @@ async def test_cancel_stops_within_one_step_and_publishes_nothing(system, wait_u
 async def test_a_failure_that_another_attempt_cannot_mend_ends_the_job_with_its_reason(system):
     async with system.started():
         gone = await system.create(spec={"base_model": "gone"}, deploy=False)
-        modules = await system.create(spec={"lora": {"target_modules": ["qkv_proj"]}}, deploy=False)
-        gone, modules = await system.wait(gone.name, "FAILED"), await system.wait(modules.name, "FAILED")
+        gone = await system.wait(gone.name, "FAILED")
     assert "correct its path in the catalogue" in gone.error.message
-    assert modules.error.param == "lora.target_modules"
-    assert "got 'qkv_proj'" in modules.error.message
 
 
 async def test_a_job_says_why_transformers_own_modules_train(system):

@@ -29,6 +29,7 @@ from finery_trainer.launchers.local import LocalLauncher
 from finery_trainer.link import Link, ServerGone
 from finery_trainer.machine import check_machine, cpu_limit, use_cpus
 from finery_trainer.records import StepMetrics
+from finery_trainer.requests import check_target_modules
 from finery_trainer.worker import Inputs, _Run
 
 JOB = "ftjob-" + "1" * 24
@@ -191,12 +192,32 @@ def test_what_this_machine_lacks_is_named_before_anything_is_loaded(fields, num_
     assert check_machine(spec, num_gpus=8, has_bitsandbytes=True) is None
 
 
-async def test_a_job_that_this_machine_cannot_run_fails_with_the_reason(system):
+async def test_gpus_that_this_machine_has_not_are_refused_before_there_is_a_job(system):
     async with system.started():
-        job = await system.create(spec={"gpus": 64}, deploy=False)
-        job = await system.wait(job.name, "FAILED")
-    assert "visible to the worker" in job.error.message
-    assert job.error.param == "spec.gpus"
+        with pytest.raises(FailedPreconditionError, match="gpus: got 64, but .* visible to the worker; lower it to") as caught:
+            await system.create(spec={"gpus": 64}, deploy=False)
+    assert caught.value.param == "spec.gpus"
+
+
+async def test_modules_that_the_base_model_has_not_are_refused_before_there_is_a_job(system):
+    async with system.started():
+        with pytest.raises(InvalidArgumentError, match="got 'c_attn', which tiny has not; it has down_proj, .*v_proj") as caught:
+            await system.create(spec={"lora": {"target_modules": ["q_proj", "c_attn"]}}, deploy=False)
+        await system.create(spec={"lora": {"target_modules": ["self_attn.q_proj", "lm_head"]}}, deploy=False)
+    assert caught.value.param == "spec.lora.target_modules"
+
+
+def test_names_of_modules_are_read_from_an_index_and_judged_only_where_they_can_be(tmp_path):
+    spec = TrainingSpec.parse({"base_model": "m", "lora": {"target_modules": ["q_proj"]}})
+    index = tmp_path / "model.safetensors.index.json"
+    for text in ("garbage", "{}", '{"weight_map": 3}'):
+        index.write_text(text)
+        assert check_target_modules(spec, tmp_path) is None
+    assert check_target_modules(spec, tmp_path / "nowhere") is None
+    names = ["h.0.attn.c_attn.weight", "h.0.ln_1.weight", "wte.weight", "embed_tokens.weight"]
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")}))
+    with pytest.raises(InvalidArgumentError, match="got 'q_proj', which m has not; it has c_attn, lm_head, wte"):
+        check_target_modules(spec, tmp_path)
 
 
 async def test_several_gpus_for_a_model_outside_the_families_are_refused_before_there_is_a_job(system):

@@ -22,7 +22,12 @@ def read_settings(text: str | None) -> dict[str, object]:
     """What `--spec` says, nothing where it is not given. Ends the command where that is no JSON object."""
     if text is None:
         return {}
-    source = Path(text).read_text() if not text.lstrip().startswith("{") and Path(text).is_file() else text
+    source = text
+    if not text.lstrip().startswith(("{", "[")):
+        try:
+            source = Path(text).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"--spec: got {text[:80]!r}, which is neither JSON nor a file that can be read ({error}); correct the path, or write JSON")
     try:
         parsed = cast("object", json.loads(source))
     except ValueError as error:
