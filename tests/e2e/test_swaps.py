@@ -73,12 +73,14 @@ async def test_swaps_under_streams_fail_none_mix_none_and_leave_nothing_behind(
     margins = await measure_margins(gateway, base_model=QUICKSTART_MODEL, aliases=[ALIAS], num_tokens=NUM_TOKENS, num_beside=NUM_STREAMS)
     assert margins.margin >= 10 * margins.noise, margins
 
-    print(margins)
     async with streaming(gateway, ALIAS, swaps, num_streams=NUM_STREAMS):
         for version in versions[1:]:
             await swap(installation, ALIAS, version, swaps)
         bare = await measure_bare(installation, versions[0].folder, count=5)
     await installation.drained(ALIAS)
+
+    for name, value in summary(swaps, bare, margins).items():
+        record_property(name, value)
 
     assert len(swaps.seen) >= NUM_STREAMS
     assert {reply.model for reply in (item.reply for item in swaps.seen)} == {ALIAS}
@@ -87,12 +89,6 @@ async def test_swaps_under_streams_fail_none_mix_none_and_leave_nothing_behind(
     assert_flat(swaps.footprints, after=min(SETTLED, NUM_SWAPS // 2))
     final = await installation.footprint()
     assert final.num_registered <= 8
-    print(summary(swaps, bare, margins))
-    print(
-        swaps.failed[:3], swaps.mixed[:3], [(i.num_flips, i.reply.version, i.reply.first_s - i.reply.started_s) for i in swaps.outdated[:9]]
-    )
-    for name, value in summary(swaps, bare, margins).items():
-        record_property(name, value)
 
 
 def assert_flat(footprints: Sequence[Footprint], *, after: int) -> None:

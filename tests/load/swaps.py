@@ -75,7 +75,7 @@ class Swaps:
 
     @property
     def outdated(self) -> list[Seen]:
-        """Answers by a version that had been replaced, as their client could know, when they were asked for; or by one not yet asked for."""
+        """Answers by a version that had been replaced, as their client could know, when they were asked for."""
         return [item for item in self.seen if item.reply.is_whole and item.reply.version not in self._may_answer(item)]
 
     def _may_answer(self, item: Seen) -> list[str]:
