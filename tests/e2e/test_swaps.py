@@ -23,7 +23,7 @@ from finery_common.artifacts import ArtifactStore
 from finery_common.catalogue import folder_sha256
 from finery_common.rpc.tokens import TokenSigner
 
-NUM_SWAPS = int(os.environ.get("FINERY_TEST_SWAPS", "45"))
+NUM_SWAPS = int(os.environ.get("FINERY_TEST_SWAPS", "40"))
 NUM_STREAMS = 4
 NUM_TOKENS = 6
 NUM_WORDS = 8

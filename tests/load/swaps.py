@@ -173,7 +173,9 @@ async def measure_margins(client: Client, *, base_model: str, aliases: Sequence[
         prompt = some_prompt(numbers)
         alone = await client.logprobs(model, prompt=prompt, num_tokens=num_tokens)
         others = [client.stream(base_model, prompt=some_prompt(numbers), num_tokens=num_tokens + number) for number in range(num_beside)]
-        among, *_ = await asyncio.gather(client.logprobs(model, prompt=prompt, num_tokens=num_tokens), *others)
+        beside = asyncio.gather(*others)
+        among = await client.logprobs(model, prompt=prompt, num_tokens=num_tokens)
+        await beside
         differences += _differences(alone, among)
         if model != base_model:
             margins += [first - second for place in (*alone, *among) for first, second in [sorted(place.values(), reverse=True)[:2]]]
