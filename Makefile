@@ -29,11 +29,15 @@ test: setup-system setup lint ## Everything that needs no GPU: set-up, lint, all
 
 .PHONY: test-fast
 test-fast: setup ## The tests without a GPU that are not slow, end to end left out
-	@$(PYTEST) -m "not gpu and not slow" --ignore=tests/e2e $(PYTEST_ARGS)
+	@$(PYTEST) -m "not gpu and not slow" --ignore=tests/e2e --ignore=tests/chaos $(PYTEST_ARGS)
 
 .PHONY: e2e
 e2e: setup ## The whole path through the official openai client against the real stack
 	@$(PYTEST) tests/e2e -v -m "not gpu" $(PYTEST_ARGS)
+
+.PHONY: chaos
+chaos: setup-system setup ## Faults put to the real system, in their long form: kills, damaged adapters, a full disk, 1,000 deployments (half an hour)
+	@FINERY_CHAOS=long $(PYTEST) tests/chaos -v $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: setup ## ruff, buf, import-linter, pyright

@@ -6,6 +6,7 @@ need it fail and name the package.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import os
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 from psycopg import sql
@@ -30,26 +32,68 @@ from finery_common.database import Database
 ROOT = Path(__file__).parent
 
 
+class Postgres:
+    """One PostgreSQL server with its data in `folder`; `start` after `kill` finds what was committed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._data = folder / "data"
+        self._password = secrets.token_hex(16)
+        self._port = _free_port()
+        (folder / "password").write_text(self._password)
+        if os.geteuid() == 0:
+            _give_to_postgres(folder)
+        password = f"--pwfile={folder / 'password'}"
+        _postgres_tool("initdb", "-D", self._data, "-U", "finery", "-A", "scram-sha-256", password, "-E", "UTF8", "-N")
+
+    @property
+    def url(self) -> str:
+        """Of the maintenance database, as its superuser."""
+        return f"postgresql://finery:{self._password}@127.0.0.1:{self._port}/postgres"
+
+    def start(self) -> None:
+        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self._folder} -c max_connections=200"
+        _postgres_tool("pg_ctl", "-D", self._data, "-l", self._folder / "log", "-w", "-o", f"{options} -c fsync=off", "start")
+
+    def stop(self) -> None:
+        _postgres_tool("pg_ctl", "-D", self._data, "-w", "-m", "fast", "stop")
+
+    def kill(self) -> None:
+        """Ends the server and what it has started by SIGKILL."""
+        server = psutil.Process(int((self._data / "postmaster.pid").read_text().split()[0]))
+        processes = [server, *server.children()]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=10)
+
+
+@contextlib.contextmanager
+def _running_postgres() -> Iterator[Postgres]:
+    folder = Path(tempfile.mkdtemp(prefix="finery-postgres-"))
+    try:
+        server = Postgres(folder)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+    finally:
+        shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """URL of a PostgreSQL server's maintenance database, as its superuser."""
-    folder = Path(tempfile.mkdtemp(prefix="finery-postgres-"))
-    data = folder / "data"
-    password = secrets.token_hex(16)
-    (folder / "password").write_text(password)
-    if os.geteuid() == 0:
-        _give_to_postgres(folder)
-    try:
-        _postgres_tool("initdb", "-D", data, "-U", "finery", "-A", "scram-sha-256", f"--pwfile={folder / 'password'}", "-E", "UTF8", "-N")
-        port = _free_port()
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off -c max_connections=200"
-        _postgres_tool("pg_ctl", "-D", data, "-l", folder / "log", "-w", "-o", options, "start")
-        try:
-            yield f"postgresql://finery:{password}@127.0.0.1:{port}/postgres"
-        finally:
-            _postgres_tool("pg_ctl", "-D", data, "-w", "-m", "fast", "stop")
-    finally:
-        shutil.rmtree(folder)
+    with _running_postgres() as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def own_postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server for this module alone, which it may kill and must have running at its end."""
+    with _running_postgres() as server:
+        yield server
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,13 +65,24 @@ class System:
         )
 
 
-def start_system(state_dir: Path, base_model_dir: Path, *, database_url: str = "") -> System:
-    """Starts `finery up` on free ports with SmolLM2 in the catalogue; answers once every service is healthy."""
+def start_system(
+    state_dir: Path,
+    base_model_dir: Path,
+    *,
+    database_url: str = "",
+    wrapper: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> System:
+    """Starts `finery up` on free ports with SmolLM2 in the catalogue; answers once every service is healthy.
+
+    `wrapper` is what becomes the command, as `env` does; `environment` is added to this process's own.
+    """
     layout = Layout.of(state_dir)
     layout.prepare()
     layout.catalogue_file.write_text(f"models:\n  - name: {QUICKSTART_MODEL}\n    path: {base_model_dir}\n    max_sequence_length: 2048\n")
     http_port, grpc_port = free_ports(2)
     command = [
+        *wrapper,
         sys.executable,
         "-m",
         "finery_cli",
@@ -86,7 +98,7 @@ def start_system(state_dir: Path, base_model_dir: Path, *, database_url: str = "
         process = subprocess.Popen(
             command,
             # SmolLM2's template has no place for tools; with a parser it calls those that it is made to.
-            env={**os.environ, "FINERY_DATABASE_URL": database_url, "FINERY_TOOL_CALL_PARSER": "hermes"},
+            env={**os.environ, "FINERY_DATABASE_URL": database_url, "FINERY_TOOL_CALL_PARSER": "hermes", **(environment or {})},
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,

@@ -1,4 +1,7 @@
-"""Faults in the real system: what was running goes on, what was published stays, and the message says what happened."""
+"""Faults in the real system: what was running goes on, what was published stays, and the message says what happened.
+
+Those of serving, and what needs a machine of its own, are in `tests/chaos`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ import httpx
 import openai
 import psutil
 import pytest
-from e2e.system import FAST_SPEC, System, code_word_rows, start_system, stop_system, wait_job
+from e2e.jobs import LONG_SPEC, NUM_STEPS, create_job, steps_of, wait_steps
+from e2e.system import System, code_word_rows, wait_job
 from minio import Minio
 from openai import OpenAI
 
@@ -26,33 +30,6 @@ from finery_cli.local.ports import free_ports
 from finery_cli.local.stack import QUICKSTART_MODEL
 
 pytestmark = pytest.mark.timeout(900)
-
-
-NUM_STEPS = 20
-LONG_SPEC = FAST_SPEC | {
-    "batch": {"micro_batch_size": 2, "gradient_accumulation_steps": 1},
-    "num_epochs": 4,
-    "checkpoint": {"interval_steps": 2},
-}
-"""20 short optimizer steps over 10 rows."""
-
-
-def create_job(client: OpenAI, spec: dict[str, object]) -> str:
-    file = client.files.create(file=("rows.jsonl", code_word_rows("maple", num_rows=10)), purpose="fine-tune")
-    return client.fine_tuning.jobs.create(model=QUICKSTART_MODEL, training_file=file.id, extra_body={"spec": spec, "deploy": False}).id
-
-
-def wait_steps(client: OpenAI, job_id: str, num_steps: int, *, timeout_s: float = 180) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while steps_of(client, job_id)[:1] < [num_steps]:
-        assert time.monotonic() < deadline_s, f"step {num_steps} was not reached"
-        time.sleep(0.2)
-
-
-def steps_of(client: OpenAI, job_id: str) -> list[int]:
-    """Steps reported so far, newest first."""
-    events = client.fine_tuning.jobs.list_events(job_id, limit=100)
-    return [int(event.data["step"]) for event in events if event.type == "metrics" and isinstance(event.data, dict)]
 
 
 def worker_of(system: System) -> psutil.Process:
@@ -170,23 +147,6 @@ def test_a_client_that_hangs_up_before_the_first_byte_frees_the_model(system: Sy
     while _running_requests(system) > 0:
         assert time.monotonic() < deadline_s, "vLLM goes on generating for a client that left"
         time.sleep(0.3)
-
-
-def test_ctrl_c_in_the_middle_of_training_loses_nothing_with_postgresql(tmp_path: Path, base_model_dir: Path, postgres_url: str):
-    first = start_system(tmp_path, base_model_dir, database_url=postgres_url)
-    client = first.client()
-    job_id = create_job(client, LONG_SPEC)
-    wait_steps(client, job_id, 3)
-    stop_system(first)
-    assert first.process.returncode == 0
-    assert first.layout.running() is None
-    second = start_system(tmp_path, base_model_dir, database_url=postgres_url)
-    try:
-        client = second.client()
-        wait_job(client, job_id, "succeeded")
-        assert set(steps_of(client, job_id)) == set(range(1, NUM_STEPS + 1))
-    finally:
-        stop_system(second)
 
 
 def test_a_taken_port_is_named(tmp_path: Path):

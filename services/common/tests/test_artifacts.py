@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import gzip
 import hashlib
 import io
 import secrets
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
 import pytest
 from minio import Minio
 
-from finery_common.artifacts import ArtifactRef, ArtifactStore, put_chunks
+from finery_common.artifacts import ArtifactRef, ArtifactStore, Manifest, ObjectEntry, put_chunks, remove_unfinished
 from finery_common.artifacts.client import S3Client
+from finery_common.artifacts.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from finery_common.artifacts.upload import ObjectUpload
 from finery_common.errors import (
     AlreadyExistsError,
@@ -237,6 +241,73 @@ def test_what_a_killed_process_staged_is_not_taken_for_a_copy(object_store, proj
     folder = object_store.fetch(ref, tmp_path)
     assert [path.name for path in folder.iterdir()] == ["one"]
     assert (folder / "one").read_bytes() == b"whole"
+
+
+def test_locks_and_what_killed_processes_staged_do_not_stay(object_store, project, tmp_path):
+    ref = publish(object_store, f"{project}files/a/", one=b"whole")
+    object_store.fetch(ref, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [ref.manifest_sha256]
+    for digest in ("0" * 64, "1" * 64):
+        (tmp_path / f".{digest}.staging").mkdir()
+        (tmp_path / f".{digest}.staging" / "one").write_bytes(b"ha")
+    (tmp_path / f".{'0' * 64}.lock").touch()
+    with (tmp_path / f".{'1' * 64}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        remove_unfinished(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {ref.manifest_sha256, f".{'1' * 64}.staging", f".{'1' * 64}.lock"}
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [ref.manifest_sha256]
+
+
+def test_what_a_manifest_is_checked_for_is_asked_before_anything_is_copied(object_store, project, tmp_path):
+    ref = publish(object_store, f"{project}files/a/", one=b"1")
+
+    def check(manifest):
+        assert [entry.name for entry in manifest.objects] == ["one"]
+        raise InvalidArgumentError("no")
+
+    with pytest.raises(InvalidArgumentError):
+        object_store.fetch(ref, tmp_path / "cache", check=check)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_manifest_past_its_bound_is_neither_read_nor_published(object_store, project, minio, monkeypatch):
+    ref = publish(object_store, f"{project}files/a/", one=b"1")
+    folder, large = ref.prefix + object_store.manifest(ref).folder, b" " * (MAX_MANIFEST_BYTES + 1)
+    minio.put_object(object_store.settings.bucket, ref.prefix + "manifest.json", io.BytesIO(large), len(large))
+    with pytest.raises(DataLossError, match="more than"):
+        object_store.manifest(ref)
+    assert folder not in object_store.sweep(older_than_s=-60.0), "it may be restored"
+    monkeypatch.setattr("finery_common.artifacts.writer.MAX_MANIFEST_BYTES", 10)
+    with pytest.raises(InvalidArgumentError, match="fewer objects"):
+        publish(object_store, f"{project}files/b/", one=b"1")
+
+
+def test_an_object_that_claims_to_be_compressed_is_taken_as_it_is_stored(object_store, project, minio, tmp_path):
+    packed = gzip.compress(b" " * 1_000_000)
+    ref = publish(object_store, f"{project}files/a/", one=packed)
+    key = ref.prefix + object_store.manifest(ref).folder + "one"
+    claim = {"Content-Encoding": "gzip"}
+    minio.put_object(object_store.settings.bucket, key, io.BytesIO(packed), len(packed), metadata=claim)
+    assert (object_store.fetch(ref, tmp_path) / "one").read_bytes() == packed
+
+
+@pytest.mark.parametrize("names", [["../a"], ["a/../../b"], ["/a"], ["a\0b"], ["a" * 5000], ["a", "a"], ["a", "a/b"], ["a//b"]])
+def test_a_manifest_with_names_that_are_no_files_of_one_folder_is_none(names):
+    entries = tuple(ObjectEntry(name=name, size_bytes=1, sha256="0" * 64) for name in names)
+    made = Manifest(
+        kind="file",
+        folder=f"objects/{'0' * 32}/",
+        objects=entries,
+        made_from={},
+        spec={},
+        attempt="1",
+        metadata={},
+        created_at=datetime.now(UTC),
+    )
+    with pytest.raises(DataLossError, match="object name") as caught:
+        parse_manifest(made.to_bytes(), key="manifest.json")
+    assert len(caught.value.message) < 1000
 
 
 @pytest.mark.parametrize("bad", [b"eviL", b"sho", b"too long"])

@@ -11,9 +11,11 @@ import math
 import os
 import re
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from operator import itemgetter
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +26,9 @@ from finery_common.errors import FailedPreconditionError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1 << 20
-_MAX_HEADER_BYTES = 100 << 20
+# Of experts by the thousand; parsed, it takes ten times as much.
+_MAX_HEADER_BYTES = 16 << 20
+_MAX_MESSAGE = 1000
 _DTYPE_BYTES = {
     "F64": 8,
     "F32": 4,
@@ -58,6 +62,7 @@ _UNSERVABLE: Mapping[str, str] = {
     "rank_pattern": "ranks that differ by module",
     "alpha_pattern": "an alpha that differs by module",
 }
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
@@ -78,6 +83,13 @@ class TensorHeader:
     shape: tuple[int, ...]
 
 
+def check_sizes(manifest: Manifest) -> None:
+    """Raises FailedPreconditionError where a file that is read whole is too large for that; asked before anything is copied."""
+    config = manifest.entry(CONFIG_NAME)
+    if config is not None and config.size_bytes > _MAX_CONFIG_BYTES:
+        raise _refused(f"{CONFIG_NAME} has {config.size_bytes} bytes, at most {_MAX_CONFIG_BYTES} are read")
+
+
 def check_manifest(manifest: Manifest, *, base: BaseModel) -> None:
     """Raises FailedPreconditionError where the artifact is no adapter of `base`, with its digest, or lacks a file."""
     if manifest.kind != "adapter":
@@ -85,6 +97,9 @@ def check_manifest(manifest: Manifest, *, base: BaseModel) -> None:
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if manifest.entry(name) is None]
     if missing:
         raise _refused(f"the artifact lacks {' and '.join(missing)}; only PEFT adapters in safetensors are served")
+    pickles = [entry.name for entry in manifest.objects if PurePosixPath(entry.name).suffix.lower() in _PICKLES]
+    if pickles:
+        raise _refused(f"the artifact has {pickles[0]}, whose kind runs code when it is read; only safetensors are served")
     name, sha256 = manifest.metadata.get("base_model"), manifest.metadata.get("base_model_sha256")
     if name != base.name:
         raise _refused(f"it was trained on {name!r}, but {base.name!r} is served", code="wrong_base_model")
@@ -122,12 +137,7 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
         if not 2 <= length <= min(_MAX_HEADER_BYTES, size_bytes - 8):
             raise _refused(f"{file.name} is no safetensors file, or is truncated")
         try:
-            header = json.loads(source.read(length))
-            spans = sorted(
-                (*item["data_offsets"], name, TensorHeader(item["dtype"], tuple(item["shape"])))
-                for name, item in header.items()
-                if name != "__metadata__"
-            )
+            spans = _spans(json.loads(source.read(length)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _refused(f"the header of {file.name} cannot be read") from error
     position = 0
@@ -138,6 +148,19 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
     if position != size_bytes - 8 - length:
         raise _refused(f"{file.name} is truncated: got {size_bytes - 8 - length} bytes of tensors, wanted {position}")
     return {name: tensor for _, _, name, tensor in spans}
+
+
+def _spans(header: dict[str, Any]) -> list[tuple[int, int, str, TensorHeader]]:
+    """Begin, end, name and tensor, in order. Raises one of the errors of wrong types where the header is none."""
+    found: list[tuple[int, int, str, TensorHeader]] = []
+    for name, item in header.items():
+        if name != "__metadata__":
+            begin, end = item["data_offsets"]
+            numbers = (begin, end, *item["shape"])
+            if not all(type(number) is int and number >= 0 for number in numbers) or not isinstance(item["dtype"], str):
+                raise TypeError(name)
+            found.append((begin, end, name, TensorHeader(item["dtype"], tuple(item["shape"]))))
+    return sorted(found, key=itemgetter(0, 1))
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -171,8 +194,9 @@ def _check_config(config: Mapping[str, Any], *, max_lora_rank: int) -> int:
     if rank > max_lora_rank:
         raise _refused(f"rank: got {rank}, at most {max_lora_rank} is served; train with a lower rank or raise FINERY_MAX_LORA_RANK")
     alpha = config.get("lora_alpha")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise _refused(f"lora_alpha: got {alpha!r}, wanted a number")
+    # JSON's whole numbers have no bound, floats have one.
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= sys.float_info.max:
+        raise _refused(f"lora_alpha: got {alpha!r}, wanted a finite number")
     return rank
 
 
@@ -215,4 +239,5 @@ def _check_finite(file: Path, tensors: Mapping[str, TensorHeader]) -> None:
 
 
 def _refused(message: str, *, code: str = "adapter_not_servable") -> FailedPreconditionError:
-    return FailedPreconditionError(f"The adapter cannot be served: {message}.", code=code)
+    # The words may be the adapter's own.
+    return FailedPreconditionError(f"The adapter cannot be served: {message[:_MAX_MESSAGE]}.", code=code)

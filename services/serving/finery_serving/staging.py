@@ -13,8 +13,9 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from finery_common.artifacts import ArtifactRef, ArtifactStore, Manifest
+from finery_common.artifacts import ArtifactRef, ArtifactStore, Manifest, remove_unfinished
 from finery_serving.metrics import STAGE_SECONDS
+from finery_serving.preflight import check_sizes
 
 _COPY = re.compile(r"[0-9a-f]{64}")
 
@@ -31,14 +32,17 @@ class Staging:
         return await asyncio.to_thread(self._store.manifest, adapter)
 
     async def fetch(self, adapter: ArtifactRef) -> Path:
-        """The folder of the copy, made where it is missing, raising as `ArtifactStore.fetch` does."""
+        """The folder of the copy, made where it is missing, raising as `ArtifactStore.fetch` and `check_sizes` do."""
         started_s = time.perf_counter()
-        folder = await asyncio.to_thread(self._store.fetch, adapter, self.folder)
+        folder = await asyncio.to_thread(self._store.fetch, adapter, self.folder, check=check_sizes)
         STAGE_SECONDS.observe(time.perf_counter() - started_s)
         return folder
 
     async def sweep(self, *, keep: Collection[str]) -> None:
-        """Removes every copy whose manifest's digest is not in `keep`. The caller knows that vLLM has none of them."""
+        """Removes every copy whose manifest's digest is not in `keep`, and what a killed agent had not finished.
+
+        The caller knows that vLLM has none of them.
+        """
         await asyncio.to_thread(self._sweep, frozenset(keep))
 
     def _sweep(self, keep: frozenset[str]) -> None:
@@ -53,6 +57,7 @@ class Staging:
                 _remove(removed)
             elif path.name.endswith(".removed"):
                 _remove(path)
+        remove_unfinished(self.folder)
 
 
 def _remove(folder: Path) -> None:

@@ -198,8 +198,6 @@ class VllmProcess:
         self._logs_dir.mkdir(parents=True, exist_ok=True)
         self._pid_file.parent.mkdir(parents=True, exist_ok=True)
         kill_leftover(self._pid_file)
-        for old in sorted(self._logs_dir.glob("vllm-*.log"))[: -_KEPT_LOGS + 1]:
-            old.unlink(missing_ok=True)
         config = {
             "replica_token": self.runtime.replica_token,
             "admin_token": self.runtime.admin_token,
@@ -217,6 +215,8 @@ class VllmProcess:
 
     async def _life(self) -> float:
         """One process from start to end; answers for how many seconds it was healthy."""
+        for old in sorted(self._logs_dir.glob("vllm-*.log"), key=lambda path: path.stat().st_mtime)[: -_KEPT_LOGS + 1]:
+            old.unlink(missing_ok=True)
         log_file = self._logs_dir / f"vllm-{datetime.now(UTC):%Y%m%dT%H%M%S}.log"
         started_s = time.monotonic()
         try:
@@ -255,8 +255,8 @@ class VllmProcess:
                 cwd=self.runtime.folder,
                 start_new_session=True,
             )
-        with contextlib.suppress(psutil.NoSuchProcess):
-            noted = {"pid": process.pid, "created": psutil.Process(process.pid).create_time(), "runtime": str(self.runtime.folder)}
+        with contextlib.suppress(ProcessLookupError):
+            noted = {"pid": process.pid, "start_ticks": start_ticks(process.pid), "runtime": str(self.runtime.folder)}
             self._pid_file.write_text(json.dumps(noted))
         return process
 
@@ -292,15 +292,15 @@ class VllmProcess:
 def kill_leftover(pid_file: Path) -> None:
     """Ends the vLLM that a killed agent left behind, or the rest of its group, and removes its runtime folder, both named by `pid_file`.
 
-    The start time tells it from another process of that id, and the group of a dead leader is known by the folder it runs in.
+    The start tells it from another process of that id, and the group of a dead leader is known by the folder it runs in.
     """
     noted = {}
     try:
         noted = json.loads(pid_file.read_text())
-        alive = abs(psutil.Process(noted["pid"]).create_time() - noted["created"]) < 1
-    except psutil.NoSuchProcess:
+        alive = start_ticks(noted["pid"]) == noted["start_ticks"]
+    except ProcessLookupError:
         alive = "runtime" in noted and _is_group_in(noted["pid"], noted["runtime"])
-    except (OSError, ValueError, KeyError, psutil.Error):
+    except (OSError, ValueError, KeyError):
         alive = False
     if alive:
         log.warning("ending the vLLM of an earlier run", pid=noted["pid"])
@@ -308,6 +308,16 @@ def kill_leftover(pid_file: Path) -> None:
     if "runtime" in noted:
         shutil.rmtree(noted["runtime"], ignore_errors=True)
     pid_file.unlink(missing_ok=True)
+
+
+def start_ticks(pid: int) -> int:
+    """Clock ticks from the machine's start to the process's: a clock that is set moves the time of day alone. Raises ProcessLookupError."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError as error:
+        raise ProcessLookupError(pid) from error
+    # The name, in parentheses, may have spaces; the start is the 22nd field.
+    return int(stat.rpartition(")")[2].split()[19])
 
 
 def _is_group_in(group: int, folder: str) -> bool:

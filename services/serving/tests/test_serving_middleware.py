@@ -40,6 +40,7 @@ class Engine:
     """vLLM's engine client as far as the middleware uses it."""
 
     removed = ()
+    errored = False
 
     async def remove_lora(self, adapter_id):
         self.removed = (*self.removed, adapter_id)
@@ -135,6 +136,19 @@ async def test_an_error_tells_nothing_of_the_inside(status, message, shown):
     assert answer.status == status
     assert (error["message"][: len(shown)], error["param"], error["code"]) == (shown, "max_tokens", status)
     assert VERSION.encode() not in answer.body
+
+
+@pytest.mark.parametrize(("streamed", "code"), [(False, 503), (True, "stream_broken")])
+async def test_what_an_engine_that_has_ended_leaves_unanswered_is_no_fault_of_the_request(streamed, code):
+    engine = Engine()
+    engine.errored = True
+    body = json.dumps({"error": {"message": "EngineCore encountered an issue", "code": 500}}).encode()
+    app = App(b"data: " + body + b"\n\n", b"", content_type="text/event-stream") if streamed else App(body, status=500)
+    answer = await call(await admitted(app), engine=engine)
+    assert answer.status == (200 if streamed else 503)
+    error = json.loads(answer.body.removeprefix(b"data: "))["error"]
+    assert (error["code"], error["type"]) == (code, "server_error")
+    assert "send the request again" in error["message"]
 
 
 HOSTILE = [

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from finery_common.artifacts import Manifest, ObjectEntry
 from finery_common.errors import FailedPreconditionError
-from finery_serving.preflight import BaseModel, base_shapes, check_adapter, check_manifest, read_header
+from finery_serving.preflight import BaseModel, base_shapes, check_adapter, check_manifest, check_sizes, read_header
 
 Q, EMBED = "model.layers.0.self_attn.q_proj", "model.embed_tokens"
 BASE = BaseModel("SmolLM2", "b" * 64, {f"{Q}.weight": (12, 8), f"{EMBED}.weight": (100, 8), "model.norm.weight": (8,)})
@@ -97,11 +97,15 @@ def test_every_init_that_leaves_the_base_alone_passes(write):
         ({"r": "4"}, "r: got '4'"),
         ({"r": True}, "r: got True"),
         ({"lora_alpha": None}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"peft_type": "x" * 100_000}, "peft_type"),
     ],
 )
 def test_a_configuration_that_vllm_cannot_serve_is_refused(write, change, reason):
-    with pytest.raises(FailedPreconditionError, match=reason):
+    with pytest.raises(FailedPreconditionError, match=reason) as caught:
         check_adapter(write(config={**CONFIG, **change}), base=BASE, max_lora_rank=8)
+    assert len(caught.value.message) < 1100
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"x": "' + "y" * (1 << 20) + '"}'])
@@ -146,6 +150,11 @@ def header_file(path, header, data=b""):
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, b"123456789012"),
         ({"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}, b"12345678"),
         ({"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}, b"12345678"),
+        ({"a": {"dtype": "F32", "shape": [None], "data_offsets": [0, 4]}}, b"1234"),
+        ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, "4"]}}, b"1234"),
+        ({"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, b"1234"),
+        ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, b"1234"),
         ({"a": 1}, b""),
         (b"[]", b""),
         (b"{{", b""),
@@ -192,6 +201,7 @@ def test_a_manifest_of_an_adapter_of_the_base_passes():
     [
         (manifest(kind="model"), "adapter_not_servable"),
         (manifest(names=("adapter_config.json", "adapter_model.bin")), "adapter_not_servable"),
+        (manifest(names=("adapter_config.json", "adapter_model.safetensors", "more/extra.PT")), "adapter_not_servable"),
         (manifest(base_model="other"), "wrong_base_model"),
         (manifest(base_model_sha256="d" * 64), "wrong_base_model"),
         (manifest(base_model_sha256=None), "wrong_base_model"),
@@ -201,3 +211,11 @@ def test_a_manifest_of_something_else_is_refused(made, code):
     with pytest.raises(FailedPreconditionError) as caught:
         check_manifest(made, base=BASE)
     assert caught.value.code == code
+
+
+def test_a_configuration_too_large_to_read_is_refused_by_its_manifest():
+    made = manifest()
+    check_sizes(made)
+    config = made.objects[0].model_copy(update={"size_bytes": 2 << 20})
+    with pytest.raises(FailedPreconditionError, match="2097152 bytes"):
+        check_sizes(made.model_copy(update={"objects": (config, made.objects[1])}))

@@ -18,7 +18,16 @@ from finery_serving.__main__ import base_entry, vllm_config
 from finery_serving.settings import ServingSettings
 from finery_serving.tool_calls import tool_call_parser
 from finery_serving.vllm_client import VllmClient
-from finery_serving.vllm_process import Runtime, VllmConfig, VllmProcess, kill_leftover, make_runtime, vllm_command, vllm_environment
+from finery_serving.vllm_process import (
+    Runtime,
+    VllmConfig,
+    VllmProcess,
+    kill_leftover,
+    make_runtime,
+    start_ticks,
+    vllm_command,
+    vllm_environment,
+)
 
 
 @pytest.fixture
@@ -226,10 +235,10 @@ def test_the_rest_of_a_dead_leaders_group_is_ended(tmp_path):
     leader.stdout.close()
     leader.wait()
     file = tmp_path / "vllm.json"
-    file.write_text(json.dumps({"pid": leader.pid, "created": rest.create_time(), "runtime": str(tmp_path / "elsewhere")}))
+    file.write_text(json.dumps({"pid": leader.pid, "start_ticks": start_ticks(rest.pid), "runtime": str(tmp_path / "elsewhere")}))
     kill_leftover(file)
     assert rest.status() != psutil.STATUS_ZOMBIE
-    file.write_text(json.dumps({"pid": leader.pid, "created": rest.create_time(), "runtime": str(tmp_path / "runtime")}))
+    file.write_text(json.dumps({"pid": leader.pid, "start_ticks": start_ticks(rest.pid), "runtime": str(tmp_path / "runtime")}))
     kill_leftover(file)
     deadline_s = time.monotonic() + 10
     while rest.is_running() and rest.status() != psutil.STATUS_ZOMBIE:
@@ -240,12 +249,12 @@ def test_the_rest_of_a_dead_leaders_group_is_ended(tmp_path):
 def test_a_leftover_is_ended_and_another_process_of_that_id_is_not(tmp_path):
     child = subprocess.Popen(["sleep", "600"], start_new_session=True)
     file = tmp_path / "vllm.json"
-    created = psutil.Process(child.pid).create_time()
-    file.write_text(json.dumps({"pid": child.pid, "created": created - 100}))
+    started = start_ticks(child.pid)
+    file.write_text(json.dumps({"pid": child.pid, "start_ticks": started - 100}))
     kill_leftover(file)
     assert child.poll() is None
     (tmp_path / "runtime").mkdir()
-    file.write_text(json.dumps({"pid": child.pid, "created": created, "runtime": str(tmp_path / "runtime")}))
+    file.write_text(json.dumps({"pid": child.pid, "start_ticks": started, "runtime": str(tmp_path / "runtime")}))
     kill_leftover(file)
     assert not (tmp_path / "runtime").exists()
     assert child.wait(timeout=5) == -9

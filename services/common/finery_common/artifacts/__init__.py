@@ -7,6 +7,7 @@ copies), `client` (requests, retries, errors). What the bytes mean is left to th
 All calls block; async callers use `asyncio.to_thread`, and `put_chunks` for uploads that arrive piecemeal.
 """
 
+from finery_common.artifacts.cache import remove_unfinished
 from finery_common.artifacts.client import S3Settings
 from finery_common.artifacts.manifest import ArtifactKind, ArtifactRef, Manifest, ObjectEntry
 from finery_common.artifacts.reader import ObjectReader
@@ -25,4 +26,5 @@ __all__ = [
     "ObjectUpload",
     "S3Settings",
     "put_chunks",
+    "remove_unfinished",
 ]

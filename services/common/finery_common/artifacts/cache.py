@@ -56,6 +56,15 @@ def stage(manifest: Manifest, *, cache_dir: Path, open_object: Callable[[ObjectE
     return cache_dir / digest
 
 
+def remove_unfinished(cache_dir: Path) -> None:
+    """Removes what killed processes have left of their staging; what somebody is at stays."""
+    digests = {path.name.split(".")[1] for pattern in (".*.staging", ".*.lock") for path in cache_dir.glob(pattern)}
+    for digest in digests:
+        with _locked(cache_dir / f".{digest}.lock", waits=False) as is_ours:
+            if is_ours:
+                shutil.rmtree(cache_dir / f".{digest}.staging", ignore_errors=True)
+
+
 def _copy_all(manifest: Manifest, *, staging: Path, open_object: Callable[[ObjectEntry], ObjectReader]) -> None:
     staging.mkdir()
     for entry in manifest.objects:
@@ -77,8 +86,8 @@ def _check_room(manifest: Manifest, *, cache_dir: Path) -> None:
 def _no_room(manifest: Manifest, *, cache_dir: Path) -> ResourceExhaustedError:
     needed_mib, free_mib = (manifest.size_bytes + _SPARE_BYTES) / 2**20, shutil.disk_usage(cache_dir).free / 2**20
     return ResourceExhaustedError(
-        f"No room for a local copy of the artifact: {needed_mib:.0f} MiB needed, {free_mib:.0f} MiB free in {cache_dir}. "
-        "Make room there or set FINERY_CACHE_DIR to a larger disk."
+        f"No room for a local copy of the artifact: {needed_mib:.0f} MiB needed, {free_mib:.0f} MiB free in the cache. "
+        "Make room in FINERY_CACHE_DIR, or set it to a larger disk."
     )
 
 
@@ -91,7 +100,27 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _locked(path: Path, *, waits: bool = True) -> Iterator[bool]:
+    """Holds the lock file `path`, which goes at the end; yields False where it is another's and the caller does not wait."""
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            if not _is_still(path, file.fileno()):
+                # Its holder before has removed it, and the next one locks a new file of that name.
+                continue
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False

@@ -28,9 +28,10 @@ from urllib3.response import BaseHTTPResponse
 from urllib3.util import Retry, Timeout
 
 from finery_common.artifacts.metrics import ARTIFACT_BYTES, ARTIFACT_FAILURES
-from finery_common.errors import FailedPreconditionError, FineryError, NotFoundError, UnavailableError
+from finery_common.errors import DataLossError, FailedPreconditionError, FineryError, NotFoundError, UnavailableError
 
 _URL_LIFETIME = timedelta(hours=1)
+_READ_BYTES = 1 << 20
 _MISSING = {"NoSuchKey", "NoSuchObject", "ResourceNotFound", "NoSuchUpload"}
 _REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "RequestTimeTooSkewed"}
 
@@ -139,17 +140,22 @@ class S3Client:
             response = self._signed("PUT", key, body=data, headers={"If-None-Match": "*"}, accept=(412, 409))
         return response.status < 300
 
-    def get(self, key: str) -> bytes:
-        """A small object's bytes. Raises NotFoundError."""
+    def get(self, key: str, *, max_bytes: int) -> bytes:
+        """A small object's bytes, as they are stored. Raises NotFoundError, and DataLossError past `max_bytes`."""
+        data = bytearray()
         with self.translated("get"):
             response = self._minio.get_object(self.bucket, key)
             try:
-                data = response.read()
+                # An object may claim to be compressed: what it would unpack to knows no bound.
+                while chunk := response.read(_READ_BYTES, decode_content=False):
+                    data += chunk
+                    if len(data) > max_bytes:
+                        raise DataLossError(f"{key} is no manifest: it has more than {max_bytes} bytes. Restore it or delete the artifact.")
             finally:
                 response.close()
                 response.release_conn()
         ARTIFACT_BYTES.labels("in").inc(len(data))
-        return data
+        return bytes(data)
 
     def open(self, key: str, *, offset: int = 0) -> BaseHTTPResponse:
         """A response to read an object from, from `offset` bytes on. The caller closes it and handles errors of reading."""

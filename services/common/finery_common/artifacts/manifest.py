@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from datetime import datetime
+from pathlib import PurePosixPath
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -19,6 +21,8 @@ ArtifactKind = Literal["file", "dataset", "checkpoint", "adapter", "model", "met
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
+MAX_MANIFEST_BYTES = 16 << 20
+"""Some 100,000 objects."""
 
 _SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}"
 _PREFIX = re.compile(
@@ -26,6 +30,7 @@ _PREFIX = re.compile(
     rf"(?:(?:files|datasets|adapters|models)/{_SEGMENT}|runs/{_SEGMENT}/(?:checkpoints/{_SEGMENT}|metrics))/"
 )
 _OBJECT_NAME = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT}){{0,7}}")
+_MAX_REASON = 500
 _SHA256 = r"^[0-9a-f]{64}$"
 _FOLDER = r"objects/[0-9a-f]{32}/"
 _OBJECT_KEY = re.compile(rf"(?P<prefix>projects/.+?/){_FOLDER}.+")
@@ -102,12 +107,22 @@ def parse_manifest(data: bytes, *, key: str) -> Manifest:
     """Reads a manifest's bytes. Raises DataLossError where they are not one."""
     try:
         manifest = Manifest.model_validate_json(data)
-        for entry in manifest.objects:
-            check_object_name(entry.name)
+        _check_names([check_object_name(entry.name) for entry in manifest.objects])
     except (ValidationError, InvalidArgumentError) as error:
-        message = f"{key} is not a manifest of schema version {SCHEMA_VERSION}: {error}. Restore it or delete the artifact."
+        reason = str(error)[:_MAX_REASON]
+        message = f"{key} is not a manifest of schema version {SCHEMA_VERSION}: {reason}. Restore it or delete the artifact."
         raise DataLossError(message) from error
     return manifest
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raises InvalidArgumentError where two objects cannot be files of one folder."""
+    files = set(names)
+    if len(files) < len(names):
+        raise InvalidArgumentError("object names: two objects have one name")
+    for name in names:
+        if parent := next((str(path) for path in PurePosixPath(name).parents if str(path) in files), None):
+            raise InvalidArgumentError(f"object names: {parent!r} is a file and a folder")
 
 
 def check_prefix(prefix: str) -> str:
@@ -124,7 +139,8 @@ def check_object_name(name: str) -> str:
     """Returns `name` if it is a safe relative path. Raises InvalidArgumentError."""
     if not _OBJECT_NAME.fullmatch(name):
         raise InvalidArgumentError(
-            f"object name: got {name!r}, wanted up to 8 parts of letters, digits, '.', '_' and '-', joined by '/', none beginning with '.'"
+            f"object name: got {name[:_MAX_REASON]!r}, wanted up to 8 parts of letters, digits, '.', '_' and '-', "
+            "joined by '/', none beginning with '.'"
         )
     return name
 

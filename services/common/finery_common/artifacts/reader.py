@@ -64,7 +64,8 @@ class ObjectReader(io.RawIOBase):
             try:
                 if self._response is None:
                     self._response = self._client.open(self._key, offset=self._position)
-                if data := self._response.read(size_bytes):
+                # Raw: an object that claims to be compressed must not grow on its way in.
+                if data := self._response.read(size_bytes, decode_content=False):
                     return data
                 raise self._damaged(f"{self._position} bytes")
             except (HTTPError, OSError) as error:

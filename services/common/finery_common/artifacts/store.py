@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
@@ -17,6 +17,7 @@ from finery_common.artifacts import cache
 from finery_common.artifacts.client import S3Client, S3Settings, StoredObject
 from finery_common.artifacts.manifest import (
     MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
     ArtifactKind,
     ArtifactRef,
     Manifest,
@@ -32,6 +33,10 @@ from finery_common.errors import DataLossError, FailedPreconditionError, Invalid
 
 _DAY_S = 24 * 3600.0
 _PROBE_PREFIX = "finery-probe/"
+
+
+def _accept(_manifest: Manifest) -> None:
+    """Every manifest will do."""
 
 
 class ArtifactStore:
@@ -83,7 +88,7 @@ class ArtifactStore:
         prefix = check_prefix(artifact if isinstance(artifact, str) else artifact.prefix)
         key = prefix + MANIFEST_NAME
         try:
-            data = self._client.get(key)
+            data = self._client.get(key, max_bytes=MAX_MANIFEST_BYTES)
         except NotFoundError as error:
             raise NotFoundError(f"There is no artifact {prefix}: it was never published or has been deleted.") from error
         digest = hashlib.sha256(data).hexdigest()
@@ -116,15 +121,17 @@ class ArtifactStore:
             raise NotFoundError(f"{prefix} has no object {name!r}; it has {known}")
         return self._open_entry(prefix, manifest, entry)
 
-    def fetch(self, artifact: ArtifactRef | str, cache_dir: Path) -> Path:
+    def fetch(self, artifact: ArtifactRef | str, cache_dir: Path, *, check: Callable[[Manifest], None] = _accept) -> Path:
         """A local folder with the artifact's objects under their names, every digest checked on the way in.
 
         A reference whose copy is in the cache needs no store. Safe for any number of threads and processes at once. Treat
-        the folder as read-only. Raises as `manifest` does, DataLossError for damaged bytes, ResourceExhaustedError for a full disk.
+        the folder as read-only. Raises as `manifest` does, DataLossError for damaged bytes, ResourceExhaustedError for a full disk,
+        and what `check` raises of the manifest before anything is copied.
         """
         if isinstance(artifact, ArtifactRef) and (folder := cache.cached(cache_dir, manifest_sha256=artifact.manifest_sha256)):
             return folder
         manifest = self.manifest(artifact)
+        check(manifest)
         prefix = artifact if isinstance(artifact, str) else artifact.prefix
         return cache.stage(manifest, cache_dir=cache_dir, open_object=lambda entry: self._open_entry(prefix, manifest, entry))
 
@@ -171,6 +178,9 @@ class ArtifactStore:
             return self.manifest(prefix).folder == f"objects/{tail}"
         except NotFoundError:
             return False
+        except DataLossError:
+            # What a damaged manifest named is for whoever restores it, and no reason to sweep nothing else.
+            return True
 
     def _open_entry(self, prefix: str, manifest: Manifest, entry: ObjectEntry) -> ObjectReader:
         return ObjectReader(self._client, key=prefix + manifest.folder + entry.name, entry=entry)

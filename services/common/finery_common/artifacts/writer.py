@@ -19,6 +19,7 @@ from pydantic import JsonValue
 from finery_common.artifacts.client import S3Client
 from finery_common.artifacts.manifest import (
     MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
     ArtifactKind,
     ArtifactRef,
     Manifest,
@@ -28,7 +29,7 @@ from finery_common.artifacts.manifest import (
     parse_manifest,
 )
 from finery_common.artifacts.upload import MAX_PARTS, PART_SIZE_BYTES, ObjectUpload
-from finery_common.errors import AlreadyExistsError, DataLossError, FineryError
+from finery_common.errors import AlreadyExistsError, DataLossError, FineryError, InvalidArgumentError
 
 _READ_BYTES = 1 << 20
 
@@ -96,7 +97,8 @@ class ArtifactWriter:
         """Writes the manifest if the prefix has none: from then on the artifact exists.
 
         Repeating it, as after an UnavailableError, gives the same reference. Raises AlreadyExistsError where another
-        writer has published here, and DataLossError where the store lost an object meanwhile.
+        writer has published here, DataLossError where the store lost an object meanwhile, and InvalidArgumentError for more
+        objects than a manifest holds.
         """
         if self._manifest is None:
             self._manifest = Manifest(
@@ -110,9 +112,13 @@ class ArtifactWriter:
                 created_at=datetime.now(UTC),
             )
         self._check_stored(self._manifest)
-        key = self.prefix + MANIFEST_NAME
-        if not self._client.put_new(key, self._manifest.to_bytes()):
-            winner = parse_manifest(self._client.get(key), key=key)
+        key, data = self.prefix + MANIFEST_NAME, self._manifest.to_bytes()
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise InvalidArgumentError(
+                f"{key} would have {len(data)} bytes, at most {MAX_MANIFEST_BYTES} are read; put fewer objects in it."
+            )
+        if not self._client.put_new(key, data):
+            winner = parse_manifest(self._client.get(key, max_bytes=MAX_MANIFEST_BYTES), key=key)
             # Our own manifest may be there: its answer was lost and the request repeated.
             if winner.sha256 != self._manifest.sha256:
                 raise AlreadyExistsError(
@@ -136,7 +142,9 @@ class ArtifactWriter:
         if self._manifest is None:
             return False
         key = self.prefix + MANIFEST_NAME
-        return any(item.key == key for item in self._client.list(key)) and self._client.get(key) == self._manifest.to_bytes()
+        if not any(item.key == key for item in self._client.list(key)):
+            return False
+        return self._client.get(key, max_bytes=MAX_MANIFEST_BYTES) == self._manifest.to_bytes()
 
     def _put_stream(self, upload: ObjectUpload, file: BinaryIO) -> ObjectEntry:
         return self._finished(upload, iter(lambda: file.read(_READ_BYTES), b""))

@@ -22,6 +22,7 @@ nothing of vLLM's inside. Beyond them:
                                      was started: resolve the model again and repeat the request once.
     401                              the token is not this replica's, which also happens after its agent restarted: resolve again as well.
     404                              the path is not open.
+    503                              vLLM's engine has ended and is started again; within a stream an error of code `stream_broken`.
     501                              the path is open, but not offered by a model of this kind (embeddings by one that generates).
 
 A connection that cannot be made or that breaks before the first byte means that vLLM is restarting: resolve again, which waits for it.
@@ -148,7 +149,8 @@ class FineryMiddleware:
         self._in_flight[version] = self._in_flight.get(version, 0) + 1
         self._requests[version] = (self._requests.get(version, (0, 0.0))[0] + 1, time.monotonic())
         try:
-            await self._app(scope, receive, _Renamed(send, version=version, alias=alias, private_paths=self._private_paths))
+            renamed = _Renamed(send, version=version, alias=alias, private_paths=self._private_paths, is_dead=lambda: _is_dead(scope))
+            await self._app(scope, receive, renamed)
         finally:
             self._in_flight[version] -= 1
             if not self._in_flight[version]:
@@ -195,11 +197,12 @@ class FineryMiddleware:
 class _Renamed:
     """A `send` that writes the alias where vLLM writes the version, whole bodies and streams alike."""
 
-    def __init__(self, send: Send, *, version: str, alias: str, private_paths: tuple[str, ...]) -> None:
+    def __init__(self, send: Send, *, version: str, alias: str, private_paths: tuple[str, ...], is_dead: Callable[[], bool]) -> None:
         self._send = send
         self._version = version
         self._alias = alias
         self._private_paths = private_paths
+        self._is_dead = is_dead
         # In a JSON string the quotes would be escaped, so this is found where `model` is a key and never in generated text.
         self._pattern = re.compile(rb'"model"\s*:\s*"' + re.escape(version.encode()) + rb'"')
         self._replacement = b'"model":' + json.dumps(alias).encode()
@@ -259,7 +262,10 @@ class _Renamed:
         await self._send({"type": "http.response.body", "body": body})
 
     def _public_error(self, body: bytes, *, status: int) -> tuple[int, bytes]:
-        """vLLM's error without names and paths of the inside; of its own faults only that there was one."""
+        """vLLM's error without names and paths of the inside; of its own faults only that there was one, and whether it ended by it."""
+        if status >= 500 and self._is_dead():
+            message = "The model is being restarted and gives this answer no end; send the request again."
+            return 503, _error_body(message, code="stream_broken" if self._streams else 503, param=None)
         try:
             data = json.loads(body)
             # vLLM has no words of its own for a path that it has not.
@@ -285,6 +291,12 @@ class _Renamed:
         if len(message) > _MAX_MESSAGE or _INSIDE.search(message.replace(self._version, "")):
             return f"The model refused the request because of {param or 'one of its fields'}; change it and send it again."
         return message.replace(self._version, self._alias)
+
+
+def _is_dead(scope: Scope) -> bool:
+    """Whether vLLM's engine has ended, so that nothing but a restart helps."""
+    state = getattr(scope.get("app"), "state", None)
+    return bool(getattr(getattr(state, "engine_client", None), "errored", False))
 
 
 def _configured() -> dict[str, Any]:
@@ -316,6 +328,7 @@ async def _refuse(
     await _answer(send, status, {"error": error}, headers=headers)
 
 
-def _error_body(message: str, *, code: int, param: str | None) -> bytes:
-    kind = "rate_limit_error" if code == 429 else "server_error" if code >= 500 else "invalid_request_error"
+def _error_body(message: str, *, code: int | str, param: str | None) -> bytes:
+    is_ours = isinstance(code, str) or code >= 500
+    kind = "rate_limit_error" if code == 429 else "server_error" if is_ours else "invalid_request_error"
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}, ensure_ascii=False).encode()

@@ -1,4 +1,4 @@
-"""The system is started once for all end-to-end tests."""
+"""The system is started once for all tests that cross services: `tests/chaos` and `tests/e2e` share it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openai import OpenAI
 
 @pytest.fixture(scope="session")
 def system(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> Iterator[System]:
-    started = start_system(tmp_path_factory.mktemp("e2e"), base_model_dir)
+    started = start_system(tmp_path_factory.mktemp("system"), base_model_dir)
     wait_served(started)
     yield started
     stop_system(started)
