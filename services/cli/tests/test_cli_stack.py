@@ -18,7 +18,7 @@ from finery_cli.local.layout import Layout
 from finery_cli.local.ports import free_ports
 from finery_cli.local.process import StartInterruptedError
 from finery_cli.local.stack import Stack
-from finery_common.errors import UnavailableError
+from finery_common.errors import FailedPreconditionError, UnavailableError
 
 SLEEPER = "import time; time.sleep(60)"
 LOSES_ITS_FIRST_PORT = """
@@ -164,3 +164,24 @@ def test_a_store_that_cannot_come_back_yet_is_tried_again_at_its_port(make_stack
         stack.supervise(poll_s=0.01)
         assert stack._store.asked == [None, 1234, 1234]
     assert any("still down" in text and "[/x]" in text for text in said)
+
+
+def test_serving_has_as_many_processes_as_are_wanted_each_with_a_gpu(make_stack, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stack_module, "SERVICES", ("serving", "gateway"))
+    monkeypatch.setenv("FINERY_SERVING_REPLICAS", "2")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    stack = make_stack()
+    ports = stack._choose_ports()
+    env = stack._environment(ports)
+    assert env["FINERY_SERVING_ADDRESS"] == f"ipv4:127.0.0.1:{ports.rpc['serving']},127.0.0.1:{ports.rpc['serving-2']}"
+    first, second = (stack._child(name, env=env, ports=ports)._env for name in ("serving", "serving-2"))
+    assert [child["FINERY_SERVING_REPLICA"] for child in (first, second)] == ["", "2"]
+    assert [child["CUDA_VISIBLE_DEVICES"] for child in (first, second)] == ["0", "1"]
+    assert first["FINERY_GRPC_ADDRESS"] != second["FINERY_GRPC_ADDRESS"]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "65"])
+def test_a_number_of_replicas_that_is_none_is_refused(make_stack, monkeypatch: pytest.MonkeyPatch, text):
+    monkeypatch.setenv("FINERY_SERVING_REPLICAS", text)
+    with pytest.raises(FailedPreconditionError, match="FINERY_SERVING_REPLICAS"):
+        make_stack()

@@ -26,7 +26,7 @@ import uvicorn
 from harness import Gateways, Streams, Target, run_streams, through
 
 from finery_gateway.http_server import loop_factory
-from finery_gateway.resources import Route
+from finery_gateway.resources import Route, RouteReplica, RouteTarget
 
 MODEL = "bench"
 PATH = "/v1/chat/completions"
@@ -60,7 +60,8 @@ def _body(*, num_chunks: int, step_s: float) -> bytes:
 def _measure(arguments: argparse.Namespace, uds: str, *, num_workers: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
-        route = Route(version=MODEL, replica_address=f"unix://{uds}", replica_token="bench")
+        replica = RouteReplica(address=f"unix://{uds}", token="bench")
+        route = Route(targets=(RouteTarget(version=MODEL, weight=100, replicas=(replica,)),))
         gateways = Gateways(route, num_workers=num_workers, folder=Path(folder))
         straight, hop = Target("straight", uds, {}), through(gateways)
         step_s = arguments.step_ms / 1000

@@ -27,7 +27,7 @@ from pathlib import Path
 from harness import Gateways, Streams, Target, run_streams, through
 
 from finery_common.leash import leashed
-from finery_gateway.resources import Route
+from finery_gateway.resources import Route, RouteReplica, RouteTarget
 from finery_serving.vllm_client import VllmClient
 from finery_serving.vllm_process import Runtime, VllmConfig, make_runtime, vllm_command, vllm_environment
 
@@ -161,7 +161,8 @@ def main() -> None:
     """Prints one JSON object for the set-up and one for each number of streams."""
     arguments = _arguments()
     with _vllm(arguments) as runtime, tempfile.TemporaryDirectory() as folder:
-        route = Route(version=MODEL, replica_address=runtime.address, replica_token=runtime.replica_token)
+        replica = RouteReplica(address=runtime.address, token=runtime.replica_token)
+        route = Route(targets=(RouteTarget(version=MODEL, weight=100, replicas=(replica,)),))
         gateways = Gateways(route, num_workers=arguments.workers, folder=Path(folder))
         headers = {"x-finery-replica-token": runtime.replica_token, "x-finery-version": MODEL, "x-finery-alias": MODEL}
         targets = [Target("straight", str(runtime.socket), headers), through(gateways)]

@@ -1,4 +1,4 @@
-"""One hop from a client to vLLM: finds the route, sends the request, streams the answer's bytes back.
+"""One hop from a client to vLLM: finds the route and the least busy replica, sends the request, streams the answer's bytes back.
 
 Owns retries before the first byte, the end of a generation whose client has left, and the words for what goes wrong upstream. The
 fields of a request are `inference_fields`' business, the model's name in the answer is rewritten inside vLLM.
@@ -10,8 +10,9 @@ import asyncio
 import hashlib
 import hmac
 import json
+import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -29,7 +30,7 @@ from finery_common.errors import (
 from finery_gateway.admission import Admission, GenerationRecord, admitted
 from finery_gateway.errors import envelope
 from finery_gateway.metrics import FIRST_BYTE_SECONDS, RETRIED, STREAMS, TOKENS
-from finery_gateway.resources import Route
+from finery_gateway.resources import RouteReplica
 from finery_gateway.routes import Routes
 from finery_gateway.splits import chosen, new_key
 from finery_gateway.upstream import Answer, Upstream, UpstreamError, UpstreamTimeoutError
@@ -41,6 +42,8 @@ COMPLETIONS_PATH = "/v1/completions"
 RESPONSES_PATH = "/v1/responses"
 EMBEDDINGS_PATH = "/v1/embeddings"
 _ERROR_BYTES = 64 * 1024
+# One health interval of serving's registry, after which a dead replica is in no route.
+_SUSPECTED_S = 5.0
 log = structlog.get_logger(__name__)
 
 
@@ -71,6 +74,8 @@ class Proxy:
         self._secret = secret.encode()
         self._timeout_s = timeout_s
         self._upstreams: dict[str, Upstream] = {}
+        # Replicas that did not answer, and until when others are asked instead.
+        self._suspects: dict[str, float] = {}
         self._cache_salts: dict[str, str] = {}
 
     @property
@@ -87,29 +92,30 @@ class Proxy:
     async def open(self, generation: Generation) -> Answer:
         """vLLM's answer, its body still to be read; the caller closes it.
 
-        Tries twice: a retired version, a restarted vLLM and a broken connection all mean that the route is no longer good. Raises
-        FineryError where there is no answer with status 200.
+        Tries twice, at another replica where one has not answered and there is another: a retired version, a restarted vLLM and a broken
+        connection all mean that the route is no longer good. Raises FineryError where there is no answer with status 200.
         """
         failure: FineryError | None = None
         version = generation.model
         for _ in range(2):
             known = await self._routes.route(generation.project, generation.model)
-            route = chosen(known, key=generation.sticky_key)
-            version = route.version
-            generation.record.version = version
+            target = chosen(known.targets, key=generation.sticky_key)
+            version = generation.record.version = target.version
+            replica = self._least_busy(target.replicas)
             try:
-                response = await self._send(generation, route)
+                response = await self._send(generation, replica, version=version)
             except UpstreamTimeoutError as error:
                 # It works on it, or hangs; a second try would only double the work.
                 self._count(generation, version, "failed")
                 raise DeadlineExceededError(f"{generation.model} gave no answer in time; ask for fewer tokens, or stream.") from error
             except UpstreamError as error:
-                log.warning("vLLM did not answer", error=repr(error), version=route.version)
+                log.warning("vLLM did not answer", error=repr(error), version=version)
+                self._suspect(replica.address)
                 failure, cause = _not_there(generation.model), "connection"
             else:
                 if response.status == 200:
                     return response
-                failure = await _failure(response, generation, version=route.version)
+                failure = await _failure(response, generation, version=version)
                 if not _is_outdated(response):
                     self._count(generation, version, "refused" if failure.http_status < 500 else "failed")
                     raise failure
@@ -122,19 +128,36 @@ class Proxy:
     def _count(self, generation: Generation, version: str, outcome: Outcome) -> None:
         self.reports.of(generation.project, generation.model, version).count(outcome)
 
-    async def _send(self, generation: Generation, route: Route) -> Answer:
-        body = {**generation.body, "model": route.version, "cache_salt": self._cache_salt(generation.project)}
+    def _least_busy(self, replicas: Sequence[RouteReplica]) -> RouteReplica:
+        """The one with the fewest requests of this process in flight, of those that have answered lately; any of equals."""
+        now_s = time.monotonic()
+        self._suspects = {address: until_s for address, until_s in self._suspects.items() if until_s > now_s}
+        usable = [replica for replica in replicas if replica.address not in self._suspects] or replicas
+        return min(usable, key=lambda replica: (self._num_in_flight(replica.address), random.random()))
+
+    def _num_in_flight(self, address: str) -> int:
+        upstream = self._upstreams.get(address)
+        return 0 if upstream is None else upstream.num_in_flight
+
+    def _suspect(self, address: str) -> None:
+        self._suspects[address] = time.monotonic() + _SUSPECTED_S
+        # Every start of an agent has an address of its own.
+        if not self._num_in_flight(address) and (upstream := self._upstreams.pop(address, None)) is not None:
+            upstream.close()
+
+    async def _send(self, generation: Generation, replica: RouteReplica, *, version: str) -> Answer:
+        body = {**generation.body, "model": version, "cache_salt": self._cache_salt(generation.project)}
         headers = {
             "content-type": "application/json",
-            "x-finery-replica-token": route.replica_token,
+            "x-finery-replica-token": replica.token,
             "x-finery-alias": generation.model,
-            "x-finery-version": route.version,
+            "x-finery-version": version,
         }
         if generation.calls_tools:
             headers["x-finery-needs"] = "tools"
-        upstream = self._upstreams.get(route.replica_address)
+        upstream = self._upstreams.get(replica.address)
         if upstream is None:
-            upstream = self._upstreams[route.replica_address] = Upstream(route.replica_address, timeout_s=self._timeout_s)
+            upstream = self._upstreams[replica.address] = Upstream(replica.address, timeout_s=self._timeout_s)
         return await upstream.post(generation.path, headers=headers, body=json.dumps(body).encode())
 
     def _cache_salt(self, project: str) -> str:

@@ -265,20 +265,24 @@ class ServedBase(Resource):
     max_model_len: int = 0
 
 
+class RouteReplica(Resource):
+    address: str
+    token: str = Field("", repr=False)
+
+
 class RouteTarget(Resource):
     version: str
     weight: int
     """Percent."""
+    replicas: tuple[RouteReplica, ...] = ()
+    """Those that answer requests for the version."""
 
 
 class Route(Resource):
-    """Where a request for one model goes. Never leaves the gateway: it holds the replica's token."""
+    """Where requests for one model go. Never leaves the gateway: it holds the replicas' tokens."""
 
-    version: str
+    targets: tuple[RouteTarget, ...]
+    """The versions that requests are split over, the serving one first."""
     epoch: int = 0
-    replica_address: str
-    replica_token: str = Field("", repr=False)
-    targets: tuple[RouteTarget, ...] = ()
-    """The versions that requests are split over; `version` is the first."""
     base_model: str = ""
     max_model_len: int = 0

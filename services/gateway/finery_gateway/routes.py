@@ -143,9 +143,13 @@ class Routes:
     def _changed(self, project: str, event: AliasEvent) -> None:
         key = (project, event.alias.alias)
         known = self._known.get(key)
-        if known is not None and (event.deleted or targets_of(event.alias) != known[0].targets):
+        if known is not None and (event.deleted or not _is_split_as(event.alias, known[0])):
             del self._known[key]
         self.reports.keep(project, event.alias.alias, frozenset() if event.deleted else _versions(event.alias))
+
+
+def _is_split_as(alias: Alias, route: Route) -> bool:
+    return [(item.version, item.weight) for item in targets_of(alias)] == [(item.version, item.weight) for item in route.targets]
 
 
 def _versions(alias: Alias) -> Set[str]:

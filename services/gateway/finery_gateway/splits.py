@@ -11,7 +11,7 @@ import math
 import secrets
 from collections.abc import Sequence
 
-from finery_gateway.resources import Alias, Route, RouteTarget
+from finery_gateway.resources import Alias, RouteTarget
 
 _HASH_BITS = 53
 
@@ -22,23 +22,16 @@ def new_key() -> str:
 
 
 def targets_of(alias: Alias) -> tuple[RouteTarget, ...]:
-    """What a route of the alias has as `targets` while it looks like this."""
+    """What a route of the alias has as `targets` while it looks like this, less their replicas."""
     if alias.canary is None:
         return (RouteTarget(version=alias.version, weight=100),)
     serving = RouteTarget(version=alias.version, weight=100 - alias.canary.weight)
     return serving, RouteTarget(version=alias.canary.version, weight=alias.canary.weight)
 
 
-def chosen(route: Route, *, key: str) -> Route:
-    """The route to the version that answers requests of `key`."""
-    if len(route.targets) < 2:
-        return route
-    return route.model_copy(update={"version": choose(route.targets, key=key)})
-
-
-def choose(targets: Sequence[RouteTarget], *, key: str) -> str:
-    """The version among `targets` that `key` belongs to."""
-    return max(targets, key=lambda target: _score(target, key)).version
+def chosen(targets: Sequence[RouteTarget], *, key: str) -> RouteTarget:
+    """The one of `targets` that answers requests of `key`."""
+    return targets[0] if len(targets) == 1 else max(targets, key=lambda target: _score(target, key))
 
 
 def _score(target: RouteTarget, key: str) -> float:

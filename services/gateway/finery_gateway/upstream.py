@@ -46,6 +46,7 @@ class Answer:
         self.headers = connection.headers
         self._connection = connection
         self._pool = pool
+        self._is_closed = False
 
     async def read(self) -> bytes:
         """The next bytes of the body, empty at its end. Raises UpstreamError."""
@@ -53,6 +54,9 @@ class Answer:
 
     def close(self) -> None:
         """Gives the connection back; one whose answer is not read to its end is cut, upon which vLLM stops generating."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._pool.give_back(self._connection)
 
 
@@ -63,6 +67,8 @@ class Upstream:
         self._address = address
         self._timeout_s = timeout_s
         self._idle: list[_Connection] = []
+        self.num_in_flight = 0
+        """Requests sent, or about to be, whose answers are not closed yet."""
         parts = urlsplit(address)
         self._host = parts.netloc or "vllm"
 
@@ -72,11 +78,16 @@ class Upstream:
         head = "\r\n".join([*lines, f"content-length: {len(body)}"])
         assert head.count("\r\n") == len(lines), "a line break in a header"
         request = head.encode("latin-1") + b"\r\n\r\n" + body
-        kept = self._take()
-        if kept is not None:
-            with contextlib.suppress(ClosedBeforeAnswerError):
-                return await self._ask(kept, request)
-        return await self._ask(await self._connect(), request)
+        self.num_in_flight += 1
+        try:
+            kept = self._take()
+            if kept is not None:
+                with contextlib.suppress(ClosedBeforeAnswerError):
+                    return await self._ask(kept, request)
+            return await self._ask(await self._connect(), request)
+        except BaseException:
+            self.num_in_flight -= 1
+            raise
 
     async def _ask(self, connection: _Connection, request: bytes) -> Answer:
         try:
@@ -87,7 +98,8 @@ class Upstream:
         return Answer(connection, self)
 
     def give_back(self, connection: _Connection) -> None:
-        """Keeps a connection for the next request where it can be."""
+        """Ends a request and keeps its connection for the next where it can be."""
+        self.num_in_flight -= 1
         if connection.is_reusable and len(self._idle) < _MAX_IDLE:
             connection.idle_since_s = time.monotonic()
             self._idle.append(connection)

@@ -169,6 +169,7 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.more_addresses: list[str] = []
         self.aliases: dict[str, serving_pb2.Alias] = {}
         self.resolved: list[str] = []
         self.cold: set[str] = set()
@@ -279,19 +280,16 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
         if request.model in self.cold:
             raise DeadlineExceededError("still loading")
         if request.model == BASE:
-            return serving_pb2.Route(version=BASE, replica_address=self.address, replica_token=REPLICA_TOKEN, base_model=BASE)
+            return serving_pb2.Route(version=BASE, base_model=BASE, targets=[self._target(BASE, 100)])
         alias = self._find(f"{request.parent}/aliases/{request.model}")
-        targets = [serving_pb2.RouteTarget(version=alias.version, weight=100 - alias.canary.weight)]
+        targets = [self._target(alias.version, 100 - alias.canary.weight)]
         if alias.HasField("canary"):
-            targets.append(serving_pb2.RouteTarget(version=alias.canary.version, weight=alias.canary.weight))
-        return serving_pb2.Route(
-            version=alias.version,
-            epoch=alias.epoch,
-            replica_address=self.address,
-            replica_token=REPLICA_TOKEN,
-            base_model=BASE,
-            targets=targets,
-        )
+            targets.append(self._target(alias.canary.version, alias.canary.weight))
+        return serving_pb2.Route(version=alias.version, epoch=alias.epoch, base_model=BASE, targets=targets)
+
+    def _target(self, version, weight):
+        replicas = [serving_pb2.RouteReplica(address=address, token=REPLICA_TOKEN) for address in (self.address, *self.more_addresses)]
+        return serving_pb2.RouteTarget(version=version, weight=weight, replicas=replicas)
 
 
 class FakeDatasets(dataset_pb2_grpc.DatasetServiceServicer):

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from finery.common.v1 import job_pb2
 from finery.serving.v1 import serving_pb2, serving_pb2_grpc
 from finery_gateway.resources import RouteTarget
-from finery_gateway.splits import choose
+from finery_gateway.splits import chosen
 from finery_gateway.version_reports import VersionReports
 
 BASE = "SmolLM2-135M-Instruct"
@@ -320,7 +320,7 @@ def _caller_of(world, alias, version, *, weight=99, but_not=0) -> str:
 
     def goes(user, percent):
         targets = (RouteTarget(version="v1", weight=100 - percent), RouteTarget(version=canary, weight=percent))
-        return choose(targets, key=user) == version
+        return chosen(targets, key=user).version == version
 
     return next(user for user in map(str, range(10_000)) if goes(user, weight) and not (but_not and goes(user, but_not)))
 

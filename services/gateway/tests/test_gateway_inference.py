@@ -13,6 +13,9 @@ from prometheus_client import REGISTRY
 from finery.common.v1 import job_pb2
 from finery.training.v1 import spec_pb2, training_pb2
 from finery_gateway import http_server
+from finery_gateway.metrics import RETRIED
+from finery_gateway.resources import RouteReplica
+from finery_gateway.upstream import Upstream
 from finery_gateway.usage import StreamTap
 
 BASE = "SmolLM2-135M-Instruct"
@@ -287,3 +290,41 @@ def test_a_stream_cut_anywhere_comes_out_whole_and_without_the_usage_event():
 
 def _tokens(world) -> float:
     return REGISTRY.get_sample_value("finery_gateway_tokens_total", {"project": world.project, "kind": "completion"}) or 0
+
+
+async def test_a_replica_that_does_not_answer_is_left_out_and_its_requests_go_to_another(client, world):
+    world.serving.more_addresses, world.serving.address = [world.serving.address], "unix:///nowhere/v.sock"
+    before = RETRIED.labels("connection")._value.get()
+    for _ in range(20):
+        await _chat(client)
+    # The first request that is sent there, if any is; for 5 s after that, none.
+    assert RETRIED.labels("connection")._value.get() - before <= 1
+
+
+async def test_requests_go_to_the_replica_with_the_fewest_in_flight(world):
+    proxy = world.gateway.proxy
+    replicas = [RouteReplica(address=f"unix:///{name}", token="t") for name in "ab"]
+    proxy._upstreams = {replica.address: Upstream(replica.address, timeout_s=1) for replica in replicas}
+    proxy._upstreams["unix:///a"].num_in_flight = 2
+    proxy._upstreams["unix:///b"].num_in_flight = 1
+    assert {proxy._least_busy(replicas).address for _ in range(20)} == {"unix:///b"}
+    proxy._upstreams["unix:///a"].num_in_flight = 1
+    assert {proxy._least_busy(replicas).address for _ in range(50)} == {"unix:///a", "unix:///b"}
+    proxy._suspect("unix:///b")
+    assert {proxy._least_busy(replicas).address for _ in range(20)} == {"unix:///a"}
+    proxy._suspect("unix:///a")
+    assert len({proxy._least_busy(replicas).address for _ in range(50)}) == 2
+
+
+async def test_a_request_is_in_flight_until_its_answer_is_closed(client, world):
+    await _chat(client)
+    assert [upstream.num_in_flight for upstream in world.gateway.proxy._upstreams.values()] == [0]
+    world.vllm.endless = True
+    stream = await _chat(client, stream=True)
+    await anext(aiter(stream))
+    assert [upstream.num_in_flight for upstream in world.gateway.proxy._upstreams.values()] == [1]
+    await stream.close()
+    await world.vllm.aborted.wait()
+    async with asyncio.timeout(5):
+        while any(upstream.num_in_flight for upstream in world.gateway.proxy._upstreams.values()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

@@ -13,7 +13,7 @@ from structlog.contextvars import bound_contextvars, merge_contextvars
 
 from finery_gateway.client import ServingClient, TrainingClient
 from finery_gateway.limits import KeyLimits
-from finery_gateway.resources import Route
+from finery_gateway.resources import Route, RouteReplica, RouteTarget
 from finery_gateway.routes import Routes
 
 BASE = "SmolLM2-135M-Instruct"
@@ -131,7 +131,7 @@ async def test_a_bug_of_ours_has_an_id_a_line_and_its_status_in_the_metrics(line
 async def test_a_watch_that_outlives_its_request_does_not_speak_under_its_id(lines):
     class Serving:
         async def resolve(self, *_args, **_options):
-            return Route(version="v", replica_address="unix:///v.sock", replica_token="t")
+            return Route(targets=(RouteTarget(version="v", weight=100, replicas=(RouteReplica(address="unix:///v.sock", token="t"),)),))
 
         async def all_aliases(self, project):
             for alias in ():

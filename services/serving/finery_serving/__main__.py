@@ -45,13 +45,14 @@ async def _serve(settings: ServingSettings) -> None:
     store = await asyncio.to_thread(ArtifactStore.connect, settings.s3())
     entry = base_entry(settings)
     base_dir = await asyncio.to_thread(materialize, entry, cache_dir=settings.artifact_cache_dir, store=store)
-    runtime = make_runtime(
-        settings.runtime_dir, xdg_runtime_dir=os.environ.get("XDG_RUNTIME_DIR"), secret=settings.token_secret()
-    )
+    runtime = make_runtime(settings.runtime_dir, xdg_runtime_dir=os.environ.get("XDG_RUNTIME_DIR"), secret=settings.token_secret())
     async with AsyncExitStack() as stack:
         stack.callback(runtime.remove)
         agent = Agent(
-            vllm_config(settings, entry=entry, base_dir=base_dir), runtime=runtime, state_dir=settings.state_dir, environment=os.environ
+            vllm_config(settings, entry=entry, base_dir=base_dir),
+            runtime=runtime,
+            state_dir=settings.replica_dir,
+            environment=os.environ,
         )
         supervising = await stack.enter_async_context(agent.vllm_running())
         database = await Database.open(settings.service_database_url("serving"), schema="serving")
@@ -59,7 +60,7 @@ async def _serve(settings: ServingSettings) -> None:
         await database.migrate("finery_serving.migrations", version_table="serving_version")
         base = await asyncio.to_thread(_describe, entry.name, base_dir, settings.artifact_cache_dir / "digests")
         services = await stack.enter_async_context(
-            agent.reconciling(database, store=store, base=base, cache_dir=settings.artifact_cache_dir / "serving")
+            agent.reconciling(database, store=store, base=base, cache_dir=settings.adapter_cache_dir)
         )
         REGISTRY.register(ReplicaCollector(runtime.socket, replica=runtime.replica_id, admin_token=runtime.admin_token))
         servicer = ServingServicer(

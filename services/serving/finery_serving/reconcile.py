@@ -56,8 +56,8 @@ class Reconciler:
         self._generation = 0
         # What was to be here at the last pass.
         self._placed: frozenset[str] = frozenset()
-        # When a pinned version that could not be loaded is tried again.
-        self._retry_s: dict[str, float] = {}
+        # What is still to be loaded here, and when it is tried next.
+        self._owed_s: dict[str, float] = {}
 
     async def run(self) -> None:
         """Reconciles until cancelled; what fails is tried again."""
@@ -89,28 +89,33 @@ class Reconciler:
         for version, adapter in self._registry.loads_asked.items():
             self._spawn(f"load {version}", self._load_as_asked(Served(version, "", adapter)))
         wanted = _versions(aliases) | {rollout.version for rollout in rollouts}
+        self._residency.forget_failures(but_of=wanted)
         for version in self._residency.versions:
             if version not in wanted:
                 self._spawn(f"drop {version}", self._residency.drop(version))
         await self._sweep(aliases, rollouts)
 
     def _spawn_loads(self, aliases: Sequence[Alias], *, placed: Mapping[str, Sequence[str]]) -> None:
-        """Loads what is placed here since the last pass, and after a start of vLLM everything that is; a pinned version until it is loaded.
+        """Loads what is placed here since the last pass, and after a start of vLLM everything that is, each until it has been loaded once;
+        a pinned version whenever it is not.
 
         What had to make room since comes back when it is asked for.
         """
         own = self._registry.own.id
         here = frozenset(version for version, replicas in placed.items() if own in replicas)
-        known = self._placed if self._generation == self._residency.generation else frozenset[str]()
-        self._generation, self._placed = self._residency.generation, here
+        if self._generation != self._residency.generation:
+            self._generation, self._placed, self._owed_s = self._residency.generation, frozenset(), {}
+        known, self._placed = self._placed, here
+        self._owed_s = {version: at_s for version, at_s in self._owed_s.items() if version in here}
         for served, is_pinned in _distinct(aliases).values():
-            if served.version not in here or self._residency.state_of(served.version) == "loaded":
+            version = served.version
+            if self._residency.state_of(version) == "loaded":
+                self._owed_s.pop(version, None)
                 continue
-            if is_pinned and self._retry_s.get(served.version, 0.0) <= time.monotonic():
-                self._retry_s[served.version] = time.monotonic() + _INTERVAL_S
-                self._spawn(f"load {served.version}", self._load(served, wait_s=_PIN_WAIT_S))
-            elif served.version not in known:
-                self._spawn(f"load {served.version}", self._load(served))
+            is_owed = version in here and (is_pinned or version not in known or version in self._owed_s)
+            if is_owed and self._owed_s.get(version, 0.0) <= time.monotonic():
+                self._owed_s[version] = time.monotonic() + _INTERVAL_S
+                self._spawn(f"load {version}", self._load(served, wait_s=_PIN_WAIT_S if is_pinned else 0.0))
 
     def _continue(self, rollout: Rollout) -> None:
         """Begins the rollout, unless an earlier one of its alias is at work; each end is a change, which brings the next one's turn."""
@@ -172,7 +177,9 @@ class Reconciler:
         try:
             await work
         except FineryError as error:
-            log.warning("work failed; the next pass sees to it", work=name, reason=error.message)
+            log.warning("work failed; a later pass sees to it", work=name, reason=error.message)
+        except Exception:
+            log.exception("work failed as nobody expected", work=name)
         finally:
             del self._tasks[name]
             self._changes.notify()

@@ -116,6 +116,10 @@ class Residency:
         """From now on `versions`, and no others, never make room. Loading them is the caller's business."""
         self._kept = frozenset(versions)
 
+    def forget_failures(self, *, but_of: Collection[str]) -> None:
+        """Of versions that nobody wants any more, nobody asks why they could not be loaded."""
+        self._failed.intersection_update(but_of)
+
     @contextmanager
     def pinned(self, version: str) -> Iterator[None]:
         """Keeps `version` from having to make room while the block runs."""
@@ -124,6 +128,8 @@ class Residency:
             yield
         finally:
             self._pins[version] -= 1
+            if not self._pins[version]:
+                del self._pins[version]
 
     async def ensure(self, version: str, *, path: Path, deadline_s: float) -> None:
         """Loads `version` from `path` and lets requests in, unless that is so already; `deadline_s` is on the monotonic clock.

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from finery_common.errors import FailedPreconditionError, FineryError, NotFoundError, UnavailableError
+from finery_common.errors import FailedPreconditionError, FineryError, NotFoundError, ResourceExhaustedError, UnavailableError
 from finery_serving.aliases import Alias, AliasStore, RolloutState, Served
 from finery_serving.changes import Changes
 from finery_serving.placement import Placement
@@ -179,6 +179,10 @@ class Routes:
             await self._residency.ensure(served.version, path=path, deadline_s=deadline_s)
         except UnavailableError:
             raise
+        except ResourceExhaustedError as error:
+            log.error("no room for a deployed version", alias=alias.alias, version=served.version, reason=error.message)
+            message = f"There is no room to load {alias.alias}; the operator finds the reason in serving's log. Repeat later."
+            raise UnavailableError(message, retry_after_s=RETRY_AFTER_S) from error
         except FineryError as error:
             # The reason may name files of this machine.
             log.error("a deployed version cannot be loaded", alias=alias.alias, version=served.version, reason=error.message)

@@ -23,6 +23,8 @@ class ServingSettings(ServiceSettings):
 
     vllm_python: Path | None = None
     """Python of the virtual environment that has vLLM."""
+    serving_replica: str = Field(default="", pattern=r"^[A-Za-z0-9-]*$")
+    """Tells agents apart that share a state directory: each has logs, a pid file and copies of adapters of its own."""
     serving_base_model: str = ""
     """Name of the base model to serve; may be empty where the catalogue has one only."""
     serving_device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -43,3 +45,13 @@ class ServingSettings(ServiceSettings):
     """A vLLM that does not answer by then is killed and started again."""
     runtime_dir: Path | None = None
     """Short path for sockets, which may have 107 characters at most; a fresh folder under XDG_RUNTIME_DIR or /tmp where unset."""
+
+    @property
+    def replica_dir(self) -> Path:
+        """Logs and the pid file of this replica's vLLM."""
+        return self.state_dir / "replicas" / self.serving_replica if self.serving_replica else self.state_dir
+
+    @property
+    def adapter_cache_dir(self) -> Path:
+        """This replica's copies of adapters; what it removes, no other vLLM has."""
+        return self.artifact_cache_dir / f"serving{self.serving_replica}"

@@ -61,14 +61,15 @@ def running(tmp_path, agent_database, object_store):
     python.chmod(0o755)
 
     @asynccontextmanager
-    async def running(*, max_cpu_loras=4):
+    async def running(*, max_cpu_loras=4, name=""):
+        """`name` tells agents of one test apart."""
         config = VllmConfig(python, _BASE.name, tmp_path, "cpu", 2, max_cpu_loras, 8, 128, 1, 30, ())
-        runtime = make_runtime(None, xdg_runtime_dir=None)
-        agent = Agent(config, runtime=runtime, state_dir=tmp_path, environment=os.environ)
+        runtime = make_runtime(None, xdg_runtime_dir=None, secret="s" * 40)
+        agent = Agent(config, runtime=runtime, state_dir=tmp_path / name, environment=os.environ)
         try:
             async with (
                 agent.vllm_running() as supervising,
-                agent.reconciling(agent_database, store=object_store, base=_BASE, cache_dir=tmp_path / "cache") as services,
+                agent.reconciling(agent_database, store=object_store, base=_BASE, cache_dir=tmp_path / name / "cache") as services,
             ):
                 yield SimpleNamespace(
                     agent=agent,

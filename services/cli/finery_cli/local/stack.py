@@ -31,10 +31,19 @@ QUICKSTART_MODEL = "SmolLM2-135M-Instruct"
 START_S = 90.0
 _STORE_BACKOFF_S = (1, 2, 5, 10, 30)
 _TAKEN = ("cannot listen on", "already in use", "failed to bind")
+_MAX_REPLICAS = 64
 # Serving first: vLLM takes the longest to come up, and services wait for each other only where they call.
 SERVICES: tuple[str, ...] = ("serving", "dataprep", "trainer", "converter", "gateway")
 
 Say = Callable[[str], None]
+
+
+def replicas_of_serving() -> list[str]:
+    """The names of serving's processes, one a vLLM: as many as FINERY_SERVING_REPLICAS says. Raises FailedPreconditionError."""
+    text = os.environ.get("FINERY_SERVING_REPLICAS", "1")
+    if not text.isdecimal() or not 1 <= int(text) <= _MAX_REPLICAS:
+        raise FailedPreconditionError(f"FINERY_SERVING_REPLICAS: got {text!r}, wanted 1 to {_MAX_REPLICAS}, one a GPU")
+    return ["serving", *(f"serving-{number}" for number in range(2, int(text) + 1))]
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,9 @@ class Stack:
         self._store_failures = 0
         self._next_store_start_s = 0.0
         self._metrics_port = 0
+        serving = replicas_of_serving()
+        # In the order of their start.
+        self._names = [name for service in SERVICES for name in (serving if service == "serving" else [service])]
         self._metrics_ports: dict[str, int] = {}
 
     @contextmanager
@@ -137,7 +149,7 @@ class Stack:
         self._say("preparing the base model")
         register_quickstart_model(self._layout)
         shared = self._start_store() | {"FINERY_VLLM_PYTHON": str(python)}
-        self._say("starting " + ", ".join(SERVICES))
+        self._say("starting " + ", ".join(self._names))
         try:
             self._start_services(shared)
         except UnavailableError:
@@ -152,8 +164,8 @@ class Stack:
         ports = self._choose_ports()
         self._metrics_ports = ports.metrics
         env = {**self._environment(ports), **shared}
-        for service in SERVICES:
-            child = self._child(service, env=env, ports=ports)
+        for name in self._names:
+            child = self._child(name, env=env, ports=ports)
             self._children.append(child)
             child.start()
         for child in self._children:
@@ -186,14 +198,22 @@ class Stack:
             _require_free(port, option=option)
 
     def _choose_ports(self) -> Ports:
-        chosen = free_ports(2 * len(SERVICES))
-        rpc = dict(zip(SERVICES, chosen[: len(SERVICES)], strict=True))
-        metrics = dict(zip(SERVICES, chosen[len(SERVICES) :], strict=True))
+        chosen = free_ports(2 * len(self._names))
+        rpc = dict(zip(self._names, chosen[: len(self._names)], strict=True))
+        metrics = dict(zip(self._names, chosen[len(self._names) :], strict=True))
         return Ports(self._http_port, self._grpc_port, rpc | {"gateway": self._grpc_port}, metrics)
 
     def _environment(self, ports: Ports) -> dict[str, str]:
         """What all services share. PYTHONSAFEPATH keeps the working directory from shadowing packages."""
-        addresses = {f"FINERY_{service.upper()}_ADDRESS": f"127.0.0.1:{ports.rpc[service]}" for service in SERVICES if service != "gateway"}
+        targets = {
+            service: [f"127.0.0.1:{ports.rpc[name]}" for name in self._names if name.split("-")[0] == service] for service in SERVICES
+        }
+        # Of several agents of serving any may be asked.
+        addresses = {
+            f"FINERY_{service.upper()}_ADDRESS": found[0] if len(found) == 1 else f"ipv4:{','.join(found)}"
+            for service, found in targets.items()
+            if service != "gateway"
+        }
         return {
             **os.environ,
             **addresses,
@@ -206,16 +226,29 @@ class Stack:
             "FINERY_HTTP_PORT": str(ports.http),
         }
 
-    def _child(self, service: str, *, env: dict[str, str], ports: Ports) -> ChildProcess:
-        address = f"127.0.0.1:{ports.rpc[service]}"
+    def _child(self, name: str, *, env: dict[str, str], ports: Ports) -> ChildProcess:
+        address = f"127.0.0.1:{ports.rpc[name]}"
+        service, _, replica = name.partition("-")
         http = f"http://127.0.0.1:{ports.http}/healthz"
         return ChildProcess(
-            service,
+            name,
             [sys.executable, "-m", f"finery_{service}"],
-            env=env | {"FINERY_GRPC_ADDRESS": address, "FINERY_METRICS_PORT": str(ports.metrics[service])},
-            log_file=self._layout.log_dir / f"{service}.log",
+            env={
+                **env,
+                **(self._replica_environment(replica) if service == "serving" else {}),
+                "FINERY_GRPC_ADDRESS": address,
+                "FINERY_METRICS_PORT": str(ports.metrics[name]),
+            },
+            log_file=self._layout.log_dir / f"{name}.log",
             healthy=(lambda: http_healthy(http)) if service == "gateway" else (lambda: rpc_healthy(address)),
         )
+
+    def _replica_environment(self, replica: str) -> dict[str, str]:
+        """A replica's own name and, where there are several and nobody has chosen, its own GPU; without GPUs the latter means nothing."""
+        own = {"FINERY_SERVING_REPLICA": replica}
+        if len(self._names) == len(SERVICES) or "CUDA_VISIBLE_DEVICES" in os.environ:
+            return own
+        return own | {"CUDA_VISIBLE_DEVICES": str(int(replica or "1") - 1)}
 
     def _describe(self, ports: Ports, *, s3_endpoint: str) -> RunningStack:
         return RunningStack(

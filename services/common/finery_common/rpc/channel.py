@@ -24,6 +24,8 @@ _OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Over all addresses that a target has (`ipv4:host:port,host:port`, a headless service): of several agents any may be asked.
+    ("grpc.lb_policy_name", "round_robin"),
 ]
 
 T = TypeVar("T")

@@ -25,6 +25,12 @@ from finery_common.rpc.tokens import METADATA_KEY, Principal, TokenSigner, set_p
 DRAIN_S = 20.0
 UNARY_DEADLINE_S = 60.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Clients ping every 30 s; by gRPC's own limit of 5 minutes a quiet watch would be ended.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+]
 _OPEN_SERVICES = ("/grpc.health.v1.", "/grpc.reflection.")
 
 Authenticate = Callable[[str], Awaitable[Principal]]
@@ -57,7 +63,7 @@ class RpcServer:
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  missing in the stubs
         self._server = grpc.aio.server(
             interceptors=[_Interceptor(authenticate)],
-            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)],
+            options=_OPTIONS,
         )
         for servicer in self._servicers:
             servicer.add(self._server)
