@@ -100,6 +100,7 @@ def test_cycles_of_deploying_and_undeploying_leave_nothing(
     system: System, client: OpenAI, deployments: Deployments, adapters: Adapters, is_long: bool
 ):
     num_cycles, num_first = (1000, 100) if is_long else (20, 5)
+    others, other_copies = set(vllm_state(system)["adapters"]), set(copies(system))
     seen: list[Footprint] = []
     for number in range(num_cycles):
         # The bytes repeat, the version is another each time.
@@ -107,10 +108,10 @@ def test_cycles_of_deploying_and_undeploying_leave_nothing(
         assert say(client, "cycled", max_tokens=1) is not None
         deployments.delete("cycled")
         if number + 1 in (num_first, num_cycles):
-            eventually(lambda: not vllm_state(system)["adapters"] and not copies(system))
+            eventually(lambda: others >= set(vllm_state(system)["adapters"]) and other_copies >= set(copies(system)))
             seen.append(footprint(system))
     first, last = seen
-    assert (last.registered, last.copies) == (first.registered, first.copies) == (frozenset(), frozenset())
+    assert (last.registered, last.copies) == (first.registered, first.copies)
     # Connections come and go by ones; a descriptor a cycle would be more.
     eventually(lambda: all(count <= first.num_files[name] + 5 for name, count in footprint(system).num_files.items()))
     if is_long:

@@ -29,6 +29,8 @@ from finery_serving.vllm_process import VllmProcess
 # Left of the caller's deadline, so that it gets our reason and not its own timeout.
 _MARGIN_S = 0.25
 _LOOK_AGAIN_S = 1.0
+_CANARY_WAIT_S = 1.0
+_ASK_AGAIN_S = 2.0
 
 log = structlog.get_logger(__name__)
 
@@ -90,7 +92,7 @@ class Routes:
         loaded.
         """
         deadline_s = time.monotonic() + timeout_s - _MARGIN_S
-        asked: set[str] = set()
+        asked: dict[str, float] = {}
         while True:
             seen = self._changes.count
             reason = f"{model} is being deployed; repeat in {RETRY_AFTER_S:.0f} s."
@@ -107,8 +109,8 @@ class Routes:
                 raise UnavailableError(reason, retry_after_s=RETRY_AFTER_S)
             await self._changes.wait_after(seen, timeout_s=min(left_s, _LOOK_AGAIN_S))
 
-    async def _look(self, project: str, model: str, *, after_epoch: int, deadline_s: float, asked: set[str]) -> Route | None:
-        """The route, or None while it has to be waited for; `asked` are the replicas that were asked to load for it."""
+    async def _look(self, project: str, model: str, *, after_epoch: int, deadline_s: float, asked: dict[str, float]) -> Route | None:
+        """The route, or None while it has to be waited for; `asked` says when which replica was asked to load for it."""
         ready = await self._answering()
         if model == self._process.config.base_model:
             return await self._route([Target(model, 100, self._addresses(ready))], epoch=0) if ready else None
@@ -121,12 +123,9 @@ class Routes:
             return None
         targets = [Target(served.version, 100, self._addresses(holders))]
         for canary in canaries:
-            # One that is not there yet must not keep the version that serves from answering.
-            if holders := [replica for replica in ready if self._serves(replica, canary.version)]:
+            if holders := await self._canary_holders(alias, canary, ready=ready):
                 targets = [replace(targets[0], weight=100 - alias.canary_weight)]
                 targets.append(Target(canary.version, alias.canary_weight, self._addresses(holders)))
-            else:
-                self._warm_canary(alias, canary, ready=ready)
         return await self._route(targets, epoch=alias.epoch)
 
     async def _answering(self) -> tuple[Replica, ...]:
@@ -144,7 +143,7 @@ class Routes:
         return self._residency.serves(version) if replica.id == self._registry.own.id else replica.serves(version)
 
     async def _holders(
-        self, alias: Alias, served: Served, *, ready: Sequence[Replica], deadline_s: float, asked: set[str]
+        self, alias: Alias, served: Served, *, ready: Sequence[Replica], deadline_s: float, asked: dict[str, float]
     ) -> list[Replica]:
         """The replicas that let requests for `served` in; where none does, the first that the alias prefers loads it, which another's agent
         is asked for: none for now.
@@ -156,20 +155,25 @@ class Routes:
         if first.id == self._registry.own.id:
             await self._warm(alias, served, deadline_s=deadline_s)
             return [first]
-        if first.id not in asked:
-            asked.add(first.id)
+        # Again after a while: it may have loaded the version and had to make room once more before anybody saw it.
+        if time.monotonic() - asked.get(first.id, -_ASK_AGAIN_S) >= _ASK_AGAIN_S:
+            asked[first.id] = time.monotonic()
             await self._registry.ask_to_load(first, served.version, adapter=served.adapter)
         return []
 
-    def _warm_canary(self, alias: Alias, canary: Served, *, ready: Sequence[Replica]) -> None:
-        if canary.version not in self._warming:
-            task = asyncio.create_task(self._try_canary(alias, canary, ready=ready))
-            self._warming[canary.version] = task
-            task.add_done_callback(lambda _: self._warming.pop(canary.version))
+    async def _canary_holders(self, alias: Alias, canary: Served, *, ready: Sequence[Replica]) -> list[Replica]:
+        """As `_holders`, but one that is not there soon must not keep the version that serves from answering."""
+        if not any(self._serves(replica, canary.version) for replica in ready):
+            task = self._warming.get(canary.version)
+            if task is None:
+                task = self._warming[canary.version] = asyncio.create_task(self._try_canary(alias, canary, ready=ready))
+                task.add_done_callback(lambda _: self._warming.pop(canary.version))
+            await asyncio.wait([task], timeout=_CANARY_WAIT_S)
+        return [replica for replica in ready if self._serves(replica, canary.version)]
 
     async def _try_canary(self, alias: Alias, canary: Served, *, ready: Sequence[Replica]) -> None:
         try:
-            await self._holders(alias, canary, ready=ready, deadline_s=time.monotonic(), asked=set())
+            await self._holders(alias, canary, ready=ready, deadline_s=time.monotonic(), asked={})
         except FineryError as error:
             log.warning("a canary gets no requests", alias=alias.alias, version=canary.version, reason=error.message)
 

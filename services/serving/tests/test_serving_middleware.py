@@ -139,10 +139,13 @@ async def test_an_error_tells_nothing_of_the_inside(status, message, shown):
 
 
 @pytest.mark.parametrize(("streamed", "code"), [(False, 503), (True, "stream_broken")])
-async def test_what_an_engine_that_has_ended_leaves_unanswered_is_no_fault_of_the_request(streamed, code):
+@pytest.mark.parametrize(
+    ("errored", "words"), [(True, "EngineCore encountered an issue"), (False, "cannot schedule new futures after shutdown")]
+)
+async def test_what_an_engine_that_has_ended_leaves_unanswered_is_no_fault_of_the_request(streamed, code, errored, words):
     engine = Engine()
-    engine.errored = True
-    body = json.dumps({"error": {"message": "EngineCore encountered an issue", "code": 500}}).encode()
+    engine.errored = errored
+    body = json.dumps({"error": {"message": words, "code": 500}}).encode()
     app = App(b"data: " + body + b"\n\n", b"", content_type="text/event-stream") if streamed else App(body, status=500)
     answer = await call(await admitted(app), engine=engine)
     assert answer.status == (200 if streamed else 503)

@@ -66,6 +66,8 @@ ADMIN_PATHS = frozenset(
 _ERROR_LINE = re.compile(rb'data:\s*\{\s*"error"\s*:')
 # vLLM's version and a digest of its configuration.
 _FINGERPRINT = re.compile(rb'"system_fingerprint"\s*:\s*"[^"]*"')
+# What Python's executors say in a process that is told to end.
+_ENDING = b"after shutdown"
 _MAX_MESSAGE = 1000
 _PARAMETER = re.compile(r"[A-Za-z_][\w.\[\]]{0,63}")
 _PARAMETER_NOTE = re.compile(r"\s*\(parameter=[^()]*\)$")
@@ -263,7 +265,7 @@ class _Renamed:
 
     def _public_error(self, body: bytes, *, status: int) -> tuple[int, bytes]:
         """vLLM's error without names and paths of the inside; of its own faults only that there was one, and whether it ended by it."""
-        if status >= 500 and self._is_dead():
+        if status >= 500 and (self._is_dead() or _ENDING in body):
             message = "The model is being restarted and gives this answer no end; send the request again."
             return 503, _error_body(message, code="stream_broken" if self._streams else 503, param=None)
         try:
