@@ -24,18 +24,22 @@ _OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    # Over all addresses that a target has (`ipv4:host:port,host:port`, a headless service): of several agents any may be asked.
-    ("grpc.lb_policy_name", "round_robin"),
 ]
+# Of several agents any may be asked. For a single address it would be worse: a call to one that is just back fails instead of connecting.
+_SEVERAL = [("grpc.lb_policy_name", "round_robin")]
 
 T = TypeVar("T")
 
 
 class ServiceChannel:
-    """A channel to one service. Unary calls without a deadline get 30 s; errors arrive as FineryError."""
+    """A channel to one service, at one address or several (`ipv4:host:port,host:port`), which take turns.
+
+    Unary calls without a deadline get 30 s; errors arrive as FineryError.
+    """
 
     def __init__(self, target: str, *, signer: TokenSigner, caller: str) -> None:
-        self.grpc = grpc.aio.insecure_channel(target, options=_OPTIONS, interceptors=_interceptors())
+        options = [*_OPTIONS, *(_SEVERAL if "," in target else [])]
+        self.grpc = grpc.aio.insecure_channel(target, options=options, interceptors=_interceptors())
         self._signer = signer
         self._caller = caller
 
