@@ -94,7 +94,8 @@ class Registry:
         self._written: Replica | None = None
         self._beat = 0
         self._beaten_s = 0.0
-        self._revision = -1
+        # The revision and the others that live, as of the latest look.
+        self._viewed: tuple[int, tuple[Replica, ...]] = (-1, ())
         self.loads_asked: dict[str, ArtifactRef] = {}
         """What others wait for this replica to load: versions and their adapters."""
         self.failures: dict[int, dict[str, str | None]] = {}
@@ -212,12 +213,13 @@ class Registry:
             revision = await session.scalar(select(RevisionRow.number)) or 0
             rows = (await session.scalars(select(ReplicaRow).where(ReplicaRow.base_model == self._process.config.base_model))).all()
             asked = (await session.scalars(select(LoadRequestRow).where(LoadRequestRow.replica_id == own_id))).all()
-        before = self._view()
         now_s = time.monotonic()
         self._others = {row.id: self._seen(row, now_s) for row in rows if row.id != own_id}
         self.loads_asked = {row.version: ArtifactRef.model_validate(row.adapter) for row in asked}
-        if self._view() != before or revision != self._revision:
-            self._revision = revision
+        # Who has fallen silent since the last look is news as well.
+        view = (revision, self.live[1:])
+        if view != self._viewed:
+            self._viewed = view
             self._changes.notify()
         for replica_id, seen in self._others.items():
             if now_s - seen.changed_s > _FORGOTTEN_S:
@@ -229,9 +231,6 @@ class Registry:
         if known is not None and known.beat == row.beat:
             return known
         return _Seen(_REPLICA.validate_python(row.state), row.beat, now_s, is_believed=known is not None)
-
-    def _view(self) -> tuple[Replica, ...]:
-        return self.live[1:]
 
     async def _forget(self, replica_id: str) -> None:
         async with changing(self._db) as session:

@@ -6,7 +6,6 @@ and unloading to `reconcile`, which sees in the database what is wanted.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
@@ -37,7 +36,7 @@ from finery_serving.aliases import (
 )
 from finery_serving.changes import Changes
 from finery_serving.metrics import SWAPS
-from finery_serving.tables import AliasRow, RequestRow, RolloutRow, changing
+from finery_serving.tables import AliasRow, RequestRow, RevisionRow, RolloutRow, changing
 
 _Act = Callable[[AsyncSession, AliasRow], Awaitable[str]]
 
@@ -48,8 +47,6 @@ class Releases:
     def __init__(self, database: Database, *, changes: Changes) -> None:
         self._db = database
         self._changes = changes
-        # One agent pins on its replica; two at once must not both take the last room.
-        self._pinning = asyncio.Lock()
 
     async def set_weight(self, project: str, alias: str, *, weight: int, etag: str = "") -> Alias:
         """Gives the canary `weight` percent of the requests.
@@ -89,8 +86,10 @@ class Releases:
         `max_pins` aliases can be pinned. Projects that have an alias may pin even shares of them; what a project pinned while others had
         none stays. Raises NotFoundError, FailedPreconditionError where there are as many pins, or the project has its share.
         """
-        async with self._pinning, changing(self._db) as session:
+        async with changing(self._db) as session:
             row = await _locked(session, project, alias)
+            # Of two at once, at whichever agents, the second counts the first: both must not take the last room.
+            await session.execute(sa.select(RevisionRow.number).with_for_update())
             if not row.pinned:
                 _check_pins(await _pins_by_project(session), project=project, max_pins=max_pins, alias=alias)
             row.pinned, row.updated_at = True, datetime.now(UTC)

@@ -112,6 +112,23 @@ async def test_a_replica_whose_agent_gives_no_sign_is_left_out_and_another_takes
     assert (await ended(other, project)).version in other.residency.versions
 
 
+async def test_a_replica_that_falls_silent_is_a_change_for_the_others(two, monkeypatch):
+    monkeypatch.setattr(registry, "HEALTH_INTERVAL_S", 1.0)
+    here, there = two
+    notify, told = here.agent.changes.notify, []
+
+    def recorded():
+        told.append(len(here.registry.live))
+        notify()
+
+    async def silence():
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(here.agent.changes, "notify", recorded)
+    monkeypatch.setattr(there.registry, "_tell", silence)
+    await until(two, lambda: 1 in told)
+
+
 async def test_the_row_of_a_killed_agent_is_not_believed_and_goes(running, agent_database, monkeypatch):
     monkeypatch.setattr(registry, "_FORGOTTEN_S", 1.5)
     async with running(name="a") as here:
