@@ -52,6 +52,7 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIM_MULTIPLE = 8
 MAX_HEAD_DIM = 256
 MIN_FLEX_HEAD_DIM = 16
+NUM_FLEX_COMPILATIONS = 64
 # By compute capability, None for any other: cuDNN's backward takes 256 on sm90 alone (9.10 and later, as torch 2.11 has it).
 MAX_CUDNN_HEAD_DIM: dict[tuple[int, int] | None, int] = {(9, 0): 256, None: 128}
 
@@ -359,9 +360,14 @@ def _flex_call(q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, pr
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
-    """Whole or not at all: run eagerly, FlexAttention would hold the scores of the whole pack."""
+    """Whole or not at all: run eagerly, FlexAttention would hold the scores of the whole pack.
+
+    torch gives up compiling a function anew after 8 times, all its callers' shapes, dtypes and gradient modes counted together.
+    """
+    import torch._dynamo.config as dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
+    dynamo.recompile_limit = max(dynamo.recompile_limit, NUM_FLEX_COMPILATIONS)
     return torch.compile(flex_attention, fullgraph=True)
 
 
