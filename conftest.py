@@ -18,16 +18,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
 import psycopg
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from psycopg import sql
 
 from finery_cli.local.seaweedfs import SeaweedFS
 from finery_common.artifacts import ArtifactStore
 from finery_common.database import Database
+from finery_common.tls import VLLM_NAME
 
 ROOT = Path(__file__).parent
 
@@ -152,6 +158,24 @@ def base_model_dir() -> Path:
             command = [sys.executable, "-m", "finery_trainer.base_models", "import-gguf", str(_smollm2_gguf()), str(folder)]
             subprocess.run(command, check=True, cwd=ROOT)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(certificate, key) of a vLLM's TLS port, which is its own authority."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, VLLM_NAME)]), datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - timedelta(days=1), now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(VLLM_NAME)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    folder, pem = tmp_path_factory.mktemp("certificate"), serialization.Encoding.PEM
+    files = folder / "tls.crt", folder / "tls.key"
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    for file, content in zip(files, (made.public_bytes(pem), private), strict=True):
+        file.write_bytes(content)
+    return files
 
 
 def _smollm2_gguf() -> Path:

@@ -23,6 +23,7 @@ from finery_common.rpc.tokens import TokenSigner
 from finery_gateway.client import ServingClient
 from finery_gateway.resources import Alias, Artifact
 from finery_serving.vllm_client import VllmClient
+from finery_serving.vllm_endpoint import UnixEndpoint
 
 _WATCH_AGAIN_S = 0.2
 
@@ -134,5 +135,6 @@ def _replica_client(serving_pid: int) -> VllmClient:
     for child in psutil.Process(serving_pid).children(recursive=True):
         if config := child.environ().get("FINERY_MIDDLEWARE_CONFIG"):
             tokens = json.loads(Path(config).read_text())
-            return VllmClient(Path(config).parent / "vllm.sock", replica_token=tokens["replica_token"], admin_token=tokens["admin_token"])
+            endpoint = UnixEndpoint(Path(config).parent / "vllm.sock")
+            return VllmClient(endpoint, replica_token=tokens["replica_token"], admin_token=tokens["admin_token"])
     raise AssertionError("no vLLM runs below the serving service")

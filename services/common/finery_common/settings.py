@@ -65,6 +65,8 @@ class ServiceSettings(BaseSettings):
     """gRPC target of the converter."""
     serving_address: str = ""
     """gRPC target of serving."""
+    vllm_ca_file: Path | None = None
+    """PEM certificates of who signs vLLM's, where vLLM listens on a TLS port."""
     log_level: str = "INFO"
     """DEBUG, INFO, WARNING or ERROR."""
 

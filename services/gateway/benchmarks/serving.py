@@ -59,7 +59,7 @@ def _vllm(arguments: argparse.Namespace) -> Iterator[Runtime]:
     middleware = runtime.folder / "middleware.json"
     middleware.touch(mode=0o600)
     middleware.write_text(json.dumps({**tokens, "base_model": MODEL, "tools": False, "private_paths": []}))
-    command = vllm_command(config, socket=runtime.socket) + (["--load-format", "dummy"] if arguments.dummy else [])
+    command = vllm_command(config, endpoint=runtime.endpoint) + (["--load-format", "dummy"] if arguments.dummy else [])
     command += shlex.split(arguments.vllm_args)
     environment = vllm_environment(os.environ, config=config, middleware_config=middleware)
     log_file = runtime.folder / "vllm.log"
@@ -78,7 +78,7 @@ def _vllm(arguments: argparse.Namespace) -> Iterator[Runtime]:
 
 
 async def _until_healthy(runtime: Runtime, process: subprocess.Popen[bytes], log_file: Path) -> None:
-    client = VllmClient(runtime.socket, replica_token=runtime.replica_token, admin_token=runtime.admin_token)
+    client = VllmClient(runtime.endpoint, replica_token=runtime.replica_token, admin_token=runtime.admin_token)
     deadline_s = time.monotonic() + _START_S
     try:
         while not await client.is_healthy():
@@ -161,7 +161,7 @@ def main() -> None:
     """Prints one JSON object for the set-up and one for each number of streams."""
     arguments = _arguments()
     with _vllm(arguments) as runtime, tempfile.TemporaryDirectory() as folder:
-        replica = RouteReplica(address=runtime.address, token=runtime.replica_token)
+        replica = RouteReplica(address=runtime.endpoint.address, token=runtime.replica_token)
         route = Route(targets=(RouteTarget(version=MODEL, weight=100, replicas=(replica,)),))
         gateways = Gateways(route, num_workers=arguments.workers, folder=Path(folder))
         headers = {"x-finery-replica-token": runtime.replica_token, "x-finery-version": MODEL, "x-finery-alias": MODEL}

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import random
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,12 +68,15 @@ class Generation:
 
 
 class Proxy:
-    """Connections to every vLLM, and the secret that keeps projects' prefix caches apart."""
+    """Connections to every vLLM, and the secret that keeps projects' prefix caches apart. `tls` knows vLLM's certificate where it listens
+    on a port.
+    """
 
-    def __init__(self, routes: Routes, *, secret: str, timeout_s: float) -> None:
+    def __init__(self, routes: Routes, *, secret: str, timeout_s: float, tls: ssl.SSLContext | None = None) -> None:
         self._routes = routes
         self._secret = secret.encode()
         self._timeout_s = timeout_s
+        self._tls = tls
         self._upstreams: dict[str, Upstream] = {}
         # Replicas that did not answer, and until when others are asked instead.
         self._suspects: dict[str, float] = {}
@@ -157,7 +161,7 @@ class Proxy:
             headers["x-finery-needs"] = "tools"
         upstream = self._upstreams.get(replica.address)
         if upstream is None:
-            upstream = self._upstreams[replica.address] = Upstream(replica.address, timeout_s=self._timeout_s)
+            upstream = self._upstreams[replica.address] = Upstream(replica.address, timeout_s=self._timeout_s, tls=self._tls)
         return await upstream.post(generation.path, headers=headers, body=json.dumps(body).encode())
 
     def _cache_salt(self, project: str) -> str:

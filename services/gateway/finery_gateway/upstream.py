@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from typing import cast
 from urllib.parse import urlsplit
 
+from finery_common.tls import VLLM_NAME
+
 CONNECT_TIMEOUT_S = 5.0
 # Below the 5 s after which vLLM's server closes an idle connection.
 IDLE_S = 4.0
@@ -61,10 +63,14 @@ class Answer:
 
 
 class Upstream:
-    """Connections to one address: `unix:///path`, `http://host:port` or `https://host:port`. `timeout_s` bounds a silence of vLLM."""
+    """Connections to one address: `unix:///path`, `http://host:port` or `https://host:port`. `timeout_s` bounds a silence of vLLM.
 
-    def __init__(self, address: str, *, timeout_s: float) -> None:
+    With https the certificate has to be vLLM's by `tls`.
+    """
+
+    def __init__(self, address: str, *, timeout_s: float, tls: ssl.SSLContext | None = None) -> None:
         self._address = address
+        self._tls = tls
         self._timeout_s = timeout_s
         self._idle: list[_Connection] = []
         self.num_in_flight = 0
@@ -128,9 +134,12 @@ class Upstream:
                 if unix:
                     return (await loop.create_unix_connection(_Connection, unix[1]))[1]
                 parts = urlsplit(self._address)
-                tls = ssl.create_default_context() if parts.scheme == "https" else None
-                port = parts.port or (443 if tls else 80)
-                return (await loop.create_connection(_Connection, parts.hostname or "", port, ssl=tls))[1]
+                host, port = parts.hostname or "", parts.port or 80
+                if parts.scheme != "https":
+                    return (await loop.create_connection(_Connection, host, port))[1]
+                if self._tls is None:
+                    raise UpstreamError(f"{self._address}: FINERY_VLLM_CA_FILE is not set; set it to who signs vLLM's certificate")
+                return (await loop.create_connection(_Connection, host, port, ssl=self._tls, server_hostname=VLLM_NAME))[1]
         except (OSError, TimeoutError) as error:
             raise UpstreamError(f"cannot connect to {self._address}: {error!r}") from error
 

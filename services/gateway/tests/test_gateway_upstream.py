@@ -2,9 +2,12 @@
 
 import asyncio
 import contextlib
+import ssl
 
 import pytest
 
+from finery_common.errors import FailedPreconditionError
+from finery_common.tls import client_context
 from finery_gateway import upstream
 from finery_gateway.upstream import Upstream, UpstreamError, UpstreamTimeoutError
 
@@ -170,6 +173,34 @@ async def test_nobody_there_is_an_error():
         await ask(Upstream("unix:///nowhere/s", timeout_s=1))
     with pytest.raises(UpstreamError):
         await ask(Upstream("http://127.0.0.1:1", timeout_s=1))
+
+
+async def test_a_tls_port_is_asked_where_its_certificate_is_vllms(tmp_path, vllm_certificate):
+    certificate, key = vllm_certificate
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serving.load_cert_chain(certificate, key)
+    server = Server(tmp_path / "s")
+    server.parts = [SIZED]
+    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=serving)
+    address = f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    client = Upstream(address, timeout_s=5, tls=client_context(certificate))
+    answer, body = await ask(client)
+    assert (answer.status, body) == (201, b"hello")
+    client.close()
+
+    stranger = ssl.create_default_context()
+    with pytest.raises(UpstreamError, match="CERTIFICATE_VERIFY_FAILED"):
+        await ask(Upstream(address, timeout_s=5, tls=stranger))
+    with pytest.raises(UpstreamError, match="FINERY_VLLM_CA_FILE is not set"):
+        await ask(Upstream(address, timeout_s=5))
+    listening.close()
+
+
+def test_a_file_of_authorities_that_is_none_is_named(tmp_path):
+    (tmp_path / "ca.crt").write_text("nothing")
+    for file in (tmp_path / "ca.crt", tmp_path / "missing"):
+        with pytest.raises(FailedPreconditionError, match=f"FINERY_VLLM_CA_FILE: got {file}"):
+            client_context(file)
 
 
 async def test_a_slow_reader_holds_the_server_back_and_gets_everything(server, client, monkeypatch):

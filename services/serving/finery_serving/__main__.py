@@ -45,7 +45,12 @@ async def _serve(settings: ServingSettings) -> None:
     store = await asyncio.to_thread(ArtifactStore.connect, settings.s3())
     entry = base_entry(settings)
     base_dir = await asyncio.to_thread(materialize, entry, cache_dir=settings.artifact_cache_dir, store=store)
-    runtime = make_runtime(settings.runtime_dir, xdg_runtime_dir=os.environ.get("XDG_RUNTIME_DIR"), secret=settings.token_secret())
+    runtime = make_runtime(
+        settings.runtime_dir,
+        xdg_runtime_dir=os.environ.get("XDG_RUNTIME_DIR"),
+        secret=settings.token_secret(),
+        tls=settings.tls(),
+    )
     async with AsyncExitStack() as stack:
         stack.callback(runtime.remove)
         agent = Agent(
@@ -62,7 +67,7 @@ async def _serve(settings: ServingSettings) -> None:
         services = await stack.enter_async_context(
             agent.reconciling(database, store=store, base=base, cache_dir=settings.adapter_cache_dir)
         )
-        REGISTRY.register(ReplicaCollector(runtime.socket, replica=runtime.replica_id, admin_token=runtime.admin_token))
+        REGISTRY.register(ReplicaCollector(runtime.endpoint, replica=runtime.replica_id, admin_token=runtime.admin_token))
         servicer = ServingServicer(
             services.aliases,
             releases=services.releases,

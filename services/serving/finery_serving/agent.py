@@ -46,7 +46,7 @@ class Agent:
 
     def __init__(self, config: VllmConfig, *, runtime: Runtime, state_dir: Path, environment: Mapping[str, str]) -> None:
         self.changes = Changes()
-        self.client = VllmClient(runtime.socket, replica_token=runtime.replica_token, admin_token=runtime.admin_token)
+        self.client = VllmClient(runtime.endpoint, replica_token=runtime.replica_token, admin_token=runtime.admin_token)
         self.process = VllmProcess(config, runtime=runtime, state_dir=state_dir, environment=environment, client=self.client)
         self.process.on_change = self.changes.notify
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+
+from finery_serving.vllm_endpoint import Endpoint
 
 ADAPTER_STATES = ("cold", "loaded", "draining", "failed")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 60.0)
@@ -34,10 +35,10 @@ EVICTIONS = Counter("finery_serving_evictions_total", "Versions unloaded to make
 class ReplicaCollector(Collector):
     """At each scrape: requests in flight by version and the metrics that vLLM itself exposes (names that start with `vllm:`)."""
 
-    def __init__(self, socket: Path, *, replica: str, admin_token: str) -> None:
+    def __init__(self, endpoint: Endpoint, *, replica: str, admin_token: str) -> None:
         self._replica = replica
-        headers = {"x-finery-admin-token": admin_token}
-        self._http = httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://vllm", headers=headers, timeout=2.0)
+        self._http = endpoint.client(timeout_s=2.0)
+        self._http.headers["x-finery-admin-token"] = admin_token
 
     def describe(self) -> list[Metric]:
         """Nothing: what vLLM has is known only while it runs."""

@@ -107,7 +107,7 @@ class Registry:
         process, residency = self._process, self._residency
         return Replica(
             process.runtime.replica_id,
-            process.runtime.address,
+            process.runtime.endpoint.address,
             process.ready,
             process.config.max_cpu_loras,
             process.started_at,

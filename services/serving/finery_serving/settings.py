@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from finery_common.errors import FailedPreconditionError
 from finery_common.settings import ServiceSettings
+from finery_serving.vllm_endpoint import TlsEndpoint
 
 _MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -46,6 +48,15 @@ class ServingSettings(ServiceSettings):
     runtime_dir: Path | None = None
     """Short path for sockets, which may have 107 characters at most; a fresh folder under XDG_RUNTIME_DIR or /tmp where unset."""
 
+    vllm_listen_address: str = Field(default="", pattern=r"^$|:\d+$")
+    """`host:port` of vLLM's TLS port, for a gateway on another host; where empty vLLM listens on a Unix socket."""
+    vllm_advertise_address: str = Field(default="", pattern=r"^$|.:\d+$")
+    """`host:port` at which the gateway reaches that port."""
+    vllm_tls_cert_file: Path | None = None
+    """PEM certificate of that port, for the DNS name `finery-vllm`; read again when it changes."""
+    vllm_tls_key_file: Path | None = None
+    """PEM key of that certificate."""
+
     @property
     def replica_dir(self) -> Path:
         """Logs and the pid file of this replica's vLLM."""
@@ -55,3 +66,16 @@ class ServingSettings(ServiceSettings):
     def adapter_cache_dir(self) -> Path:
         """This replica's copies of adapters; what it removes, no other vLLM has."""
         return self.artifact_cache_dir / f"serving{self.serving_replica}"
+
+    def tls(self) -> TlsEndpoint | None:
+        """The TLS port; None: a Unix socket. Raises FailedPreconditionError where something that a port needs is missing."""
+        if not self.vllm_listen_address:
+            return None
+        cert, key, ca = self.vllm_tls_cert_file, self.vllm_tls_key_file, self.vllm_ca_file
+        if not self.vllm_advertise_address or cert is None or key is None or ca is None:
+            wanted = "FINERY_VLLM_ADVERTISE_ADDRESS, FINERY_VLLM_TLS_CERT_FILE, FINERY_VLLM_TLS_KEY_FILE and FINERY_VLLM_CA_FILE"
+            raise FailedPreconditionError(f"FINERY_VLLM_LISTEN_ADDRESS: got {self.vllm_listen_address}, which wants {wanted} as well")
+        for file in (cert, key, ca):
+            if not file.is_file():
+                raise FailedPreconditionError(f"FINERY_VLLM_LISTEN_ADDRESS: there is no file {file}, which vLLM's TLS port needs")
+        return TlsEndpoint(self.vllm_listen_address, self.vllm_advertise_address, cert, key, ca)

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from finery_common.errors import FailedPreconditionError, FineryError, NotFoundError, UnavailableError
+from finery_serving.vllm_endpoint import Endpoint
 
 _TIMEOUT_S = 10.0
 _LOAD_TIMEOUT_S = 120.0
@@ -49,12 +50,12 @@ class ReplicaState:
 
 
 class VllmClient:
-    """A client of the vLLM behind `socket`. Connection failures are UnavailableError: vLLM is starting or has died."""
+    """A client of the vLLM at `endpoint`. Connection failures are UnavailableError: vLLM is starting or has died."""
 
-    def __init__(self, socket: Path, *, replica_token: str, admin_token: str) -> None:
+    def __init__(self, endpoint: Endpoint, *, replica_token: str, admin_token: str) -> None:
         self._admin = {"x-finery-admin-token": admin_token}
         self._replica_token = replica_token
-        self._http = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(socket)), base_url="http://vllm", timeout=_TIMEOUT_S)
+        self._http = endpoint.async_client(timeout_s=_TIMEOUT_S)
 
     async def close(self) -> None:
         """Closes the connections."""

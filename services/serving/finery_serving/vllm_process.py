@@ -29,6 +29,7 @@ from finery_common.leash import leashed
 from finery_serving.metrics import VLLM_READY, VLLM_START_SECONDS, VLLM_STARTS
 from finery_serving.middleware import finery_vllm_middleware
 from finery_serving.vllm_client import VllmClient
+from finery_serving.vllm_endpoint import Endpoint, TlsEndpoint, UnixEndpoint
 
 MAX_SOCKET_PATH = 107
 STOP_S = 10.0
@@ -73,6 +74,8 @@ class Runtime:
     replica_id: str
     secret: str = field(repr=False)
     admin_token: str = field(repr=False)
+    tls: TlsEndpoint | None = None
+    """Where vLLM listens; None: on a socket in `folder`."""
 
     @property
     def replica_token(self) -> str:
@@ -87,15 +90,15 @@ class Runtime:
         return self.folder / "vllm.sock"
 
     @property
-    def address(self) -> str:
-        return f"unix://{self.socket}"
+    def endpoint(self) -> Endpoint:
+        return self.tls or UnixEndpoint(self.socket)
 
     def remove(self) -> None:
         """Deletes the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None, secret: str | None = None) -> Runtime:
+def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None, secret: str | None = None, tls: TlsEndpoint | None = None) -> Runtime:
     """A fresh runtime folder under `parent`, the user's runtime folder or /tmp. Without `secret`, one of its own: nobody else can make
     the replica's token then.
 
@@ -108,15 +111,15 @@ def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None, secret: st
         candidate.mkdir(parents=True, exist_ok=True)
         if len(os.fsencode(candidate)) + len("/finery-xxxxxxxx/vllm.sock") <= MAX_SOCKET_PATH:
             folder = Path(tempfile.mkdtemp(prefix="finery-", dir=candidate))
-            return Runtime(folder, f"replica-{secrets.token_hex(4)}", secret or secrets.token_urlsafe(32), secrets.token_urlsafe(32))
+            return Runtime(folder, f"replica-{secrets.token_hex(4)}", secret or secrets.token_urlsafe(32), secrets.token_urlsafe(32), tls)
     raise FailedPreconditionError(
         f"FINERY_RUNTIME_DIR: got {candidates[0]}, but a socket's path may have {MAX_SOCKET_PATH} characters; set it to a shorter folder"
     )
 
 
-def vllm_command(config: VllmConfig, *, socket: Path) -> list[str]:
+def vllm_command(config: VllmConfig, *, endpoint: Endpoint) -> list[str]:
     """The command line of vLLM."""
-    command = [str(config.python), "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
+    command = [str(config.python), "-m", "vllm.entrypoints.openai.api_server", *endpoint.options]
     command += ["--model", str(config.base_model_dir), "--served-model-name", config.base_model]
     command += ["--enable-lora", "--max-loras", str(config.max_loras), "--max-cpu-loras", str(config.max_cpu_loras)]
     command += ["--disable-uvicorn-access-log", "--max-lora-rank", str(config.max_lora_rank), "--api-server-count", "1"]
@@ -247,7 +250,7 @@ class VllmProcess:
         with log_file.open("ab") as output:
             # SIGTERM, for vLLM to end its engine's processes with it; what outlives even that is ended by the next `kill_leftover`.
             self._process = process = await asyncio.create_subprocess_exec(
-                *leashed(vllm_command(self.config, socket=self.runtime.socket), number=signal.SIGTERM),
+                *leashed(vllm_command(self.config, endpoint=self.runtime.endpoint), number=signal.SIGTERM),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -18,6 +18,7 @@ from finery_serving.__main__ import base_entry, vllm_config
 from finery_serving.settings import ServingSettings
 from finery_serving.tool_calls import tool_call_parser
 from finery_serving.vllm_client import VllmClient
+from finery_serving.vllm_endpoint import UnixEndpoint
 from finery_serving.vllm_process import (
     Runtime,
     VllmConfig,
@@ -60,14 +61,14 @@ def python_that(config: VllmConfig, script: str) -> None:
 
 @pytest.fixture
 async def process(config, runtime, tmp_path):
-    client = VllmClient(runtime.socket, replica_token="", admin_token="")
+    client = VllmClient(runtime.endpoint, replica_token="", admin_token="")
     yield VllmProcess(config, runtime=runtime, state_dir=tmp_path / "state", environment=os.environ, client=client)
     await client.close()
 
 
 def test_tools_are_on_where_a_parser_is_set(config):
-    assert "--enable-auto-tool-choice" not in vllm_command(config, socket=Path("/s"))
-    command = vllm_command(replace(config, tool_call_parser="hermes"), socket=Path("/s"))
+    assert "--enable-auto-tool-choice" not in vllm_command(config, endpoint=UnixEndpoint(Path("/s")))
+    command = vllm_command(replace(config, tool_call_parser="hermes"), endpoint=UnixEndpoint(Path("/s")))
     assert command[command.index("--enable-auto-tool-choice") :][:3] == ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 
 
@@ -115,11 +116,11 @@ def test_no_secret_and_no_module_of_ours_reaches_vllm(config):
 
 
 def test_the_command_carries_no_secret_and_is_eager_on_a_cpu_only(config):
-    command = vllm_command(config, socket=Path("/run/vllm.sock"))
+    command = vllm_command(config, endpoint=UnixEndpoint(Path("/run/vllm.sock")))
     assert command[command.index("--uds") + 1] == "/run/vllm.sock"
     assert command[command.index("--middleware") + 1] == "finery_vllm_middleware.FineryMiddleware"
     assert "--enforce-eager" in command
-    assert "--enforce-eager" not in vllm_command(VllmConfig(**{**config.__dict__, "device": "cuda"}), socket=Path("/s"))
+    assert "--enforce-eager" not in vllm_command(VllmConfig(**{**config.__dict__, "device": "cuda"}), endpoint=UnixEndpoint(Path("/s")))
 
 
 def test_the_middleware_needs_the_standard_library_only():
@@ -131,7 +132,7 @@ def test_the_middleware_needs_the_standard_library_only():
 def test_the_runtime_folder_is_private_and_short(tmp_path):
     made = make_runtime(tmp_path / "new", xdg_runtime_dir=None)
     assert made.folder.stat().st_mode & 0o777 == 0o700
-    assert made.address == f"unix://{made.folder}/vllm.sock"
+    assert made.endpoint.address == f"unix://{made.folder}/vllm.sock"
     with pytest.raises(FailedPreconditionError, match="FINERY_RUNTIME_DIR"):
         make_runtime(tmp_path / ("x" * 100), xdg_runtime_dir=None)
     # A long XDG_RUNTIME_DIR is passed over.
@@ -201,12 +202,13 @@ import asyncio, os, sys
 from pathlib import Path
 from finery_serving.tool_calls import tool_call_parser
 from finery_serving.vllm_client import VllmClient
+from finery_serving.vllm_endpoint import UnixEndpoint
 from finery_serving.vllm_process import Runtime, VllmConfig, VllmProcess
 
 async def main():
     folder = Path(sys.argv[1])
     config = VllmConfig(folder / "python", "base", folder, "cpu", 2, 4, 16, 512, 1, 30, ())
-    client = VllmClient(folder / "s", replica_token="", admin_token="")
+    client = VllmClient(UnixEndpoint(folder / "s"), replica_token="", admin_token="")
     runtime = Runtime(folder / "run", "r", "", "")
     process = VllmProcess(config, runtime=runtime, state_dir=folder / "state", environment=os.environ, client=client)
     running = asyncio.create_task(process.run())
@@ -297,3 +299,22 @@ def test_a_process_without_settings_says_what_is_missing_in_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.strip().splitlines()[-1].startswith("finery_serving: FINERY_TOKEN_SECRET")
     assert time.monotonic() - started_s < 30
+
+
+def test_a_tls_port_wants_its_certificate_and_where_it_is_reached(tmp_path, vllm_certificate):
+    certificate, key = vllm_certificate
+    assert ServingSettings().tls() is None
+    with pytest.raises(FailedPreconditionError, match="FINERY_VLLM_ADVERTISE_ADDRESS"):
+        ServingSettings(vllm_listen_address="0.0.0.0:8443").tls()
+    given = {"vllm_listen_address": "[::]:8443", "vllm_advertise_address": "10.0.0.7:8443", "vllm_tls_cert_file": certificate}
+    given |= {"vllm_tls_key_file": key, "vllm_ca_file": certificate}
+    with pytest.raises(FailedPreconditionError, match="there is no file"):
+        ServingSettings(**given | {"vllm_tls_key_file": tmp_path / "none"}).tls()
+    endpoint = ServingSettings(**given).tls()
+    assert endpoint is not None
+    assert endpoint.address == "https://10.0.0.7:8443"
+    assert endpoint.options[:4] == ["--host", "::", "--port", "8443"]
+    runtime = make_runtime(tmp_path, xdg_runtime_dir=None, tls=endpoint)
+    assert runtime.endpoint is endpoint
+    with pytest.raises(ValueError, match="vllm_listen_address"):
+        ServingSettings(vllm_listen_address="8443")

@@ -1,4 +1,4 @@
-"""Serving as a process with a real vLLM, a real store and SmolLM2: swaps under a running stream, room, projects.
+"""Serving as a process with a real vLLM on its TLS port, a real store and SmolLM2: swaps under a running stream, room, projects.
 
 Damaged adapters and a killed vLLM are in `tests/chaos`.
 
@@ -35,6 +35,7 @@ from finery_common.errors import AlreadyExistsError, NotFoundError
 from finery_common.rpc.channel import ServiceChannel, stream
 from finery_common.rpc.tokens import TokenSigner
 from finery_serving.preflight import base_shapes
+from finery_serving.vllm_endpoint import TlsEndpoint
 
 ROOT = Path(__file__).parents[3]
 BASE = "SmolLM2-135M-Instruct"
@@ -56,6 +57,7 @@ class Serving:
     metrics_port: int
     state_dir: Path
     signer: TokenSigner
+    endpoint: TlsEndpoint
 
     @property
     def staged(self) -> set[str]:
@@ -121,23 +123,31 @@ class Client:
     async def ask(self, route: serving_pb2.Route, alias: str, **fields: object) -> AsyncIterator[httpx.Response]:
         headers = {"x-finery-replica-token": route.targets[0].replicas[0].token, "x-finery-version": route.version, "x-finery-alias": alias}
         body = {"model": route.version, "messages": PROMPT, "temperature": 0, **fields}
-        transport = httpx.AsyncHTTPTransport(uds=route.targets[0].replicas[0].address.removeprefix("unix://"))
         async with (
-            httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=120) as http,
+            self.serving.endpoint.async_client(timeout_s=120) as http,
             http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response,
         ):
             yield response
 
 
 @pytest.fixture(scope="module")
-def serving(base_model_dir: Path, object_store: ArtifactStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def serving(
+    base_model_dir: Path, object_store: ArtifactStore, vllm_certificate: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serving]:
     state_dir = tmp_path_factory.mktemp("serving")
     secret, catalogue = state_dir / "secret", state_dir / "catalogue.yaml"
     secret.write_text(secrets.token_hex(32))
     catalogue.write_text(f"models:\n  - name: {BASE}\n    path: {base_model_dir}\n    max_sequence_length: 512\n")
     grpc_port, metrics_port = free_port(), free_port()
     s3 = object_store.settings
+    certificate, key = vllm_certificate
+    address = f"127.0.0.1:{free_port()}"
     settings = {
+        "VLLM_LISTEN_ADDRESS": address,
+        "VLLM_ADVERTISE_ADDRESS": address,
+        "VLLM_TLS_CERT_FILE": certificate,
+        "VLLM_TLS_KEY_FILE": key,
+        "VLLM_CA_FILE": certificate,
         "VLLM_PYTHON": os.environ.get("FINERY_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python")),
         "STATE_DIR": state_dir,
         "GRPC_ADDRESS": f"127.0.0.1:{grpc_port}",
@@ -156,7 +166,8 @@ def serving(base_model_dir: Path, object_store: ArtifactStore, tmp_path_factory:
     environment = {**os.environ, **{f"FINERY_{name}": str(value) for name, value in settings.items()}}
     with (state_dir / "serving.log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-m", "finery_serving"], env=environment, stdout=log, stderr=log)
-    made = Serving(process, f"127.0.0.1:{grpc_port}", metrics_port, state_dir, TokenSigner(secret.read_text()))
+    endpoint = TlsEndpoint(address, address, certificate, key, certificate)
+    made = Serving(process, f"127.0.0.1:{grpc_port}", metrics_port, state_dir, TokenSigner(secret.read_text()), endpoint)
     wait_healthy(made)
     children: list[psutil.Process] = []
     try:
@@ -207,7 +218,7 @@ def adapters(base_model_dir: Path, object_store: ArtifactStore, tmp_path_factory
 async def test_the_base_model_answers_and_tells_its_name(client):
     route = await client.resolve(BASE)
     assert (route.version, route.epoch, route.base_model, route.max_model_len) == (BASE, 0, BASE, 512)
-    assert route.targets[0].replicas[0].address.startswith("unix:///")
+    assert route.targets[0].replicas[0].address == client.serving.endpoint.address
     assert await client.answer(BASE)
 
 
@@ -370,13 +381,13 @@ async def test_vllm_refuses_a_wrong_token_and_other_paths(client):
     route.targets[0].replicas[0].token += "x"
     async with client.ask(route, BASE) as response:
         assert response.status_code == 401
-    transport = httpx.AsyncHTTPTransport(uds=route.targets[0].replicas[0].address.removeprefix("unix://"))
-    async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as http:
+    async with client.serving.endpoint.async_client(timeout_s=10) as http:
         assert (await http.post("/adapters", json={"name": "x", "src": "/"})).status_code == 404
         assert (await http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/"})).status_code == 401
         assert (await http.get("/docs")).status_code == 404
-    socket_path = Path(route.targets[0].replicas[0].address.removeprefix("unix://"))
-    assert socket_path.parent.stat().st_mode & 0o777 == 0o700
+    async with httpx.AsyncClient(base_url=f"http://{client.serving.endpoint.advertise_address}") as plain:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await plain.get("/health")
 
 
 async def test_metrics_tell_of_adapters_and_pass_vllms_own_on(client, adapters):
