@@ -38,6 +38,17 @@ from finery_common.tls import VLLM_NAME
 ROOT = Path(__file__).parent
 
 
+_SHARING_THE_SYSTEM = (ROOT / "tests" / "e2e", ROOT / "tests" / "chaos")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a process of `pytest -n` takes at a time: all tests of the one running system, or a file of any others."""
+    for item in items:
+        shared = any(item.path.is_relative_to(folder) for folder in _SHARING_THE_SYSTEM)
+        item.add_marker(pytest.mark.xdist_group("system" if shared else str(item.path)))
+
+
 class Postgres:
     """One PostgreSQL server with its data in `folder`; `start` after `kill` finds what was committed."""
 

@@ -45,6 +45,8 @@ class ServingSettings(ServiceSettings):
     """How the model writes tool calls: a name of vLLM's `--tool-call-parser`; `auto` goes by the chat template; `off` refuses tools."""
     vllm_start_timeout_s: float = Field(default=900.0, gt=0)
     """A vLLM that does not answer by then is killed and started again."""
+    vllm_hang_timeout_s: float = Field(default=60.0, gt=0)
+    """A vLLM that has answered no health check for so long is killed and started again."""
     runtime_dir: Path | None = None
     """Short path for sockets, which may have 107 characters at most; a fresh folder under XDG_RUNTIME_DIR or /tmp where unset."""
 

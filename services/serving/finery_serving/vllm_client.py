@@ -61,10 +61,10 @@ class VllmClient:
         """Closes the connections."""
         await self._http.aclose()
 
-    async def is_healthy(self) -> bool:
+    async def is_healthy(self, *, timeout_s: float = _TIMEOUT_S) -> bool:
         """Whether vLLM answers its health check."""
         try:
-            return (await self._http.get("/health", headers=self._admin)).status_code == 200
+            return (await self._http.get("/health", headers=self._admin, timeout=timeout_s)).status_code == 200
         except httpx.TransportError:
             return False
 

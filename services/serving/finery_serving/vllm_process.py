@@ -37,6 +37,7 @@ _FIRST_BACKOFF_S = 1.0
 _MAX_BACKOFF_S = 30.0
 _HEALTH_POLL_S = 0.25
 _HEALTHY_FOR_S = 60.0
+_HANG_POLL_S = 5.0
 _TAIL_LINES = 20
 _KEPT_LOGS = 10
 
@@ -59,6 +60,8 @@ class VllmConfig:
     start_timeout_s: float
     private_paths: tuple[str, ...]
     """What must never show in an answer."""
+    hang_timeout_s: float = 60.0
+    """A vLLM that has answered no health check for so long is killed."""
     tool_call_parser: str = ""
     """Of vLLM's names; empty where tools are refused."""
 
@@ -236,8 +239,8 @@ class VllmProcess:
             self.generation += 1
             self.started_at = datetime.now(UTC)
             self._set_ready(ready=True)
-            code = await process.wait()
-            log.error("vLLM died", exit_code=code, log=str(log_file), last_lines=await asyncio.to_thread(_tail, log_file))
+            await self._ended_or_hanging(process)
+            log.error("vLLM died", exit_code=process.returncode, log=str(log_file), last_lines=await asyncio.to_thread(_tail, log_file))
             return time.monotonic() - ready_s
         finally:
             self._set_ready(ready=False)
@@ -270,6 +273,19 @@ class VllmProcess:
                 return True
             await asyncio.sleep(_HEALTH_POLL_S)
         return False
+
+    async def _ended_or_hanging(self, process: asyncio.subprocess.Process) -> None:
+        answered_s, patience_s = time.monotonic(), min(_HANG_POLL_S, self.config.hang_timeout_s / 4)
+        while process.returncode is None and time.monotonic() - answered_s < self.config.hang_timeout_s:
+            # Before the check, which may take long itself.
+            asked_s = time.monotonic()
+            if await self._client.is_healthy(timeout_s=patience_s):
+                answered_s = asked_s
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience_s):
+                    await process.wait()
+        if process.returncode is None:
+            log.error("vLLM hangs", silent_s=round(time.monotonic() - answered_s, 1))
 
     def _set_ready(self, *, ready: bool) -> None:
         if self.ready != ready:

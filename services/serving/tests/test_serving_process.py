@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -166,6 +167,36 @@ async def test_a_stop_ends_the_whole_group(config, process, tmp_path):
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert psutil.wait_procs([child], timeout=5)[1] == []
+
+
+_ANSWERS = """
+import socketserver, sys
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.rfile.readline()
+        self.wfile.write(b"HTTP/1.1 200 OK\\r\\ncontent-length: 0\\r\\nconnection: close\\r\\n\\r\\n")
+socketserver.UnixStreamServer(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
+"""
+
+
+async def test_a_vllm_that_hangs_is_started_again(config, process):
+    python_that(config, f"exec {sys.executable} -c '{_ANSWERS}' \"$@\"")
+    process.config = replace(config, hang_timeout_s=2.0)
+    running = asyncio.create_task(process.run())
+    async with asyncio.timeout(60):
+        while not process.ready:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        first = process.pid
+        assert first is not None
+        os.kill(first, signal.SIGSTOP)
+        while process.ready:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        while not process.ready:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert process.generation == 2
+    assert not psutil.pid_exists(first) or psutil.Process(first).status() == psutil.STATUS_ZOMBIE
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_a_full_disk_ends_nothing_and_is_tried_again(config, process, monkeypatch):
