@@ -14,7 +14,7 @@ import pytest
 from images.containers import signal_first_process
 
 USER = 10001
-SERVICES = ["gateway", "dataprep", "converter"]
+SERVICES = ["gateway", "dataprep", "converter", "serving"]
 NOWHERE = "127.0.0.1:1"
 # What the service logs once it serves, and where the port is in that line.
 SERVES = {"gateway": ("serving HTTP", "http://127.0.0.1:{port}/readyz"), "dataprep": ("serving gRPC", "grpc://127.0.0.1:{port}")}
@@ -37,7 +37,8 @@ def inputs(tmp_path, seaweedfs) -> Path:
     model = folder / "model"
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     (folder / "catalogue.yaml").write_text("models:\n- {name: tiny, path: model, max_sequence_length: 4096}\n")
     (folder / "token").write_text("s" * 40)
     (folder / "access").write_text(seaweedfs.settings.access_key)
@@ -102,3 +103,20 @@ def test_a_service_starts_on_a_read_only_root_is_healthy_and_ends_with_0(service
     # What it keeps is in the state directory and its own.
     assert {path.stat().st_uid for path in state.rglob("*")} == {USER}
     assert (state / "db" / f"{service}.sqlite").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_serving_starts_vllm_by_the_images_own_python_and_without_its_own_modules(image_of, state, inputs, settings, tmp_path):
+    image = image_of("serving")
+    log = tmp_path / "log"
+    with log.open("w") as stderr, image.popen(state, inputs=inputs, environment=settings, stderr=stderr) as process:
+        try:
+            failed = _logged(log, "vLLM did not start", process)
+            signal_first_process(process, signal.SIGTERM)
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 0, log.read_text()
+    # The base that stands in for vLLM's image has none. Debian's Python says so, not the agent's.
+    assert failed["last_lines"].startswith("/usr/bin/python3: Error while finding module specification for 'vllm"), failed["last_lines"]
