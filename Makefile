@@ -82,6 +82,19 @@ bench-serving: setup ## vLLM straight and through the gateway; FORM=swaps, FORM=
 bench-cpu: setup ## LoRA on SmolLM2 on this CPU, beside transformers' Trainer: tokens a second
 	@$(BIN)/python kernels/benchmarks/cpu.py $(BENCH_ARGS)
 
+# docker, or buildah with its global options. Base images, by digest where it matters: PYTHON_IMAGE, CUDA_IMAGE, VLLM_IMAGE; docker/README.md.
+IMAGE_BUILDER := docker
+IMAGES = python=$$(PYTHON="$(PYTHON)" sh tools/setup/find-python.sh) && "$$python" tools/images.py $(1) $(SERVICES) --builder "$(IMAGE_BUILDER)" --registry "$(REGISTRY)" --tag "$(TAG)" \
+	$(foreach name,PYTHON_IMAGE CUDA_IMAGE VLLM_IMAGE,$(if $($(name)),--build-arg "$(name)=$($(name))")) $(IMAGE_ARGS)
+
+.PHONY: images
+images: ## Build the services' images: [IMAGE_BUILDER=docker|buildah] [REGISTRY=…] [TAG=…] [SERVICES="gateway …"] [PYTHON_IMAGE=…]
+	@$(call IMAGES,build)
+
+.PHONY: sbom
+sbom: ## What is installed in the built images, as CycloneDX in build/sbom; options as for images
+	@$(call IMAGES,sbom)
+
 .PHONY: clean
 clean: ## Remove environments, tools and caches; the state of a running system stays
 	@rm -rf .venv .venv-vllm .tools .pytest_cache .ruff_cache .import_linter_cache .hypothesis

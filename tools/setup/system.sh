@@ -5,6 +5,9 @@ missing=
 if ! command -v initdb >/dev/null && ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then
     missing="$missing postgresql"
 fi
+for program in buildah mmdebstrap; do
+    command -v "$program" >/dev/null || missing="$missing $program"
+done
 [ -z "$missing" ] && exit 0
 if [ "$(id -u)" != 0 ]; then
     echo "The tests need Debian packages that are not installed:$missing" >&2

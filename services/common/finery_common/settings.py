@@ -37,6 +37,8 @@ class ServiceSettings(BaseSettings):
     """Address of `/metrics`."""
     database_url: str = ""
     """`postgresql://…` (a schema a service), or empty for SQLite under `<state_dir>/db`."""
+    database_password_file: Path | None = None
+    """File that holds the password of `database_url`, which then names a user only."""
     s3_endpoint: str = ""
     """host:port of MinIO or any S3."""
     s3_bucket: str = "finery"
@@ -75,8 +77,26 @@ class ServiceSettings(BaseSettings):
         return self.cache_dir or self.state_dir / "cache"
 
     def service_database_url(self, service: str) -> str:
-        """The database of `service`: SQLite has a file a service."""
-        return self.database_url or f"sqlite+aiosqlite:///{self.state_dir / 'db' / f'{service}.sqlite'}"
+        """The database of `service`: SQLite has a file a service. Raises FailedPreconditionError for an unreadable password file."""
+        if not self.database_url:
+            return f"sqlite+aiosqlite:///{self.state_dir / 'db' / f'{service}.sqlite'}"
+        return self.database_url if self.database_password_file is None else self._database_url_with_password()
+
+    def _database_url_with_password(self) -> str:
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        password = secret(None, self.database_password_file, name="FINERY_DATABASE_PASSWORD")
+        try:
+            url = make_url(self.database_url)
+        except ArgumentError:
+            # Whoever opens it says what is wrong.
+            return self.database_url
+        if not url.username or url.password is not None:
+            raise FailedPreconditionError(
+                "FINERY_DATABASE_URL: with FINERY_DATABASE_PASSWORD_FILE it wants a user and no password, as in postgresql://user@host/database"
+            )
+        return url.set(password=password).render_as_string(hide_password=False)
 
     def s3(self) -> S3Settings:
         """Where the artifact store is. Raises FailedPreconditionError where the endpoint or a key is missing."""

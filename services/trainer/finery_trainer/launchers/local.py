@@ -24,7 +24,13 @@ from finery_trainer.launchers import Attempt, Exit, work_dir
 
 STOPPED_EXIT_CODE = 75
 """What a worker that was told to stop, and saved its state, exits with (sysexits' EX_TEMPFAIL)."""
-_NOT_THE_WORKERS = ("FINERY_TOKEN_SECRET_FILE", "FINERY_DATABASE_URL", "FINERY_GRPC_ADDRESS", "FINERY_METRICS_PORT")
+_NOT_THE_WORKERS = (
+    "FINERY_TOKEN_SECRET_FILE",
+    "FINERY_DATABASE_URL",
+    "FINERY_DATABASE_PASSWORD_FILE",
+    "FINERY_GRPC_ADDRESS",
+    "FINERY_METRICS_PORT",
+)
 _LEFTOVER_POLL_S = 0.1
 
 log = structlog.get_logger(__name__)

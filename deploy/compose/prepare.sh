@@ -1,0 +1,38 @@
+#!/bin/sh
+# Makes what compose.yaml wants of the host: .env, secrets/ and models/. What is there already stays as it is.
+set -eu
+cd "$(dirname "$0")"
+command -v openssl >/dev/null || { echo "prepare.sh wants openssl, which is not installed" >&2; exit 1; }
+
+[ -e .env ] || cp .env.example .env
+mkdir -p models secrets
+# Compose mounts the files as they are, for users of several containers: all may read them, but only who may enter the folder gets there.
+chmod 700 secrets
+umask 022
+
+random() { # NAME BYTES
+    [ -e "secrets/$1" ] || openssl rand -hex "$2" >"secrets/$1"
+}
+random s3_access_key 10
+random s3_secret_key 32
+random postgres_password 32
+random token_secret 32
+random grafana_password 16
+
+# An authority for vLLM's port alone: the gateway trusts it, and its key is gone when this ends.
+if [ ! -e secrets/vllm_tls_key ] || [ ! -e secrets/vllm_tls_cert ] || [ ! -e secrets/vllm_ca ]; then
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    new_key="-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
+    # shellcheck disable=SC2086
+    openssl req -x509 $new_key -days 3650 -subj "/CN=Finery vLLM authority" -keyout "$work/ca.key" -out "$work/ca.crt" 2>/dev/null
+    # shellcheck disable=SC2086
+    openssl req $new_key -subj "/CN=serving" -keyout "$work/key" -out "$work/request" 2>/dev/null
+    printf 'subjectAltName=DNS:serving\nextendedKeyUsage=serverAuth\n' >"$work/extensions"
+    openssl x509 -req -in "$work/request" -CA "$work/ca.crt" -CAkey "$work/ca.key" -CAcreateserial -days 3650 \
+        -extfile "$work/extensions" -out "$work/crt" 2>/dev/null
+    cp "$work/ca.crt" secrets/vllm_ca
+    cp "$work/crt" secrets/vllm_tls_cert
+    cp "$work/key" secrets/vllm_tls_key
+fi
+chmod 444 secrets/*
