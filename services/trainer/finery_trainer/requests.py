@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from finery_common.artifacts import ArtifactStore
@@ -12,7 +12,6 @@ from finery_common.catalogue import BaseModelEntry, Catalogue, read_config, tens
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
 from finery_common.spec import LoraBias, MethodType, TrainingSpec
 from finery_trainer.client import ServingClient
-from finery_trainer.devices import Gpu
 from finery_trainer.machine import check_machine
 from finery_trainer.records import JobRequest
 
@@ -23,7 +22,7 @@ _SUFFIX = re.compile(r"[a-z0-9-]{0,64}")
 
 
 class RequestChecks:
-    """`serving` is None where this installation serves nothing. `gpus` lists the GPUs that workers may use, and may block."""
+    """`serving` is None where this installation serves nothing. `count_gpus` says how many a worker may use, and may block."""
 
     def __init__(
         self,
@@ -32,13 +31,13 @@ class RequestChecks:
         cache_dir: Path,
         artifacts: ArtifactStore,
         serving: ServingClient | None,
-        gpus: Callable[[], Sequence[Gpu]],
+        count_gpus: Callable[[], int],
     ) -> None:
         self._catalogue = catalogue
         self._cache_dir = cache_dir
         self._artifacts = artifacts
         self._serving = serving
-        self._gpus = gpus
+        self._count_gpus = count_gpus
 
     async def check(self, request: JobRequest, *, project: str, metadata: Mapping[str, str]) -> None:
         """Raises InvalidArgumentError, NotFoundError or FailedPreconditionError, each with the field at fault."""
@@ -50,7 +49,7 @@ class RequestChecks:
             config = await asyncio.to_thread(read_config, entry, cache_dir=self._cache_dir, store=self._artifacts)
             await asyncio.to_thread(check_gpus, request.spec, config)
             # Packages are the worker's to judge, which may have other ones.
-            check_machine(request.spec, num_gpus=len(await asyncio.to_thread(self._gpus)), has_bitsandbytes=True)
+            check_machine(request.spec, num_gpus=await asyncio.to_thread(self._count_gpus), has_bitsandbytes=True)
         if entry.path is not None:
             await asyncio.to_thread(check_target_modules, request.spec, entry.path)
         await self._check_servable(request, project=project)

@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import structlog
 
-from finery_common.errors import AbortedError, FailedPreconditionError, FineryError
+from finery_common.errors import AbortedError, FailedPreconditionError, FineryError, PermissionDeniedError, UnavailableError
 from finery_common.jobs import EventLevel, Job, JobState, JobStore, Lease, Wanted
 from finery_common.rpc.tokens import Principal, TokenSigner
 from finery_trainer import metrics
-from finery_trainer.launchers import Attempt, Exit, Launcher
+from finery_trainer.launchers import Attempt, Exit, Launcher, Waiting
 from finery_trainer.records import artifact_of, request_of
 from finery_trainer.settings import TrainerSettings
 from finery_trainer.validation import Validation
@@ -25,6 +27,7 @@ MAX_LOST_ATTEMPTS = 3
 POLL_S = 0.5
 _VALIDATIONS_AT_ONCE = 4
 _TOKEN_TTL_S = 30 * 24 * 3600.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +44,7 @@ class Scheduler:
         self._woken = asyncio.Event()
         self._validating: dict[str, asyncio.Task[None]] = {}
         self._cancelled_since_s: dict[str, float] = {}
+        self._start_pause_s, self._no_start_before_s = _FIRST_PAUSE_S, 0.0
         # Workers of the process before this one may have been unable to renew their leases; they get time to come back.
         self._patient_until_s = time.monotonic() + settings.lease_s
 
@@ -67,14 +71,21 @@ class Scheduler:
 
     async def take_exits(self, launcher: Launcher) -> None:
         """Notes the workers that ended."""
-        for ended in launcher.take_exits():
-            with contextlib.suppress(AbortedError):
-                await self._ended(ended)
+        if exits := launcher.take_exits():
+            running = await self._running()
+            for ended in exits:
+                if job := running.get((ended.job_id, ended.epoch)):
+                    with contextlib.suppress(AbortedError):
+                        await self._ended(job, ended, launcher)
+
+    async def _running(self) -> dict[tuple[str, int], Job]:
+        return {(job.id, job.epoch): job for job in await self._jobs.find(JobState.RUNNING)}
 
     async def _round(self, launcher: Launcher) -> None:
         await self.take_exits(launcher)
+        await self._hold_waiting(launcher)
         for job in await self._jobs.expired_leases():
-            with contextlib.suppress(AbortedError):
+            with _not_now(job.id):
                 await self._unheld(job, launcher)
         await self._start_queued(launcher)
         await self._end_disobedient(launcher)
@@ -86,19 +97,43 @@ class Scheduler:
             await self._validate(job)
         elif time.monotonic() >= self._patient_until_s:
             await launcher.kill(job.id)
-            await self._lost(job, f"has not reported for {self._settings.lease_s:.0f} s")
+            await self._lost(job, f"has not reported for {self._settings.lease_s:.0f} s", launcher)
 
-    async def _ended(self, ended: Exit) -> None:
-        jobs = await self._jobs.find(JobState.RUNNING)
-        job = next((job for job in jobs if job.id == ended.job_id and job.epoch == ended.epoch), None)
-        if job is None:
+    async def _hold_waiting(self, launcher: Launcher) -> None:
+        """Workers that have not begun can neither hold their leases nor obey; both is done for them."""
+        if not (waiting := launcher.waiting()):
             return
-        if ended.was_stopped:
-            await self._requeue(job, "The worker was stopped; the job goes on from its last checkpoint.")
-        else:
-            await self._lost(job, ended.reason)
+        running = await self._running()
+        for item in waiting:
+            job = running.get((item.job_id, item.epoch))
+            if job is None or _has_called(job):
+                continue
+            with _not_now(job.id):
+                if job.wanted is Wanted.NONE:
+                    await self._hold(job, item)
+                else:
+                    await launcher.kill(job.id)
+                    await self._requeue(job, "")
 
-    async def _lost(self, job: Job, reason: str) -> None:
+    async def _hold(self, job: Job, waiting: Waiting) -> None:
+        lease_s = self._settings.lease_s
+        if job.lease_expires_at is None or job.lease_expires_at - datetime.now(UTC) < timedelta(seconds=lease_s / 2):
+            await self._jobs.renew(Lease(job.id, job.epoch), ttl_s=lease_s)
+        mark = {"reason": waiting.reason, "epoch": job.epoch}
+        if waiting.reason and job.progress.get("waiting") != mark:
+            text = f"The worker waits: {waiting.text}."
+            await self._jobs.append_event(job.id, type="message", message=text, progress={"waiting": mark}, epoch=job.epoch)
+
+    async def _ended(self, job: Job, ended: Exit, launcher: Launcher) -> None:
+        if ended.was_stopped:
+            await self._requeue(job, f"The worker {ended.reason}; the job goes on from its last checkpoint.")
+        elif ended.is_final and job.wanted is not Wanted.CANCEL:
+            text = f"The worker {ended.reason}. Another attempt would end the same; {_log_of(job, launcher)}."
+            await self._fail(job, text, code="worker_misconfigured")
+        else:
+            await self._lost(job, ended.reason, launcher)
+
+    async def _lost(self, job: Job, reason: str, launcher: Launcher) -> None:
         """What follows an attempt that ended without saying how: what the job's owner wanted, another attempt, or failure."""
         metrics.LOST_ATTEMPTS.inc()
         before = cast("dict[str, Any]", job.progress.get("lost") or {})
@@ -109,10 +144,9 @@ class Scheduler:
             job.id, type="message", level=EventLevel.WARN, message=text, progress={"lost": {"count": count, "step": step}}, epoch=job.epoch
         )
         if job.wanted is not Wanted.CANCEL and count >= MAX_LOST_ATTEMPTS:
-            text += (
-                f" That was lost attempt {count} without a new checkpoint; see the workers' logs. Memory that runs out is a common cause."
-            )
-            await self._end(job, JobState.FAILED, text, error={"code": "worker_lost", "message": text, "violations": []})
+            log_of = _log_of(job, launcher)
+            text += f" That was lost attempt {count} without a new checkpoint; {log_of}. Memory that runs out is a common cause."
+            await self._fail(job, text, code="worker_lost")
         else:
             await self._requeue(job, f"The job goes on from step {step}." if step else "The job starts again.")
 
@@ -123,6 +157,9 @@ class Scheduler:
             await self._end(job, JobState.PAUSED, "The job is paused.")
         else:
             await self._end(job, JobState.QUEUED, message)
+
+    async def _fail(self, job: Job, message: str, *, code: str) -> None:
+        await self._end(job, JobState.FAILED, message, error={"code": code, "message": message, "violations": []})
 
     async def _end(self, job: Job, state: JobState, message: str, *, error: dict[str, object] | None = None) -> None:
         await self._jobs.transition(job.id, state, message=message, error=error, epoch=job.epoch)
@@ -136,7 +173,7 @@ class Scheduler:
                     await self._jobs.transition(job.id, _obeyed(job.wanted))
                 elif not _is_validated(job):
                     await self._validate(job)
-                elif free > 0:
+                elif free > 0 and time.monotonic() >= self._no_start_before_s:
                     free -= 1
                     await self._launch(job, launcher)
 
@@ -173,9 +210,22 @@ class Scheduler:
             metrics.QUEUE_SECONDS.observe((started.started_at - job.created_at).total_seconds())
         token = self._signer.sign(Principal("worker", job.project, job.id, lease.epoch), ttl_s=_TOKEN_TTL_S)
         try:
-            await launcher.start(Attempt(job.id, lease.epoch, token))
+            await launcher.start(Attempt(job.id, lease.epoch, token, gpus=request_of(job).spec.gpus))
+        except (UnavailableError, PermissionDeniedError) as error:
+            await self._postpone(started, error)
+        except FailedPreconditionError as error:
+            await self._fail(started, f"The worker cannot be started: {error.message}", code=error.code)
         except FineryError as error:
-            await self._lost(started, f"could not be started: {error.message}")
+            await self._lost(started, f"could not be started: {error.message}", launcher)
+        else:
+            self._start_pause_s = _FIRST_PAUSE_S
+
+    async def _postpone(self, job: Job, error: FineryError) -> None:
+        """Where no worker can start for now, whatever the job: it keeps its turn, and nothing is started for a while."""
+        self._no_start_before_s = time.monotonic() + self._start_pause_s
+        self._start_pause_s = min(_LONGEST_PAUSE_S, self._start_pause_s * 2)
+        log.warning("no worker can be started for now", job_id=job.id, error=error.message)
+        await self._requeue(job, f"The worker cannot be started for now: {error.message} It is tried again.")
 
     async def _end_disobedient(self, launcher: Launcher) -> None:
         cancelled = {job.id: job for job in await self._jobs.find(JobState.RUNNING) if job.wanted is Wanted.CANCEL}
@@ -183,9 +233,29 @@ class Scheduler:
         self._cancelled_since_s = {job_id: self._cancelled_since_s.get(job_id, now_s) for job_id in cancelled}
         for job_id, since_s in self._cancelled_since_s.items():
             if now_s - since_s >= self._settings.cancel_grace_s:
-                await launcher.kill(job_id)
-                with contextlib.suppress(AbortedError):
+                with _not_now(job_id):
+                    await launcher.kill(job_id)
                     await self._end(cancelled[job_id], JobState.CANCELLED, "The job was cancelled; its worker had to be ended.")
+
+
+@contextlib.contextmanager
+def _not_now(job_id: str) -> Iterator[None]:
+    """One job that cannot be moved on holds up no other: it is taken up again in the next round."""
+    try:
+        yield
+    except AbortedError:
+        pass
+    except FineryError as error:
+        log.warning("cannot move a job on", job_id=job_id, error=error.message)
+
+
+def _log_of(job: Job, launcher: Launcher) -> str:
+    return f"its log: {launcher.log_place(job.id, epoch=job.epoch)}"
+
+
+def _has_called(job: Job) -> bool:
+    """Whether the attempt's worker has told a phase, so that it runs, whatever else is known of it."""
+    return cast("dict[str, Any]", job.progress.get("phase") or {}).get("epoch") == job.epoch
 
 
 def _is_validated(job: Job) -> bool:

@@ -48,7 +48,7 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def running(settings: TrainerSettings, *, make_launcher: Callable[[str], Launcher] | None = None) -> AsyncIterator[Service]:
-    """Serves inside the block; at its end workers save their states and requests under way end.
+    """Serves inside the block; at its end workers of this machine save their states and requests under way end.
 
     `make_launcher` gets the address that workers call. Raises FineryError where a part cannot start.
     """
@@ -77,7 +77,8 @@ async def running(settings: TrainerSettings, *, make_launcher: Callable[[str], L
         )
         cache_dir = settings.artifact_cache_dir
         gpus = partial(visible_gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        checks = RequestChecks(catalogue=catalogue, cache_dir=cache_dir, artifacts=artifacts, serving=serving, gpus=gpus)
+        count_gpus = (lambda: len(gpus())) if settings.launcher == "local" else (lambda: settings.kubernetes_max_gpus)
+        checks = RequestChecks(catalogue=catalogue, cache_dir=cache_dir, artifacts=artifacts, serving=serving, count_gpus=count_gpus)
         runs = Runs(jobs, artifacts=artifacts, catalogue=catalogue, checks=checks, serving=serving, wake=scheduler.wake)
         attempts = Attempts(jobs, artifacts=artifacts, lease_s=settings.lease_s, serves=serving is not None, wake=scheduler.wake)
         estimates = ResourceEstimates(catalogue=catalogue, cache_dir=cache_dir, artifacts=artifacts, gpus=gpus)
@@ -90,13 +91,22 @@ async def running(settings: TrainerSettings, *, make_launcher: Callable[[str], L
         port = await server.start()
         stack.push_async_callback(server.stop, drain_s=DRAIN_S)
         address = f"{settings.grpc_address.rpartition(':')[0]}:{port}"
-        launcher = make_launcher(address) if make_launcher else LocalLauncher(trainer_address=address, state_dir=settings.state_dir)
+        launcher = make_launcher(address) if make_launcher else await _launcher(settings, address=address)
         work = [scheduler.run(launcher)]
         if serving is not None:
             work.append(Deployments(jobs, serving=serving).run())
         background = tuple(asyncio.create_task(item) for item in work)
         stack.push_async_callback(_stop_work, background, scheduler, launcher)
         yield Service(address, jobs, background)
+
+
+async def _launcher(settings: TrainerSettings, *, address: str) -> Launcher:
+    if settings.launcher == "local":
+        return LocalLauncher(trainer_address=address, state_dir=settings.state_dir)
+    # Its client is large, and of use in a cluster only.
+    from finery_trainer.launchers.kubernetes import KubernetesLauncher
+
+    return await KubernetesLauncher.connect(settings)
 
 
 async def _open_jobs(settings: TrainerSettings, stack: contextlib.AsyncExitStack) -> JobStore:

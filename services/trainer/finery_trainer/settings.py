@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -18,6 +19,16 @@ class TrainerSettings(ServiceSettings):
     """A worker that has not reported for so long counts as dead."""
     cancel_grace_s: float = Field(default=60.0, gt=0)
     """A worker that has not obeyed a cancellation for so long is ended."""
+    launcher: Literal["local", "kubernetes"] = "local"
+    """Where workers run: as processes of this machine, or as Jobs of a cluster."""
+    kubernetes_namespace: str = ""
+    """Of the workers' Jobs; empty for the pod's own."""
+    kubernetes_job_template: Path = Path("/etc/finery/worker-job.yaml")
+    """YAML of a whole batch/v1 Job with a container `worker`."""
+    kubernetes_gpu_resource: str = "nvidia.com/gpu"
+    """What a GPU is called in a container's limits; empty where workers get none, or their devices by resource claims."""
+    kubernetes_max_gpus: int = Field(default=8, ge=1)
+    """GPUs of the largest node that takes workers. A job trains on one node, so more are refused."""
 
 
 class WorkerSettings(ServiceSettings):

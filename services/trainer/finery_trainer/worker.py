@@ -1,7 +1,8 @@
 """One attempt at a job: `python -m finery_trainer.worker`, started by a launcher that sets `WorkerSettings`.
 
 Fetches what the server assigns, trains, reports, publishes. Exits with 0 when the server knows how the attempt ended (or has given
-the job to another), with 75 when it was told to stop and has saved its state, with 1 when another attempt may do better.
+the job to another), with 75 when it was told to stop and has saved its state, with 78 when its settings are wrong, with 1 when
+another attempt may do better.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import structlog
+from pydantic import ValidationError
 
 from finery_common.artifacts import ArtifactRef, ArtifactStore
 from finery_common.catalogue import Catalogue, folder_sha256, materialize
@@ -26,11 +28,10 @@ from finery_common.errors import FailedPreconditionError, FineryError, ResourceE
 from finery_common.jobs import JobState
 from finery_common.rpc.messages import error_fields
 from finery_common.rpc.status import unknown_error
-from finery_common.spec import MethodType, TrainingSpec
+from finery_common.spec import MethodType, TrainingSpec, invalid_fields
 from finery_common.telemetry import announce_metrics, configure_logging, serve_metrics
 from finery_trainer.client import Assignment, Command
-from finery_trainer.launchers import work_dir
-from finery_trainer.launchers.local import STOPPED_EXIT_CODE
+from finery_trainer.launchers import CONFIG_EXIT_CODE, STOPPED_EXIT_CODE, work_dir
 from finery_trainer.link import AttemptOver, Link, ServerGone
 from finery_trainer.machine import check_this_machine, use_cpus
 from finery_trainer.publishing import MetricsTable, Publisher
@@ -311,10 +312,17 @@ def main() -> int:
     """The process; answers its exit status."""
     stop_signals: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stop_signals.append(number))
-    settings = WorkerSettings()  # pyright: ignore[reportCallIssue]  # the environment has what is required
+    try:
+        settings = WorkerSettings()  # pyright: ignore[reportCallIssue]  # the environment has what is required
+        token = settings.worker_token_file.read_text().strip()
+    except ValidationError as error:
+        sys.stderr.write(f"finery_trainer.worker: settings (FINERY_…): {invalid_fields(error).message}\n")
+        return CONFIG_EXIT_CODE
+    except OSError as error:
+        sys.stderr.write(f"finery_trainer.worker: FINERY_WORKER_TOKEN_FILE: cannot read {error.filename}: {error.strerror}\n")
+        return CONFIG_EXIT_CODE
     configure_logging("trainer-worker", level=settings.log_level)
     _offer_metrics(settings)
-    token = settings.worker_token_file.read_text().strip()
     os.environ.pop("FINERY_WORKER_TOKEN_FILE", None)
     link = Link(settings.trainer_address, token=token, heartbeat_s=settings.worker_heartbeat_s, tolerance_s=settings.worker_tolerance_s)
     try:

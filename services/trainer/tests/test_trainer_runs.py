@@ -29,7 +29,7 @@ from finery_common.spec import TrainingSpec
 from finery_trainer.client import Assignment, Command, WorkerClient
 from finery_trainer.engine.architecture import describe
 from finery_trainer.engine.planner import Ranks, Workload, plan_step
-from finery_trainer.launchers import Attempt, Exit
+from finery_trainer.launchers import Attempt, Exit, Waiting
 from finery_trainer.link import AttemptOver, Link
 from finery_trainer.publishing import MetricsTable, Publisher
 from finery_trainer.records import CheckpointReport, StepMetrics
@@ -45,6 +45,7 @@ class FakeLauncher:
         self.address = ""
         self.attempts: list[Attempt] = []
         self.killed: list[str] = []
+        self.waits: list[Waiting] = []
         self._exits: list[Exit] = []
 
     async def start(self, attempt):
@@ -56,6 +57,12 @@ class FakeLauncher:
     def take_exits(self):
         exits, self._exits = self._exits, []
         return exits
+
+    def waiting(self):
+        return self.waits
+
+    def log_place(self, job_id, *, epoch):
+        return f"log {epoch}"
 
     async def kill(self, job_id):
         self.killed.append(job_id)

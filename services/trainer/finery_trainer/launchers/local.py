@@ -20,10 +20,8 @@ import psutil
 import structlog
 
 from finery_common.errors import UnavailableError
-from finery_trainer.launchers import Attempt, Exit, work_dir
+from finery_trainer.launchers import CONFIG_EXIT_CODE, STOPPED_EXIT_CODE, Attempt, Exit, Waiting, work_dir
 
-STOPPED_EXIT_CODE = 75
-"""What a worker that was told to stop, and saved its state, exits with (sysexits' EX_TEMPFAIL)."""
 _NOT_THE_WORKERS = (
     "FINERY_TOKEN_SECRET_FILE",
     "FINERY_DATABASE_URL",
@@ -93,6 +91,14 @@ class LocalLauncher:
     def _target_file(self, job_id: str, epoch: int) -> Path:
         return self._state_dir / "prometheus" / f"worker-{job_id}-{epoch}.json"
 
+    def log_place(self, job_id: str, *, epoch: int) -> str:
+        """Its name below the state directory."""
+        return f"{self.log_file(job_id, epoch).relative_to(self._state_dir)} in FINERY_STATE_DIR"
+
+    def waiting(self) -> list[Waiting]:
+        """None: a process begins as it is started."""
+        return []
+
     def take_exits(self) -> list[Exit]:
         """The workers that ended since the last call."""
         exits, self._exits = self._exits, []
@@ -133,7 +139,7 @@ class LocalLauncher:
         was_stopped = self._is_stopping or code == STOPPED_EXIT_CODE
         reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
         log.info("worker ended", job_id=attempt.job_id, epoch=attempt.epoch, reason=reason)
-        self._exits.append(Exit(attempt.job_id, attempt.epoch, was_stopped, reason))
+        self._exits.append(Exit(attempt.job_id, attempt.epoch, was_stopped, reason, is_final=code == CONFIG_EXIT_CODE))
 
     async def _stop_leftovers(self, *, grace_s: float) -> None:
         leftovers = self._leftovers()
