@@ -39,6 +39,10 @@ e2e: setup ## The whole path through the official openai client against the real
 chaos: setup-system setup ## Faults put to the real system, in their long form: kills, damaged adapters, a full disk, 1,000 deployments (half an hour)
 	@FINERY_CHAOS=long $(PYTEST) tests/chaos -v $(PYTEST_ARGS)
 
+.PHONY: helm-test
+helm-test: setup ## The chart: Helm's lint, every example and switch against Kubernetes' schemas, snapshots (UPDATE=1 writes them anew)
+	@FINERY_UPDATE_SNAPSHOTS=$(UPDATE) $(PYTEST) helm/tests $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: setup ## ruff, buf, import-linter, pyright
 	@echo "ruff check" && $(BIN)/ruff check --quiet --output-format concise .

@@ -1,5 +1,6 @@
 """The RPC library against a real server on loopback."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -104,3 +105,20 @@ async def test_health_needs_no_credentials(address: str):
     async with grpc.aio.insecure_channel(address) as plain:
         answer = await health_pb2_grpc.HealthStub(plain).Check(health_pb2.HealthCheckRequest())
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_health_has_names_of_its_own_until_the_server_stops():
+    server = RpcServer(address="127.0.0.1:0", servicers=[], authenticate=token_authenticator(SIGNER))
+    port = await server.start()
+    status = health_pb2.HealthCheckResponse
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as plain:
+        watch = health_pb2_grpc.HealthStub(plain).Watch(health_pb2.HealthCheckRequest(service="vllm"))
+        seen = [(await anext(aiter(watch))).status]
+        for is_serving in (False, True):
+            await server.set_health("vllm", is_serving=is_serving)
+            seen.append((await anext(aiter(watch))).status)
+        stopping = asyncio.create_task(server.stop(drain_s=5))
+        seen.append((await anext(aiter(watch))).status)
+        watch.cancel()
+        await stopping
+    assert seen == [status.SERVICE_UNKNOWN, status.NOT_SERVING, status.SERVING, status.NOT_SERVING]

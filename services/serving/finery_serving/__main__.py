@@ -80,10 +80,20 @@ async def _serve(settings: ServingSettings) -> None:
         )
         server = RpcServer(address=settings.grpc_address, servicers=[servicer_of(servicer)], authenticate=token_authenticator(signer))
         await server.start()
-        await until_stopped([supervising, *services.tasks])
+        telling = asyncio.create_task(_tell_readiness(server, agent), name="readiness")
+        stack.callback(telling.cancel)
+        await until_stopped([supervising, telling, *services.tasks])
         # Watches never end by themselves and would take up the whole time for draining.
         servicer.end_watches()
         await server.stop(drain_s=_DRAIN_S)
+
+
+async def _tell_readiness(server: RpcServer, agent: Agent) -> None:
+    """Tells whoever asks for the health of `vllm`, as Kubernetes does before it goes on with the next replica, whether vLLM answers."""
+    while True:
+        seen = agent.changes.count
+        await server.set_health("vllm", is_serving=agent.process.ready)
+        await agent.changes.wait_after(seen)
 
 
 def base_entry(settings: ServingSettings) -> BaseModelEntry:
@@ -108,6 +118,10 @@ def vllm_config(settings: ServingSettings, *, entry: BaseModelEntry, base_dir: P
         raise FailedPreconditionError(
             f"FINERY_VLLM_PYTHON: got {settings.vllm_python or 'nothing'}, wanted the Python of an environment with vLLM"
         )
+    if settings.vllm_nodes > 1 and not settings.vllm_master_address:
+        raise FailedPreconditionError(
+            f"FINERY_VLLM_MASTER_ADDRESS is not set, but FINERY_VLLM_NODES is {settings.vllm_nodes}; set it to the first machine's name"
+        )
     device = settings.serving_device
     if device == "auto":
         device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
@@ -121,6 +135,10 @@ def vllm_config(settings: ServingSettings, *, entry: BaseModelEntry, base_dir: P
         max_lora_rank=settings.max_lora_rank or _DEFAULT_LORA_RANK[device],
         max_model_len=settings.max_model_len or entry.max_sequence_length,
         tool_call_parser=tool_call_parser(settings.tool_call_parser, base_model_dir=base_dir),
+        tensor_parallel_size=settings.tensor_parallel_size,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        nodes=settings.vllm_nodes,
+        master_address=settings.vllm_master_address,
         kv_cache_gib=settings.vllm_kv_cache_gib,
         start_timeout_s=settings.vllm_start_timeout_s,
         private_paths=(str(settings.state_dir), str(settings.artifact_cache_dir)),

@@ -39,6 +39,16 @@ class ServingSettings(ServiceSettings):
     """Largest rank that can be served; 0: 64 on a GPU, 16 on a CPU, where the time of a prompt grows with this limit, used or not."""
     max_model_len: int = Field(default=0, ge=0)
     """Context length in tokens; 0 takes the model's own."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs of each machine that share every layer of one vLLM."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of each GPU's memory that vLLM takes; its own default where unset."""
+    vllm_nodes: int = Field(default=1, ge=1)
+    """Machines that one vLLM runs on, each with a share of the layers; on all but the first runs `finery_serving.follower`."""
+    vllm_node_rank: int = Field(default=0, ge=0)
+    """Which of these machines this one is; a follower's alone."""
+    vllm_master_address: str = ""
+    """The first of these machines, where there are several."""
     vllm_kv_cache_gib: int = Field(default=2, ge=1)
     """Memory for attention caches in GiB, on a CPU."""
     tool_call_parser: str = Field(default="auto", pattern=r"^[A-Za-z0-9_.-]+$")

@@ -64,6 +64,11 @@ class VllmConfig:
     """A vLLM that has answered no health check for so long is killed."""
     tool_call_parser: str = ""
     """Of vLLM's names; empty where tools are refused."""
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float | None = None
+    nodes: int = 1
+    """Machines, each with a share of the layers."""
+    master_address: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,17 +128,30 @@ def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None, secret: st
 def vllm_command(config: VllmConfig, *, endpoint: Endpoint) -> list[str]:
     """The command line of vLLM."""
     command = [str(config.python), "-m", "vllm.entrypoints.openai.api_server", *endpoint.options]
-    command += ["--model", str(config.base_model_dir), "--served-model-name", config.base_model]
-    command += ["--enable-lora", "--max-loras", str(config.max_loras), "--max-cpu-loras", str(config.max_cpu_loras)]
-    command += ["--disable-uvicorn-access-log", "--max-lora-rank", str(config.max_lora_rank), "--api-server-count", "1"]
+    command += ["--model", str(config.base_model_dir), "--served-model-name", config.base_model, *engine_arguments(config)]
+    command += ["--disable-uvicorn-access-log", "--api-server-count", "1"]
     command += ["--middleware", f"{finery_vllm_middleware.__name__.rpartition('.')[2]}.{finery_vllm_middleware.FineryMiddleware.__name__}"]
     if config.tool_call_parser:
         command += ["--enable-auto-tool-choice", "--tool-call-parser", config.tool_call_parser]
-    if config.max_model_len:
-        command += ["--max-model-len", str(config.max_model_len)]
-    if config.device == "cpu":
-        command += ["--enforce-eager", "--dtype", "float32"]
     return command
+
+
+def engine_arguments(config: VllmConfig, *, node_rank: int = 0) -> list[str]:
+    """What the engine's processes on all machines of one vLLM must be told alike, and which of the machines this is."""
+    arguments = ["--enable-lora", "--max-loras", str(config.max_loras), "--max-cpu-loras", str(config.max_cpu_loras)]
+    arguments += ["--max-lora-rank", str(config.max_lora_rank)]
+    if config.max_model_len:
+        arguments += ["--max-model-len", str(config.max_model_len)]
+    if config.device == "cpu":
+        arguments += ["--enforce-eager", "--dtype", "float32"]
+    if config.tensor_parallel_size > 1:
+        arguments += ["--tensor-parallel-size", str(config.tensor_parallel_size)]
+    if config.gpu_memory_utilization is not None:
+        arguments += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+    if config.nodes > 1:
+        arguments += ["--pipeline-parallel-size", str(config.nodes), "--nnodes", str(config.nodes), "--node-rank", str(node_rank)]
+        arguments += ["--master-addr", config.master_address, "--distributed-executor-backend", "mp"]
+    return arguments
 
 
 def vllm_environment(inherited: Mapping[str, str], *, config: VllmConfig, middleware_config: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ import pytest
 
 from finery_common.errors import FailedPreconditionError
 from finery_serving.__main__ import base_entry, vllm_config
+from finery_serving.follower import follower_command
 from finery_serving.settings import ServingSettings
 from finery_serving.tool_calls import tool_call_parser
 from finery_serving.vllm_client import VllmClient
@@ -122,6 +123,50 @@ def test_the_command_carries_no_secret_and_is_eager_on_a_cpu_only(config):
     assert command[command.index("--middleware") + 1] == "finery_vllm_middleware.FineryMiddleware"
     assert "--enforce-eager" in command
     assert "--enforce-eager" not in vllm_command(VllmConfig(**{**config.__dict__, "device": "cuda"}), endpoint=UnixEndpoint(Path("/s")))
+
+
+def test_gpus_and_their_memory_are_vllms_to_share_out_as_the_settings_say(config):
+    plain = vllm_command(config, socket=Path("/s"))
+    assert not any(name in plain for name in ("--tensor-parallel-size", "--gpu-memory-utilization", "--nnodes"))
+    command = vllm_command(replace(config, tensor_parallel_size=4, gpu_memory_utilization=0.45), socket=Path("/s"))
+    assert command[command.index("--tensor-parallel-size") + 1] == "4"
+    assert command[command.index("--gpu-memory-utilization") + 1] == "0.45"
+
+
+def test_all_machines_of_a_vllm_are_told_the_same_but_for_their_rank(config):
+    group = replace(config, device="cuda", tensor_parallel_size=8, nodes=2, master_address="leader")
+    leader, follower = vllm_command(group, socket=Path("/s")), follower_command(group, node_rank=1)
+    assert (leader[leader.index("--node-rank") + 1], follower[follower.index("--node-rank") + 1]) == ("0", "1")
+    assert "--headless" in follower
+    assert not {"--uds", "--middleware", "--api-server-count"} & set(follower)
+    for name in ("--nnodes", "--master-addr", "--pipeline-parallel-size", "--tensor-parallel-size", "--max-lora-rank", "--max-loras"):
+        assert leader[leader.index(name) + 1] == follower[follower.index(name) + 1]
+
+
+def test_a_follower_becomes_vllm(tmp_path):
+    model, python, told = tmp_path / "base", tmp_path / "python", tmp_path / "told"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"")
+    (tmp_path / "catalogue.yaml").write_text("models: [{name: base, path: base, max_sequence_length: 64}]")
+    python.write_text(f'#!/bin/sh\n{{ echo "$@"; env; }} > {told}\n')
+    python.chmod(0o755)
+    environment = {
+        **os.environ,
+        "FINERY_CATALOGUE": str(tmp_path / "catalogue.yaml"),
+        "FINERY_VLLM_PYTHON": str(python),
+        "FINERY_VLLM_NODES": "2",
+        "FINERY_VLLM_MASTER_ADDRESS": "leader",
+    }
+    command = [sys.executable, "-m", "finery_serving.follower"]
+    subprocess.run(command, env=environment | {"FINERY_VLLM_NODE_RANK": "1"}, check=True, timeout=60)
+    text = told.read_text()
+    assert text.startswith(f"-m vllm.entrypoints.cli.main serve {model} --headless --enable-lora")
+    assert "FINERY_CATALOGUE" not in text
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (refused.returncode, refused.stderr) == (
+        1, "finery_serving-follower: FINERY_VLLM_NODE_RANK: got 0, wanted 1 to FINERY_VLLM_NODES - 1 (1)\n"
+    )  # fmt: skip
 
 
 def test_the_middleware_needs_the_standard_library_only():

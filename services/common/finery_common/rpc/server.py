@@ -60,6 +60,7 @@ class RpcServer:
     def __init__(self, *, address: str, servicers: Sequence[Servicer], authenticate: Authenticate) -> None:
         self._servicers = tuple(servicers)
         self._address = address
+        self._health_names = ["", *(item.full_name for item in self._servicers)]
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  missing in the stubs
         self._server = grpc.aio.server(
             interceptors=[_Interceptor(authenticate)],
@@ -84,6 +85,13 @@ class RpcServer:
         log.info("serving gRPC", port=port, services=[item.full_name for item in self._servicers])
         return port
 
+    async def set_health(self, name: str, *, is_serving: bool) -> None:
+        """Answers for one more name of the health protocol, until the server stops."""
+        if name not in self._health_names:
+            self._health_names.append(name)
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(name, status.SERVING if is_serving else status.NOT_SERVING)
+
     async def stop(self, *, drain_s: float = DRAIN_S) -> None:
         """Turns unhealthy, takes no new request, gives running ones `drain_s` seconds."""
         log.info("draining", drain_s=drain_s)
@@ -91,7 +99,7 @@ class RpcServer:
         await self._server.stop(drain_s)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in ("", *(item.full_name for item in self._servicers)):
+        for name in self._health_names:
             await self._health.set(name, status)
 
 
