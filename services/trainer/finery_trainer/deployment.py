@@ -14,6 +14,7 @@ import structlog
 from finery_common.errors import FineryError, InvalidArgumentError, NotFoundError
 from finery_common.jobs import EventLevel, Job, JobState, JobStore
 from finery_trainer.client import AliasStatus, ServingClient
+from finery_trainer.metrics import DEPLOYMENTS
 from finery_trainer.records import DeploymentState, alias_of, artifact_of, request_of
 
 MAX_TRIES = 10
@@ -105,6 +106,7 @@ class Deployments:
         )
 
     async def _end(self, job: Job, state: DeploymentState, message: str, level: EventLevel = EventLevel.INFO) -> None:
+        DEPLOYMENTS.labels(state).inc()
         await self._jobs.append_event(
             job.id,
             type="deployment",

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, cast
 
 import structlog
@@ -17,7 +19,7 @@ from finery_common.jobs import EventLevel, Job, JobState, JobStore, Lease, Wante
 from finery_common.rpc.tokens import Principal, TokenSigner
 from finery_trainer import metrics
 from finery_trainer.launchers import Attempt, Exit, Launcher
-from finery_trainer.records import artifact_of, request_of
+from finery_trainer.records import artifact_of, last_progress_of, request_of
 from finery_trainer.settings import TrainerSettings
 from finery_trainer.validation import Validation
 
@@ -41,6 +43,7 @@ class Scheduler:
         self._woken = asyncio.Event()
         self._validating: dict[str, asyncio.Task[None]] = {}
         self._cancelled_since_s: dict[str, float] = {}
+        self._shown: set[str] = set()
         # Workers of the process before this one may have been unable to renew their leases; they get time to come back.
         self._patient_until_s = time.monotonic() + settings.lease_s
 
@@ -77,9 +80,19 @@ class Scheduler:
             with contextlib.suppress(AbortedError):
                 await self._unheld(job, launcher)
         await self._start_queued(launcher)
-        await self._end_disobedient(launcher)
+        running = await self._jobs.find(JobState.RUNNING)
+        await self._end_disobedient(running, launcher)
+        self._show_progress(running)
         for state, count in (await self._jobs.states_count()).items():
             metrics.JOBS.labels(state).set(count)
+
+    def _show_progress(self, running: Sequence[Job]) -> None:
+        """A job that has just ended may still be in the list: its gauges go with the next round."""
+        for job in running:
+            metrics.LAST_PROGRESS.labels(job.id).set(last_progress_of(job).timestamp())
+        for job_id in self._shown - {job.id for job in running}:
+            metrics.forget_job(job_id)
+        self._shown = {job.id for job in running}
 
     async def _unheld(self, job: Job, launcher: Launcher) -> None:
         if job.state is JobState.VALIDATING:
@@ -127,10 +140,15 @@ class Scheduler:
     async def _end(self, job: Job, state: JobState, message: str, *, error: dict[str, object] | None = None) -> None:
         await self._jobs.transition(job.id, state, message=message, error=error, epoch=job.epoch)
         metrics.forget_job(job.id)
+        if error is not None:
+            metrics.JOB_FAILURES.labels(str(error["code"])).inc()
 
     async def _start_queued(self, launcher: Launcher) -> None:
         free = self._settings.max_workers - (await self._jobs.states_count())[JobState.RUNNING]
-        for job in await self._jobs.runnable(limit=100):
+        queued = await self._jobs.runnable(limit=100)
+        waits_s = [(datetime.now(UTC) - job.updated_at).total_seconds() for job in queued]
+        metrics.OLDEST_QUEUED_SECONDS.set(max(waits_s, default=0.0))
+        for job in queued:
             with contextlib.suppress(AbortedError, FailedPreconditionError):
                 if job.wanted is not Wanted.NONE:
                     await self._jobs.transition(job.id, _obeyed(job.wanted))
@@ -177,8 +195,8 @@ class Scheduler:
         except FineryError as error:
             await self._lost(started, f"could not be started: {error.message}")
 
-    async def _end_disobedient(self, launcher: Launcher) -> None:
-        cancelled = {job.id: job for job in await self._jobs.find(JobState.RUNNING) if job.wanted is Wanted.CANCEL}
+    async def _end_disobedient(self, running: Sequence[Job], launcher: Launcher) -> None:
+        cancelled = {job.id: job for job in running if job.wanted is Wanted.CANCEL}
         now_s = time.monotonic()
         self._cancelled_since_s = {job_id: self._cancelled_since_s.get(job_id, now_s) for job_id in cancelled}
         for job_id, since_s in self._cancelled_since_s.items():

@@ -240,8 +240,8 @@ def _estimate_to_proto(found: ResourceEstimate) -> training_pb2.EstimateResource
 
 
 def _metrics_from_proto(message: training_pb2.StepMetrics) -> StepMetrics:
-    fields = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields if field.name != "validation_loss"}
-    return StepMetrics(**fields, validation_loss=message.validation_loss if message.HasField("validation_loss") else None)
+    fields = [field for field in message.DESCRIPTOR.fields if not field.has_presence or message.HasField(field.name)]
+    return StepMetrics(**{field.name: getattr(message, field.name) for field in fields})
 
 
 def _command_to_proto(command: Command) -> worker_pb2.WorkerCommand:

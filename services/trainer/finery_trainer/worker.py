@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import structlog
+from prometheus_client import REGISTRY
 
 from finery_common.artifacts import ArtifactRef, ArtifactStore
 from finery_common.catalogue import Catalogue, folder_sha256, materialize
 from finery_common.errors import FailedPreconditionError, FineryError, ResourceExhaustedError, UnavailableError
+from finery_common.gpu_metrics import serve_gpu_metrics
 from finery_common.jobs import JobState
 from finery_common.rpc.messages import error_fields
 from finery_common.rpc.status import unknown_error
@@ -36,6 +38,7 @@ from finery_trainer.machine import check_this_machine, use_cpus
 from finery_trainer.publishing import MetricsTable, Publisher
 from finery_trainer.records import CheckpointReport, StepMetrics
 from finery_trainer.settings import WorkerSettings
+from finery_trainer.worker_metrics import VramCollector
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,6 +81,8 @@ class Worker:
         assignment = self._link.ask(lambda client: client.assignment())
         structlog.contextvars.bind_contextvars(job_id=assignment.job_id, epoch=assignment.epoch)
         folder = work_dir(self._settings.state_dir, job_id=assignment.job_id, epoch=assignment.epoch)
+        vram = VramCollector(assignment.job_id)
+        REGISTRY.register(vram)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._work(assignment, folder)
@@ -90,6 +95,7 @@ class Worker:
             log.error("the attempt failed", code=fields["code"], error=fields["message"])
             self._link.ask(lambda client: client.finish(JobState.FAILED, error=fields))
         finally:
+            REGISTRY.unregister(vram)
             shutil.rmtree(folder, ignore_errors=True)
 
     def _work(self, assignment: Assignment, folder: Path) -> None:
@@ -273,6 +279,10 @@ def _metrics_of(report: loop.StepReport) -> StepMetrics:
         num_trained_tokens=report.num_trained_tokens,
         memory_bytes=report.memory_bytes,
         validation_loss=report.validation_loss,
+        data_wait_seconds=report.data_wait_seconds,
+        mfu=report.mfu,
+        memory_allocated_bytes=report.memory_allocated_bytes,
+        memory_reserved_bytes=report.memory_reserved_bytes,
     )
 
 
@@ -299,6 +309,7 @@ def explain(error: Exception, assignment: Assignment) -> FineryError:
 
 def _offer_metrics(settings: WorkerSettings) -> None:
     port = serve_metrics(host=settings.metrics_host, port=settings.metrics_port)
+    serve_gpu_metrics()
     log.info("serving metrics", port=port)
     if settings.metrics_target_file is not None:
         try:
