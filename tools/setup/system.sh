@@ -5,6 +5,7 @@ missing=
 if ! command -v initdb >/dev/null && ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then
     missing="$missing postgresql"
 fi
+command -v promtool >/dev/null && command -v prometheus >/dev/null || missing="$missing prometheus"
 [ -z "$missing" ] && exit 0
 if [ "$(id -u)" != 0 ]; then
     echo "The tests need Debian packages that are not installed:$missing" >&2
