@@ -329,7 +329,9 @@ def _residency() -> tuple[Panel, ...]:
         Panel(
             title="State of each version",
             unit=_COUNT,
-            queries={"{{adapter}} {{replica}}": f"max by (adapter, replica) (finery_serving_adapter_state{_REPLICA})"},
+            queries={
+                "{{adapter}} {{replica}}": 'max by (adapter, replica) (finery_serving_adapter_state{replica=~"$replica",adapter!=""})'
+            },
             text="0 cold: loaded when asked for. 1 loaded. 2 draining. 3 failed.",
         ),
         Panel(

@@ -49,7 +49,7 @@ def rendered(board: Board) -> str:
 def _variable(choice: Choice) -> dashboard.QueryVariable:
     everything = VariableOption(selected=True, text="All", value="$__all")
     made = dashboard.QueryVariable(choice.name).datasource(_SOURCE).query(f"label_values({choice.metric}, {choice.label})")
-    return made.include_all(True).all_value(".*").multi(True).current(everything).refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+    return made.include_all(True).all_value(".+").multi(True).current(everything).refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
 
 
 def _series(panel: Panel, width: int) -> timeseries.Panel:

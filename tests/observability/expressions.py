@@ -42,7 +42,7 @@ def panels() -> list[Expression]:
     for file in sorted(DASHBOARDS.glob("*.json")):
         for panel in json.loads(file.read_text())["panels"]:
             for target in panel.get("targets", ()):
-                expr = _VARIABLE.sub(".*", target["expr"]).replace("$__rate_interval", "10s")
+                expr = _VARIABLE.sub(".+", target["expr"]).replace("$__rate_interval", "10s")
                 found.append(Expression(f"{file.stem}: {panel['title']}", expr, target["legendFormat"]))
     return found
 
@@ -62,6 +62,7 @@ def choices() -> list[tuple[str, str]]:
     for file in sorted(DASHBOARDS.glob("*.json")):
         for variable in json.loads(file.read_text())["templating"]["list"]:
             if variable["type"] == "query":
-                metric, label = re.fullmatch(r"label_values\((\S+), (\w+)\)", variable["query"]).groups()
-                found.append((metric, label))
+                match = re.fullmatch(r"label_values\((\S+), (\w+)\)", variable["query"])
+                assert match is not None, variable["query"]
+                found.append((match[1], match[2]))
     return found

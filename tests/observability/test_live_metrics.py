@@ -37,9 +37,10 @@ NOT_HERE = {
 FOREIGN = {"DCGM_FI_DEV_FB_FREE", "DCGM_FI_DEV_FB_USED", "DCGM_FI_DEV_GPU_UTIL"}
 """Of NVIDIA's exporter, by the names of its default list of counters."""
 QUIET = {
-    'count by (replica) (finery_serving_adapter_state{replica=~".*"} == 0)': "no version was cold",
-    'count by (replica) (finery_serving_adapter_state{replica=~".*"} == 2)': "no version was draining as it was looked at",
-    'count by (replica) (finery_serving_adapter_state{replica=~".*"} == 3)': "no version failed",
+    'count by (replica) (finery_serving_adapter_state{replica=~".+"} == 0)': "no version was cold",
+    'count by (replica) (finery_serving_adapter_state{replica=~".+"} == 2)': "no version was draining as it was looked at",
+    'count by (replica) (finery_serving_adapter_state{replica=~".+"} == 3)': "no version failed",
+    "sum by (state) (finery_converter_jobs) > 0": "nothing was converted",
 }
 """Expressions that are empty while all is well."""
 

@@ -67,6 +67,8 @@ class ServiceSettings(BaseSettings):
     """gRPC target of serving."""
     log_level: str = "INFO"
     """DEBUG, INFO, WARNING or ERROR."""
+    otlp_endpoint: str = ""
+    """`http://host:4317` of an OpenTelemetry collector, for traces; none where empty."""
 
     @property
     def artifact_cache_dir(self) -> Path:

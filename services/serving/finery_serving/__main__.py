@@ -121,6 +121,7 @@ def vllm_config(settings: ServingSettings, *, entry: BaseModelEntry, base_dir: P
         kv_cache_gib=settings.vllm_kv_cache_gib,
         start_timeout_s=settings.vllm_start_timeout_s,
         private_paths=(str(settings.state_dir), str(settings.artifact_cache_dir)),
+        otlp_endpoint=settings.otlp_endpoint,
     )
 
 

@@ -60,6 +60,8 @@ class VllmConfig:
     """What must never show in an answer."""
     tool_call_parser: str = ""
     """Of vLLM's names; empty where tools are refused."""
+    otlp_endpoint: str = ""
+    """Where vLLM sends its part of a trace, the time to the first token in it; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def vllm_command(config: VllmConfig, *, socket: Path) -> list[str]:
         command += ["--max-model-len", str(config.max_model_len)]
     if config.device == "cpu":
         command += ["--enforce-eager", "--dtype", "float32"]
+    if config.otlp_endpoint:
+        command += ["--otlp-traces-endpoint", config.otlp_endpoint]
     return command
 
 

@@ -18,7 +18,16 @@ from finery_common.jobs import Job, JobState, JobStore, Lease, Wanted
 from finery_common.spec import MethodType
 from finery_trainer import metrics
 from finery_trainer.client import Assignment, Command
-from finery_trainer.records import CheckpointReport, DeploymentState, StepMetrics, artifact_of, metrics_of, pace_after, request_of
+from finery_trainer.records import (
+    CheckpointReport,
+    DeploymentState,
+    StepMetrics,
+    artifact_of,
+    metrics_of,
+    pace_after,
+    request_of,
+    traceparent_of,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +56,7 @@ class Attempts:
             training_dataset=training,
             validation_dataset=artifact_of(job, "validation_artifact"),
             checkpoint=artifact_of(job, "checkpoint"),
+            traceparent=traceparent_of(job),
         )
 
     async def heartbeat(self, lease: Lease, *, phase: str) -> Command:

@@ -15,6 +15,7 @@ from finery_common.artifacts import ArtifactRef
 from finery_common.jobs import Job, JobState
 from finery_common.resource_names import model_alias
 from finery_common.spec import MethodType, TrainingSpec
+from finery_common.tracing import TRACEPARENT
 
 
 class DeploymentState(StrEnum):
@@ -110,6 +111,11 @@ def artifact_of(job: Job, key: str) -> ArtifactRef | None:
 def text_of(job: Job, key: str) -> str:
     """The text kept in the job's result under `key`, or nothing."""
     return str(job.result.get(key) or "")
+
+
+def traceparent_of(job: Job) -> str:
+    """The trace that the job's creation belonged to, or nothing."""
+    return str(job.progress.get(TRACEPARENT) or "")
 
 
 def metrics_of(job: Job) -> StepMetrics | None:

@@ -17,9 +17,10 @@ import structlog
 from finery_common.errors import AbortedError, FailedPreconditionError, FineryError
 from finery_common.jobs import EventLevel, Job, JobState, JobStore, Lease, Wanted
 from finery_common.rpc.tokens import Principal, TokenSigner
+from finery_common.tracing import span
 from finery_trainer import metrics
 from finery_trainer.launchers import Attempt, Exit, Launcher
-from finery_trainer.records import artifact_of, last_progress_of, request_of
+from finery_trainer.records import artifact_of, last_progress_of, request_of, traceparent_of
 from finery_trainer.settings import TrainerSettings
 from finery_trainer.validation import Validation
 
@@ -168,7 +169,8 @@ class Scheduler:
 
     async def _validated(self, job: Job, lease: Lease) -> None:
         try:
-            await self._validation.run(job, lease=lease)
+            with span("validate job", parent=traceparent_of(job), job_id=job.id):
+                await self._validation.run(job, lease=lease)
         except AbortedError:
             return
         except FineryError as error:
@@ -191,7 +193,8 @@ class Scheduler:
             metrics.QUEUE_SECONDS.observe((started.started_at - job.created_at).total_seconds())
         token = self._signer.sign(Principal("worker", job.project, job.id, lease.epoch), ttl_s=_TOKEN_TTL_S)
         try:
-            await launcher.start(Attempt(job.id, lease.epoch, token))
+            with span("launch worker", parent=traceparent_of(job), job_id=job.id, epoch=lease.epoch):
+                await launcher.start(Attempt(job.id, lease.epoch, token))
         except FineryError as error:
             await self._lost(started, f"could not be started: {error.message}")
 

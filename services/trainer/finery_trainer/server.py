@@ -141,6 +141,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             training_dataset=artifact_to_proto(found.training_dataset),
             validation_dataset=None if found.validation_dataset is None else artifact_to_proto(found.validation_dataset),
             checkpoint=None if found.checkpoint is None else artifact_to_proto(found.checkpoint),
+            traceparent=found.traceparent,
         )
 
     async def Heartbeat(self, request: worker_pb2.HeartbeatRequest, context: Context) -> worker_pb2.WorkerCommand:

@@ -30,6 +30,7 @@ from finery_common.rpc.messages import error_fields
 from finery_common.rpc.status import unknown_error
 from finery_common.spec import MethodType, TrainingSpec
 from finery_common.telemetry import announce_metrics, configure_logging, serve_metrics
+from finery_common.tracing import configure_tracing, span
 from finery_trainer.client import Assignment, Command
 from finery_trainer.launchers import work_dir
 from finery_trainer.launchers.local import STOPPED_EXIT_CODE
@@ -85,7 +86,8 @@ class Worker:
         REGISTRY.register(vram)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._work(assignment, folder)
+            with span("train job", parent=assignment.traceparent, job_id=assignment.job_id, epoch=assignment.epoch):
+                self._work(assignment, folder)
         except Cancelled:
             self._link.ask(lambda client: client.finish(JobState.CANCELLED))
         except (UnavailableError, AttemptOver, ServerGone, Stopped):
@@ -107,14 +109,19 @@ class Worker:
         check_this_machine(assignment.spec)
         log.info("computing on the CPU", num_threads=use_cpus(self._settings.cpu_threads))
         store = ArtifactStore.connect(self._settings.s3())
-        inputs = self._fetch(assignment, store)
+        with span("fetch"):
+            inputs = self._fetch(assignment, store)
         self._enter("loading the base model")
-        train = _method_of(assignment.spec, inputs)
-        model = engine.load(assignment.spec, inputs.base_dir)
+        with span("load"):
+            train = _method_of(assignment.spec, inputs)
+            model = engine.load(assignment.spec, inputs.base_dir)
         publisher = Publisher(store, assignment=assignment, base_sha256=inputs.base_sha256, confirm=self._link.confirm)
         run = _Run(model, assignment, inputs, work_dir=folder, publisher=publisher, link=self._link, was_stopped=self._was_stopped)
         self._enter(f"training by {_path_of(model)}")
-        run.finish(train(model, on_step=run.on_step, on_checkpoint=run.on_checkpoint))
+        with span("train"):
+            outcome = train(model, on_step=run.on_step, on_checkpoint=run.on_checkpoint)
+        with span("publish"):
+            run.finish(outcome)
 
     def _fetch(self, assignment: Assignment, store: ArtifactStore) -> Inputs:
         cache_dir = self._settings.artifact_cache_dir
@@ -324,6 +331,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: stop_signals.append(number))
     settings = WorkerSettings()  # pyright: ignore[reportCallIssue]  # the environment has what is required
     configure_logging("trainer-worker", level=settings.log_level)
+    configure_tracing("trainer-worker", endpoint=settings.otlp_endpoint)
     _offer_metrics(settings)
     token = settings.worker_token_file.read_text().strip()
     os.environ.pop("FINERY_WORKER_TOKEN_FILE", None)
