@@ -62,6 +62,7 @@ from finery_common.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from finery_common.metrics import DATABASE_FAILURES
 
 LOCK_TIMEOUT_S = 15
 _CONNECT_TIMEOUT_S = 10
@@ -317,6 +318,8 @@ def _translated_sync() -> Iterator[None]:
         translated = _translate(error)
         if translated is None:
             raise
+        if isinstance(translated, (UnavailableError, FailedPreconditionError, ResourceExhaustedError)):
+            DATABASE_FAILURES.inc()
         _log.warning("database: %s", error)
         raise translated from error
 

@@ -18,6 +18,7 @@ from finery_common.errors import FineryError
 from finery_common.settings import ServiceSettings
 from finery_common.spec import invalid_fields
 from finery_common.telemetry import configure_logging
+from finery_common.tracing import configure_tracing
 
 S = TypeVar("S", bound=ServiceSettings)
 _ENDING = (signal.SIGTERM, signal.SIGINT)
@@ -37,6 +38,7 @@ def run_service(
     try:
         settings = settings_type()
         configure_logging(name, level=settings.log_level)
+        configure_tracing(name, endpoint=settings.otlp_endpoint)
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(_awaited(serve, settings))
     except ValidationError as error:

@@ -71,6 +71,8 @@ class ServiceSettings(BaseSettings):
     """PEM certificates of who signs vLLM's, where vLLM listens on a TLS port."""
     log_level: str = "INFO"
     """DEBUG, INFO, WARNING or ERROR."""
+    otlp_endpoint: str = ""
+    """`http://host:4317` of an OpenTelemetry collector, for traces; none where empty."""
 
     @property
     def artifact_cache_dir(self) -> Path:

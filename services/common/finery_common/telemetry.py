@@ -8,12 +8,17 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app, start_http_server
 
 from finery_common.errors import FailedPreconditionError
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 
 def configure_logging(service: str, *, level: str = "INFO") -> None:
@@ -52,7 +57,17 @@ def serve_metrics(*, host: str, port: int) -> int:
     except OSError as error:
         text = f"FINERY_METRICS_PORT: cannot listen on {host}:{port}: {error.strerror}; choose a free port"
         raise FailedPreconditionError(text) from error
+    server.set_app(_in_plain_text(make_wsgi_app()))
     return int(server.server_port)
+
+
+def _in_plain_text(app: WSGIApplication) -> WSGIApplication:
+    """`app`, as it answers who prefers no format: prometheus_client's OpenMetrics makes `vllm_…` of the names `vllm:…`."""
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        return app({key: value for key, value in environ.items() if key != "HTTP_ACCEPT"}, start_response)
+
+    return answer
 
 
 def announce_metrics(file: Path, *, address: str, service: str) -> None:

@@ -1,9 +1,14 @@
-"""What a process's logs never hold."""
+"""What a process's logs never hold, and what Prometheus reads of it."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import urllib.request
+
+from prometheus_client import REGISTRY, Gauge
+
+from finery_common.telemetry import serve_metrics
 
 PROGRAM = """
 from finery_common.artifacts import ArtifactStore, S3Settings
@@ -25,3 +30,14 @@ def test_a_store_that_is_gone_leaves_no_signature_in_the_log():
     assert done.stdout.startswith("unavailable")
     assert "Signature" not in done.stdout + done.stderr
     assert "X-Amz" not in done.stdout + done.stderr
+
+
+def test_a_name_with_a_colon_reaches_prometheus_as_it_is():
+    gauge = Gauge("thing:waiting", "As vLLM names its own.", ["replica"])
+    gauge.labels("a").set(3)
+    port = serve_metrics(host="127.0.0.1", port=0)
+    accepted = "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,text/plain;version=0.0.4;q=0.5"
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": accepted})
+    with urllib.request.urlopen(request) as answer:
+        assert b'\nthing:waiting{replica="a"} 3.0\n' in answer.read()
+    REGISTRY.unregister(gauge)

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from finery_common.rpc.messages import error_fields
 from finery_common.rpc.status import unknown_error
 from finery_common.spec import DatasetSpec
 from finery_dataprep.base_tokenizer import BaseTokenizer, read_base_tokenizer
-from finery_dataprep.metrics import JOBS, SECONDS
+from finery_dataprep.metrics import JOBS, QUEUE_SECONDS, SECONDS
 from finery_dataprep.preparation import prepare
 from finery_dataprep.shards import ShardWriter, Statistics
 
@@ -126,6 +127,7 @@ class DatasetRunner:
             return
         if job.state == JobState.QUEUED:
             await _whole(self._jobs.transition(job.id, JobState.RUNNING, message="Preparation starts.", epoch=lease.epoch))
+            QUEUE_SECONDS.observe((datetime.now(UTC) - job.created_at).total_seconds())
         work = asyncio.create_task(self._outcome(job, lease, started_s))
         try:
             while not work.done():

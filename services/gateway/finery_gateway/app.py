@@ -12,10 +12,11 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from finery_common.errors import FineryError
+from finery_common.tracing import is_tracing
 from finery_gateway import docs_page
 from finery_gateway.context import Gateway
 from finery_gateway.errors import install_error_handlers
-from finery_gateway.middleware import BodyLimit, RequestMetrics
+from finery_gateway.middleware import BodyLimit, RequestMetrics, RequestSpans
 from finery_gateway.native_api import conversions, datasets, deployments, installation
 from finery_gateway.openai_api import files, inference, jobs, models
 from finery_gateway.request_log import RequestLog
@@ -40,6 +41,8 @@ def create_app(gateway: Gateway, *, body_limit_bytes: int, log_content: bool = F
     app.add_middleware(BodyLimit, body_limit_bytes=body_limit_bytes, upload_limit_bytes=gateway.files.limit_bytes)
     app.add_middleware(RequestLog, log_content=log_content)
     app.add_middleware(RequestMetrics)
+    if is_tracing():
+        app.add_middleware(RequestSpans)
     return app
 
 

@@ -1,4 +1,4 @@
-"""What happens around every HTTP request: the limit on its body, and its metrics. Plain ASGI, so that streams pass untouched."""
+"""What happens around every HTTP request: the limit on its body, its metrics, and its span. Plain ASGI, so that streams pass untouched."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from finery_common.tracing import TRACEPARENT, span
 from finery_gateway.errors import PayloadTooLargeError, error_response
 from finery_gateway.metrics import HTTP_REQUESTS, HTTP_SECONDS
 
 UPLOAD_PATH = "/v1/files"
 # What a multipart body has around the file.
 FORM_SLACK_BYTES = 64 * 1024
+PROBES = ("/healthz", "/readyz")
 
 
 class BodyLimit:
@@ -77,3 +79,34 @@ class RequestMetrics:
             # 499: the client left before an answer began.
             HTTP_REQUESTS.labels(route, scope["method"], str(status or 499), project).inc()
             HTTP_SECONDS.labels(route, scope["method"]).observe(time.perf_counter() - started_s)
+
+
+class RequestSpans:
+    """A span around every request, below the caller's own where it sends a `traceparent`. Probes have none."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in PROBES:
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == TRACEPARENT.encode()), b"")
+        with span(scope["method"], parent=given.decode("latin-1")) as opened:
+            assert opened is not None, "the middleware is there while tracing is on"
+            has_begun = False
+
+            async def noted(message: Message) -> None:
+                nonlocal has_begun
+                if message["type"] == "http.response.start":
+                    opened.set_attribute("http.response.status_code", message["status"])
+                elif message.get("body") and not has_begun:
+                    has_begun = True
+                    opened.add_event("first byte")
+                await send(message)
+
+            try:
+                await self._app(scope, receive, noted)
+            finally:
+                # The route's template, which is known only now.
+                opened.update_name(f"{scope['method']} {getattr(scope.get('route'), 'path', 'none')}")

@@ -28,6 +28,7 @@ from finery_common.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from finery_common.tracing import TRACEPARENT, traceparent
 from finery_gateway.admission import Admission, GenerationRecord, admitted
 from finery_gateway.errors import envelope
 from finery_gateway.metrics import FIRST_BYTE_SECONDS, RETRIED, STREAMS, TOKENS
@@ -159,6 +160,8 @@ class Proxy:
         }
         if generation.calls_tools:
             headers["x-finery-needs"] = "tools"
+        if trace := traceparent():
+            headers[TRACEPARENT] = trace
         upstream = self._upstreams.get(replica.address)
         if upstream is None:
             upstream = self._upstreams[replica.address] = Upstream(replica.address, timeout_s=self._timeout_s, tls=self._tls)

@@ -18,11 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from finery_common.rpc.status import unknown_error
 from finery_gateway.admission import Allowance, GenerationRecord
 from finery_gateway.errors import error_response
+from finery_gateway.middleware import PROBES
 
 MAX_CONTENT_BYTES = 256 * 1024
 """Of each answer, in a log with content."""
 _GOOD_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
-_PROBES = ("/healthz", "/readyz")
 
 log = structlog.get_logger(__name__)
 
@@ -100,7 +100,7 @@ class _Line:
             "refused_by": getattr(self._state.get("allowance"), "refused", None),
             **self._generation(),
         }
-        write = log.debug if self._scope["path"] in _PROBES else log.info
+        write = log.debug if self._scope["path"] in PROBES else log.info
         write("request", **{name: value for name, value in fields.items() if value is not None})
 
     @property

@@ -92,6 +92,10 @@ class StepMetrics(Resource):
     num_trained_tokens: int = 0
     memory_bytes: int = 0
     validation_loss: float | None = None
+    data_wait_seconds: float | None = None
+    mfu: float | None = None
+    memory_allocated_bytes: int | None = None
+    memory_reserved_bytes: int | None = None
 
 
 class JobDeployment(Resource):

@@ -15,6 +15,7 @@ from finery_common.artifacts import ArtifactStore
 from finery_common.catalogue import BaseModelEntry, Catalogue, folder_sha256, materialize
 from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError
+from finery_common.gpu_metrics import serve_gpu_metrics
 from finery_common.rpc.server import RpcServer, token_authenticator
 from finery_common.rpc.tokens import TokenSigner
 from finery_common.service import run_service, until_stopped
@@ -42,6 +43,7 @@ def main() -> int:
 async def _serve(settings: ServingSettings) -> None:
     signer = TokenSigner(settings.token_secret())
     serve_metrics(host=settings.metrics_host, port=settings.metrics_port)
+    serve_gpu_metrics()
     store = await asyncio.to_thread(ArtifactStore.connect, settings.s3())
     entry = base_entry(settings)
     base_dir = await asyncio.to_thread(materialize, entry, cache_dir=settings.artifact_cache_dir, store=store)
@@ -143,6 +145,7 @@ def vllm_config(settings: ServingSettings, *, entry: BaseModelEntry, base_dir: P
         start_timeout_s=settings.vllm_start_timeout_s,
         private_paths=(str(settings.state_dir), str(settings.artifact_cache_dir)),
         hang_timeout_s=settings.vllm_hang_timeout_s,
+        otlp_endpoint=settings.otlp_endpoint,
     )
 
 

@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from finery_common.artifacts import ArtifactRef
 from finery_common.database import Database
 from finery_common.errors import AbortedError, AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from finery_common.tracing import traceparent
 from finery_serving.changes import Changes
 from finery_serving.tables import AliasRow, RolloutRow, changing
 
@@ -79,6 +80,8 @@ class Rollout:
     swap_s: float | None
     canary_weight: int
     replaced: str
+    traceparent: str
+    """The trace of the request that asked for it; empty where there is none."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ class AliasStore:
                 rollout = RolloutRow(
                     project=project, alias=alias, request_id=request_id, body_sha256=body_sha256, version=version, job_id=job_id,
                     adapter=adapter.model_dump(mode="json"), state=RolloutState.PENDING, canary_weight=canary_weight or 0, replaced="",
-                    created_at=now, updated_at=now,
+                    traceparent=traceparent(), created_at=now, updated_at=now,
                 )  # fmt: skip
                 row = await session.get(AliasRow, (project, alias), with_for_update=True)
                 check_etag(row, etag=etag, alias=alias)
@@ -430,7 +433,7 @@ def _rollout(row: RolloutRow) -> Rollout:
     adapter = ArtifactRef.model_validate(row.adapter)
     return Rollout(
         row.number, row.project, row.alias, row.version, row.job_id, adapter,
-        RolloutState(row.state), row.error, row.swap_s, row.canary_weight, row.replaced,
+        RolloutState(row.state), row.error, row.swap_s, row.canary_weight, row.replaced, row.traceparent,
     )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ LOAD_SECONDS = Histogram("finery_serving_adapter_load_seconds", "Loading a stage
 STAGE_SECONDS = Histogram("finery_serving_adapter_stage_seconds", "Fetching and verifying an adapter", buckets=_SECONDS)
 SWAP_SECONDS = Histogram("finery_serving_swap_seconds", "From staged to flipped", buckets=_SECONDS)
 SWAPS = Counter("finery_serving_swaps_total", "Rollouts, promotions and roll backs by outcome", ["outcome"])
+# A counter that first shows as 1 has not risen, as Prometheus sees it.
+SWAPS.labels("failed")
 EVICTIONS = Counter("finery_serving_evictions_total", "Versions unloaded to make room for another", ["replica"])
 
 

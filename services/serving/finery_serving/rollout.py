@@ -12,6 +12,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import structlog
 
 from finery_common.errors import AbortedError, FailedPreconditionError, FineryError, UnavailableError
 from finery_common.rpc.status import unknown_error
+from finery_common.tracing import span
 from finery_serving.aliases import Alias, AliasStore, Rollout, RolloutState
 from finery_serving.changes import Changes
 from finery_serving.metrics import SWAP_SECONDS, SWAPS
@@ -123,7 +125,10 @@ class RolloutRunner:
             for name, state, step in self._steps:
                 await self._advance(work, state)
                 log.info("rollout", step=name, alias=rollout.alias, version=rollout.version)
-                await step(work)
+                # Below the request that asked for it; without one it is no trace's part.
+                traced = span(f"rollout: {name}", parent=rollout.traceparent, version=rollout.version)
+                with traced if rollout.traceparent else nullcontext():
+                    await step(work)
             self._changes.notify()
         except AbortedError:
             # Ended meanwhile, which the next look sees.

@@ -44,6 +44,7 @@ class RolloutRow(Base):
     canary_weight: Mapped[int] = mapped_column(default=0)
     rolls_back: Mapped[bool] = mapped_column(default=False)
     replaced: Mapped[str] = mapped_column(sa.String(256), default="")
+    traceparent: Mapped[str] = mapped_column(sa.String(64), default="")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime())
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime())
 

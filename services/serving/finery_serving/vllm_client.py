@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from finery_common.errors import FailedPreconditionError, FineryError, NotFoundError, UnavailableError
+from finery_common.tracing import TRACEPARENT, traceparent
 from finery_serving.vllm_endpoint import Endpoint
 
 _TIMEOUT_S = 10.0
@@ -106,6 +107,8 @@ class VllmClient:
     async def probe(self, version: str, *, alias: str) -> None:
         """One greedy token by the way that requests take. Raises FailedPreconditionError where it does not come, or under another name."""
         headers = {"x-finery-replica-token": self._replica_token, "x-finery-version": version, "x-finery-alias": alias}
+        if trace := traceparent():
+            headers[TRACEPARENT] = trace
         body = {"model": version, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
         answer = (await self._call("POST", "/v1/completions", json=body, headers=headers, timeout_s=_PROBE_TIMEOUT_S)).json()
         if answer.get("model") != alias or answer.get("usage", {}).get("completion_tokens") != 1:

@@ -69,6 +69,8 @@ class VllmConfig:
     nodes: int = 1
     """Machines, each with a share of the layers."""
     master_address: str = ""
+    otlp_endpoint: str = ""
+    """Where vLLM sends its part of a trace, the time to the first token in it; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def vllm_command(config: VllmConfig, *, endpoint: Endpoint) -> list[str]:
     command += ["--middleware", f"{finery_vllm_middleware.__name__.rpartition('.')[2]}.{finery_vllm_middleware.FineryMiddleware.__name__}"]
     if config.tool_call_parser:
         command += ["--enable-auto-tool-choice", "--tool-call-parser", config.tool_call_parser]
+    if config.otlp_endpoint:
+        command += ["--otlp-traces-endpoint", config.otlp_endpoint]
     return command
 
 

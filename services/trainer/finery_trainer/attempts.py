@@ -18,7 +18,16 @@ from finery_common.jobs import Job, JobState, JobStore, Lease, Wanted
 from finery_common.spec import MethodType
 from finery_trainer import metrics
 from finery_trainer.client import Assignment, Command
-from finery_trainer.records import CheckpointReport, DeploymentState, StepMetrics, artifact_of, metrics_of, pace_after, request_of
+from finery_trainer.records import (
+    CheckpointReport,
+    DeploymentState,
+    StepMetrics,
+    artifact_of,
+    metrics_of,
+    pace_after,
+    request_of,
+    traceparent_of,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +56,7 @@ class Attempts:
             training_dataset=training,
             validation_dataset=artifact_of(job, "validation_artifact"),
             checkpoint=artifact_of(job, "checkpoint"),
+            traceparent=traceparent_of(job),
         )
 
     async def heartbeat(self, lease: Lease, *, phase: str) -> Command:
@@ -65,6 +75,7 @@ class Attempts:
         if before.get("epoch") == lease.epoch and before["step"] >= report.step:
             return _command(job)
         pace = pace_after(job, report, epoch=lease.epoch, now=datetime.now(UTC))
+        last = metrics_of(job)
         job = await self._jobs.append_event(
             job.id,
             type="step",
@@ -73,7 +84,10 @@ class Attempts:
             progress={"metrics": report.to_fields(), "pace": pace},
             epoch=lease.epoch,
         )
-        _measure(job.id, report, pace=pace)
+        # After a resumed attempt's first step the count goes on from what that attempt has reported.
+        num_tokens = max(0, report.num_trained_tokens - (last.num_trained_tokens if last is not None else 0))
+        pace_s = cast("float | None", pace["seconds_per_step"])
+        metrics.show_step(job.id, report, seconds_per_step=pace_s, num_new_tokens=num_tokens)
         return _command(job)
 
     async def checkpoint(self, lease: Lease, *, report: CheckpointReport) -> Command:
@@ -136,6 +150,7 @@ class Attempts:
                 "violations": [],
             }
             await self._jobs.transition(job.id, state, message=str(error["message"]), error=error, epoch=lease.epoch)
+            metrics.JOB_FAILURES.labels(str(error["code"])).inc()
         elif state is JobState.PAUSED:
             await self._stand_by(job)
         elif state is JobState.CANCELLED:
@@ -206,11 +221,3 @@ class Attempts:
 
 def _command(job: Job) -> Command:
     return {Wanted.NONE: Command.CONTINUE, Wanted.PAUSE: Command.PAUSE, Wanted.CANCEL: Command.CANCEL}[job.wanted]
-
-
-def _measure(job_id: str, report: StepMetrics, *, pace: dict[str, object]) -> None:
-    metrics.TOKENS_PER_SECOND.labels(job_id).set(report.tokens_per_second)
-    metrics.LOSS.labels(job_id).set(report.loss)
-    metrics.MEMORY_BYTES.labels(job_id).set(report.memory_bytes)
-    if isinstance(seconds := pace["seconds_per_step"], float):
-        metrics.STEP_SECONDS.observe(seconds)

@@ -135,6 +135,7 @@ class Assignment:
     training_dataset: ArtifactRef
     validation_dataset: ArtifactRef | None
     checkpoint: ArtifactRef | None
+    traceparent: str = ""
 
 
 class WorkerClient:
@@ -155,6 +156,7 @@ class WorkerClient:
             training_dataset=artifact_from_proto(answer.training_dataset),
             validation_dataset=artifact_from_proto(answer.validation_dataset) if answer.HasField("validation_dataset") else None,
             checkpoint=artifact_from_proto(answer.checkpoint) if answer.HasField("checkpoint") else None,
+            traceparent=answer.traceparent,
         )
 
     async def heartbeat(self, phase: str) -> Command:

@@ -13,8 +13,10 @@ import structlog
 
 from finery_common.errors import FineryError, InvalidArgumentError, NotFoundError
 from finery_common.jobs import EventLevel, Job, JobState, JobStore
+from finery_common.tracing import span
 from finery_trainer.client import AliasStatus, ServingClient
-from finery_trainer.records import DeploymentState, alias_of, artifact_of, request_of
+from finery_trainer.metrics import DEPLOYMENTS
+from finery_trainer.records import DeploymentState, alias_of, artifact_of, request_of, traceparent_of
 
 MAX_TRIES = 10
 POLL_S = 0.5
@@ -71,7 +73,8 @@ class Deployments:
     async def _ask(self, job: Job, *, tries: int) -> AliasStatus:
         adapter = artifact_of(job, "adapter")
         assert adapter is not None, "a succeeded job has an adapter"
-        return await self._serving.deploy(job.project, alias=alias_of(job), adapter=adapter, request_id=f"{job.id}-deploy-{tries}")
+        with span("deploy adapter", parent=traceparent_of(job), job_id=job.id):
+            return await self._serving.deploy(job.project, alias=alias_of(job), adapter=adapter, request_id=f"{job.id}-deploy-{tries}")
 
     async def _judge(self, job: Job, alias: AliasStatus, *, tries: int) -> None:
         adapter = artifact_of(job, "adapter")
@@ -105,6 +108,7 @@ class Deployments:
         )
 
     async def _end(self, job: Job, state: DeploymentState, message: str, level: EventLevel = EventLevel.INFO) -> None:
+        DEPLOYMENTS.labels(state).inc()
         await self._jobs.append_event(
             job.id,
             type="deployment",

@@ -15,6 +15,7 @@ from finery_common.artifacts import ArtifactRef
 from finery_common.jobs import Job, JobState
 from finery_common.resource_names import model_alias
 from finery_common.spec import MethodType, TrainingSpec
+from finery_common.tracing import TRACEPARENT
 
 
 class DeploymentState(StrEnum):
@@ -59,6 +60,10 @@ class StepMetrics:
     num_trained_tokens: int
     memory_bytes: int
     validation_loss: float | None = None
+    data_wait_seconds: float | None = None
+    mfu: float | None = None
+    memory_allocated_bytes: int | None = None
+    memory_reserved_bytes: int | None = None
 
     def to_fields(self) -> dict[str, Any]:
         """As the job store keeps it: without what is not there."""
@@ -108,6 +113,11 @@ def text_of(job: Job, key: str) -> str:
     return str(job.result.get(key) or "")
 
 
+def traceparent_of(job: Job) -> str:
+    """The trace that the job's creation belonged to, or nothing."""
+    return str(job.progress.get(TRACEPARENT) or "")
+
+
 def metrics_of(job: Job) -> StepMetrics | None:
     """The last reported step."""
     fields = job.progress.get("metrics")
@@ -149,6 +159,12 @@ def pace_after(job: Job, metrics: StepMetrics, *, epoch: int, now: datetime) -> 
         latest = (now - datetime.fromisoformat(before["at"])).total_seconds() / (metrics.step - before["step"])
         seconds = latest if seconds is None else 0.7 * seconds + 0.3 * latest
     return {"epoch": epoch, "step": metrics.step, "at": now.isoformat(), "seconds_per_step": seconds}
+
+
+def last_progress_of(job: Job) -> datetime:
+    """When the running job's attempt did its last step, or when the job last changed where it has done none."""
+    pace = cast("dict[str, Any]", job.progress.get("pace") or {})
+    return datetime.fromisoformat(pace["at"]) if pace.get("epoch") == job.epoch else job.updated_at
 
 
 def estimated_finish_of(job: Job) -> datetime | None:

@@ -20,6 +20,7 @@ from finery_common.artifacts import ArtifactRef, ArtifactStore
 from finery_common.catalogue import Catalogue
 from finery_common.errors import FailedPreconditionError, FineryError, InvalidArgumentError
 from finery_common.jobs import Job, JobEvent, JobPage, JobState, JobStore, Wanted
+from finery_common.tracing import TRACEPARENT, traceparent
 from finery_trainer.client import ServingClient
 from finery_trainer.records import JobRequest, StepMetrics, alias_of, is_settled
 from finery_trainer.requests import RequestChecks
@@ -62,7 +63,7 @@ class Runs:
         """Commits a job before it returns; raises as `RequestChecks.check` does. The same `request_id` and body give the same job."""
         if not await self._jobs.knows(project, request_id=request_id):
             await self._checks.check(request, project=project, metadata=metadata)
-        job = await self._jobs.create(project, request_id=request_id, spec=request.to_fields(), metadata=metadata)
+        job = await self._jobs.create(project, request_id=request_id, spec=request.to_fields(), metadata=metadata, progress=_trace())
         self._wake()
         return job
 
@@ -209,3 +210,9 @@ def _number(page_token: str) -> int | None:
     if not page_token.isdigit():
         raise InvalidArgumentError("Got a page token that no list gave; pass next_page_token unchanged.", param="page_token")
     return int(page_token)
+
+
+def _trace() -> dict[str, object]:
+    """What ties the job's work, which others do later, to the request that created it."""
+    trace = traceparent()
+    return {TRACEPARENT: trace} if trace else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -17,9 +17,10 @@ import structlog
 from finery_common.errors import AbortedError, FailedPreconditionError, FineryError, PermissionDeniedError, UnavailableError
 from finery_common.jobs import EventLevel, Job, JobState, JobStore, Lease, Wanted
 from finery_common.rpc.tokens import Principal, TokenSigner
+from finery_common.tracing import span
 from finery_trainer import metrics
 from finery_trainer.launchers import Attempt, Exit, Launcher, Waiting
-from finery_trainer.records import artifact_of, request_of
+from finery_trainer.records import artifact_of, last_progress_of, request_of, traceparent_of
 from finery_trainer.settings import TrainerSettings
 from finery_trainer.validation import Validation
 
@@ -45,6 +46,7 @@ class Scheduler:
         self._validating: dict[str, asyncio.Task[None]] = {}
         self._cancelled_since_s: dict[str, float] = {}
         self._start_pause_s, self._no_start_before_s = _FIRST_PAUSE_S, 0.0
+        self._shown: set[str] = set()
         # Workers of the process before this one may have been unable to renew their leases; they get time to come back.
         self._patient_until_s = time.monotonic() + settings.lease_s
 
@@ -88,9 +90,19 @@ class Scheduler:
             with _not_now(job.id):
                 await self._unheld(job, launcher)
         await self._start_queued(launcher)
-        await self._end_disobedient(launcher)
+        running = await self._jobs.find(JobState.RUNNING)
+        await self._end_disobedient(running, launcher)
+        self._show_progress(running)
         for state, count in (await self._jobs.states_count()).items():
             metrics.JOBS.labels(state).set(count)
+
+    def _show_progress(self, running: Sequence[Job]) -> None:
+        """A job that has just ended may still be in the list: its gauges go with the next round."""
+        for job in running:
+            metrics.LAST_PROGRESS.labels(job.id).set(last_progress_of(job).timestamp())
+        for job_id in self._shown - {job.id for job in running}:
+            metrics.forget_job(job_id)
+        self._shown = {job.id for job in running}
 
     async def _unheld(self, job: Job, launcher: Launcher) -> None:
         if job.state is JobState.VALIDATING:
@@ -164,10 +176,15 @@ class Scheduler:
     async def _end(self, job: Job, state: JobState, message: str, *, error: dict[str, object] | None = None) -> None:
         await self._jobs.transition(job.id, state, message=message, error=error, epoch=job.epoch)
         metrics.forget_job(job.id)
+        if error is not None:
+            metrics.JOB_FAILURES.labels(str(error["code"])).inc()
 
     async def _start_queued(self, launcher: Launcher) -> None:
         free = self._settings.max_workers - (await self._jobs.states_count())[JobState.RUNNING]
-        for job in await self._jobs.runnable(limit=100):
+        queued = await self._jobs.runnable(limit=100)
+        waits_s = [(datetime.now(UTC) - job.updated_at).total_seconds() for job in queued]
+        metrics.OLDEST_QUEUED_SECONDS.set(max(waits_s, default=0.0))
+        for job in queued:
             with contextlib.suppress(AbortedError, FailedPreconditionError):
                 if job.wanted is not Wanted.NONE:
                     await self._jobs.transition(job.id, _obeyed(job.wanted))
@@ -187,7 +204,8 @@ class Scheduler:
 
     async def _validated(self, job: Job, lease: Lease) -> None:
         try:
-            await self._validation.run(job, lease=lease)
+            with span("validate job", parent=traceparent_of(job), job_id=job.id):
+                await self._validation.run(job, lease=lease)
         except AbortedError:
             return
         except FineryError as error:
@@ -210,7 +228,8 @@ class Scheduler:
             metrics.QUEUE_SECONDS.observe((started.started_at - job.created_at).total_seconds())
         token = self._signer.sign(Principal("worker", job.project, job.id, lease.epoch), ttl_s=_TOKEN_TTL_S)
         try:
-            await launcher.start(Attempt(job.id, lease.epoch, token, gpus=request_of(job).spec.gpus))
+            with span("launch worker", parent=traceparent_of(job), job_id=job.id, epoch=lease.epoch):
+                await launcher.start(Attempt(job.id, lease.epoch, token, gpus=request_of(job).spec.gpus))
         except (UnavailableError, PermissionDeniedError) as error:
             await self._postpone(started, error)
         except FailedPreconditionError as error:
@@ -227,8 +246,8 @@ class Scheduler:
         log.warning("no worker can be started for now", job_id=job.id, error=error.message)
         await self._requeue(job, f"The worker cannot be started for now: {error.message} It is tried again.")
 
-    async def _end_disobedient(self, launcher: Launcher) -> None:
-        cancelled = {job.id: job for job in await self._jobs.find(JobState.RUNNING) if job.wanted is Wanted.CANCEL}
+    async def _end_disobedient(self, running: Sequence[Job], launcher: Launcher) -> None:
+        cancelled = {job.id: job for job in running if job.wanted is Wanted.CANCEL}
         now_s = time.monotonic()
         self._cancelled_since_s = {job_id: self._cancelled_since_s.get(job_id, now_s) for job_id in cancelled}
         for job_id, since_s in self._cancelled_since_s.items():

@@ -141,6 +141,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             training_dataset=artifact_to_proto(found.training_dataset),
             validation_dataset=None if found.validation_dataset is None else artifact_to_proto(found.validation_dataset),
             checkpoint=None if found.checkpoint is None else artifact_to_proto(found.checkpoint),
+            traceparent=found.traceparent,
         )
 
     async def Heartbeat(self, request: worker_pb2.HeartbeatRequest, context: Context) -> worker_pb2.WorkerCommand:
@@ -240,8 +241,8 @@ def _estimate_to_proto(found: ResourceEstimate) -> training_pb2.EstimateResource
 
 
 def _metrics_from_proto(message: training_pb2.StepMetrics) -> StepMetrics:
-    fields = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields if field.name != "validation_loss"}
-    return StepMetrics(**fields, validation_loss=message.validation_loss if message.HasField("validation_loss") else None)
+    fields = [field for field in message.DESCRIPTOR.fields if not field.has_presence or message.HasField(field.name)]
+    return StepMetrics(**{field.name: getattr(message, field.name) for field in fields})
 
 
 def _command_to_proto(command: Command) -> worker_pb2.WorkerCommand:

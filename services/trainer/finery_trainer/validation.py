@@ -18,6 +18,7 @@ from finery_common.jobs import EventLevel, Job, JobState, JobStore, Lease, Wante
 from finery_common.rpc.messages import error_fields
 from finery_common.spec import DatasetSpec, DatasetType, MethodType, TrainingSpec
 from finery_trainer.client import DataprepClient, DatasetStatus
+from finery_trainer.metrics import JOB_FAILURES
 from finery_trainer.records import request_of, text_of
 
 PATIENCE_S = 600.0
@@ -50,6 +51,7 @@ class Validation:
         except InvalidArgumentError as error:
             # What dataprep said cannot be stored.
             await self._jobs.transition(job.id, JobState.FAILED, message=error.message, error=error_fields(error), epoch=lease.epoch)
+            JOB_FAILURES.labels(error.code).inc()
             return
         await self._jobs.transition(
             job.id, JobState.QUEUED, message="The files are ready; the job waits for a free worker.", epoch=lease.epoch
@@ -68,6 +70,7 @@ class Validation:
         if dataset.state is not JobState.SUCCEEDED or dataset.artifact is None:
             error = _of_role(dataset, role=role)
             await self._jobs.transition(job.id, JobState.FAILED, message=str(error["message"]), error=error, epoch=lease.epoch)
+            JOB_FAILURES.labels(str(error["code"])).inc()
             return False
         await self._jobs.append_event(
             job.id,

@@ -20,16 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import structlog
+from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
 from finery_common.artifacts import ArtifactRef, ArtifactStore
 from finery_common.catalogue import Catalogue, folder_sha256, materialize
 from finery_common.errors import FailedPreconditionError, FineryError, ResourceExhaustedError, UnavailableError
+from finery_common.gpu_metrics import serve_gpu_metrics
 from finery_common.jobs import JobState
 from finery_common.rpc.messages import error_fields
 from finery_common.rpc.status import unknown_error
 from finery_common.spec import MethodType, TrainingSpec, invalid_fields
 from finery_common.telemetry import announce_metrics, configure_logging, serve_metrics
+from finery_common.tracing import configure_tracing, span
 from finery_trainer.client import Assignment, Command
 from finery_trainer.launchers import CONFIG_EXIT_CODE, STOPPED_EXIT_CODE, work_dir
 from finery_trainer.link import AttemptOver, Link, ServerGone
@@ -37,6 +40,7 @@ from finery_trainer.machine import check_this_machine, use_cpus
 from finery_trainer.publishing import MetricsTable, Publisher
 from finery_trainer.records import CheckpointReport, StepMetrics
 from finery_trainer.settings import WorkerSettings
+from finery_trainer.worker_metrics import VramCollector
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -79,9 +83,12 @@ class Worker:
         assignment = self._link.ask(lambda client: client.assignment())
         structlog.contextvars.bind_contextvars(job_id=assignment.job_id, epoch=assignment.epoch)
         folder = work_dir(self._settings.state_dir, job_id=assignment.job_id, epoch=assignment.epoch)
+        vram = VramCollector(assignment.job_id)
+        REGISTRY.register(vram)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._work(assignment, folder)
+            with span("train job", parent=assignment.traceparent, job_id=assignment.job_id, epoch=assignment.epoch):
+                self._work(assignment, folder)
         except Cancelled:
             self._link.ask(lambda client: client.finish(JobState.CANCELLED))
         except (UnavailableError, AttemptOver, ServerGone, Stopped):
@@ -91,6 +98,7 @@ class Worker:
             log.error("the attempt failed", code=fields["code"], error=fields["message"])
             self._link.ask(lambda client: client.finish(JobState.FAILED, error=fields))
         finally:
+            REGISTRY.unregister(vram)
             shutil.rmtree(folder, ignore_errors=True)
 
     def _work(self, assignment: Assignment, folder: Path) -> None:
@@ -102,14 +110,19 @@ class Worker:
         check_this_machine(assignment.spec)
         log.info("computing on the CPU", num_threads=use_cpus(self._settings.cpu_threads))
         store = ArtifactStore.connect(self._settings.s3())
-        inputs = self._fetch(assignment, store)
+        with span("fetch"):
+            inputs = self._fetch(assignment, store)
         self._enter("loading the base model")
-        train = _method_of(assignment.spec, inputs)
-        model = engine.load(assignment.spec, inputs.base_dir)
+        with span("load"):
+            train = _method_of(assignment.spec, inputs)
+            model = engine.load(assignment.spec, inputs.base_dir)
         publisher = Publisher(store, assignment=assignment, base_sha256=inputs.base_sha256, confirm=self._link.confirm)
         run = _Run(model, assignment, inputs, work_dir=folder, publisher=publisher, link=self._link, was_stopped=self._was_stopped)
         self._enter(f"training by {_path_of(model)}")
-        run.finish(train(model, on_step=run.on_step, on_checkpoint=run.on_checkpoint))
+        with span("train"):
+            outcome = train(model, on_step=run.on_step, on_checkpoint=run.on_checkpoint)
+        with span("publish"):
+            run.finish(outcome)
 
     def _fetch(self, assignment: Assignment, store: ArtifactStore) -> Inputs:
         cache_dir = self._settings.artifact_cache_dir
@@ -274,6 +287,10 @@ def _metrics_of(report: loop.StepReport) -> StepMetrics:
         num_trained_tokens=report.num_trained_tokens,
         memory_bytes=report.memory_bytes,
         validation_loss=report.validation_loss,
+        data_wait_seconds=report.data_wait_seconds,
+        mfu=report.mfu,
+        memory_allocated_bytes=report.memory_allocated_bytes,
+        memory_reserved_bytes=report.memory_reserved_bytes,
     )
 
 
@@ -300,6 +317,7 @@ def explain(error: Exception, assignment: Assignment) -> FineryError:
 
 def _offer_metrics(settings: WorkerSettings) -> None:
     port = serve_metrics(host=settings.metrics_host, port=settings.metrics_port)
+    serve_gpu_metrics()
     log.info("serving metrics", port=port)
     if settings.metrics_target_file is not None:
         try:
@@ -322,6 +340,7 @@ def main() -> int:
         sys.stderr.write(f"finery_trainer.worker: FINERY_WORKER_TOKEN_FILE: cannot read {error.filename}: {error.strerror}\n")
         return CONFIG_EXIT_CODE
     configure_logging("trainer-worker", level=settings.log_level)
+    configure_tracing("trainer-worker", endpoint=settings.otlp_endpoint)
     _offer_metrics(settings)
     os.environ.pop("FINERY_WORKER_TOKEN_FILE", None)
     link = Link(settings.trainer_address, token=token, heartbeat_s=settings.worker_heartbeat_s, tolerance_s=settings.worker_tolerance_s)

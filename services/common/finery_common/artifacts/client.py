@@ -27,7 +27,7 @@ from urllib3.exceptions import HTTPError, MaxRetryError
 from urllib3.response import BaseHTTPResponse
 from urllib3.util import Retry, Timeout
 
-from finery_common.artifacts.metrics import ARTIFACT_BYTES, ARTIFACT_FAILURES
+from finery_common.artifacts.metrics import ARTIFACT_BYTES, ARTIFACT_FAILURES, STORE_UNAVAILABLE
 from finery_common.errors import DataLossError, FailedPreconditionError, FineryError, NotFoundError, UnavailableError
 
 _URL_LIFETIME = timedelta(hours=1)
@@ -251,26 +251,29 @@ class S3Client:
     @contextmanager
     def translated(self, operation: str) -> Iterator[None]:
         """Turns the client library's failures into ours and counts them."""
-        endpoint, bucket = self.settings.endpoint, self.bucket
         try:
-            yield
+            with self._as_ours(operation):
+                yield
         except FineryError as error:
             if not isinstance(error, NotFoundError):
                 ARTIFACT_FAILURES.labels(operation).inc()
+            if isinstance(error, (UnavailableError, FailedPreconditionError)):
+                STORE_UNAVAILABLE.inc()
             raise
+
+    @contextmanager
+    def _as_ours(self, operation: str) -> Iterator[None]:
+        endpoint, bucket = self.settings.endpoint, self.bucket
+        try:
+            yield
         except S3Error as error:
-            raised = _error(error.code or "", error.message or "", endpoint=endpoint, bucket=bucket, key=error.object_name or "")
-            if not isinstance(raised, NotFoundError):
-                ARTIFACT_FAILURES.labels(operation).inc()
-            raise raised from error
+            raise _error(error.code or "", error.message or "", endpoint=endpoint, bucket=bucket, key=error.object_name or "") from error
         except (HTTPError, OSError, ServerError, InvalidResponseError) as error:
-            ARTIFACT_FAILURES.labels(operation).inc()
             raise UnavailableError(
                 f"The object store at {endpoint} did not answer for {self.settings.retry_deadline_s:.0f} s ({operation}: {_cause(error)}). "
                 "Check that it runs and can be reached, then repeat the request."
             ) from error
         except MinioException as error:
-            ARTIFACT_FAILURES.labels(operation).inc()
             message = f"The object store at {endpoint} failed ({operation}: {type(error).__name__}); repeat the request."
             raise UnavailableError(message) from error
 

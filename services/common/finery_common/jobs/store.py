@@ -58,8 +58,16 @@ class JobStore:
         self._poll_interval_s = poll_interval_s
         self._watchers: dict[str, set[asyncio.Event]] = {}
 
-    async def create(self, project: str, *, request_id: str, spec: JsonObject, metadata: Mapping[str, str] | None = None) -> Job:
-        """Commits a QUEUED job before it returns.
+    async def create(
+        self,
+        project: str,
+        *,
+        request_id: str,
+        spec: JsonObject,
+        metadata: Mapping[str, str] | None = None,
+        progress: JsonObject | None = None,
+    ) -> Job:
+        """Commits a QUEUED job before it returns, with `progress` as what is known of its work so far.
 
         The same `request_id` in the same project gives the job that exists if spec and metadata are equal, as often as it is asked.
         Raises AlreadyExistsError if they differ or that job was deleted, InvalidArgumentError for a bad request id and values JSON lacks.
@@ -75,7 +83,7 @@ class JobStore:
         body_sha256 = hashlib.sha256(body.encode()).hexdigest()
         job_id = f"{self._id_prefix}{secrets.token_hex(12)}"
         async with self._db.begin() as session:
-            if await self._insert(session, job_id, project, request_id, body_sha256, dict(spec), labels):
+            if await self._insert(session, job_id, project, request_id, body_sha256, dict(spec), labels, dict(progress or {})):
                 row = await self._row(session, job_id)
                 self._record(session, row, "state", EventLevel.INFO, "The job was created and waits for its turn.", {})
                 await session.flush()
@@ -341,6 +349,7 @@ class JobStore:
         body_sha256: str,
         spec: dict[str, object],
         labels: dict[str, str],
+        progress: dict[str, object],
     ) -> bool:
         """False if the request id is taken, also by a create that commits only now: the database waits for that one."""
         insert = sqlite.insert(JobRow) if self._db.is_sqlite else postgresql.insert(JobRow)
@@ -355,7 +364,7 @@ class JobStore:
             JobRow.wanted: Wanted.NONE.value,
             JobRow.spec: spec,
             JobRow.result: {},
-            JobRow.progress: {},
+            JobRow.progress: progress,
             JobRow.labels: labels,
             JobRow.epoch: 0,
             JobRow.last_sequence: 0,

@@ -17,6 +17,7 @@ import grpc.aio
 from finery_common.rpc.server import MAX_MESSAGE_BYTES
 from finery_common.rpc.status import from_rpc_error
 from finery_common.rpc.tokens import METADATA_KEY, Principal, TokenSigner
+from finery_common.tracing import TRACEPARENT, traceparent
 
 DEFAULT_DEADLINE_S = 30.0
 _OPTIONS = [
@@ -44,8 +45,9 @@ class ServiceChannel:
         self._caller = caller
 
     def metadata(self, *, project: str = "") -> tuple[tuple[str, str], ...]:
-        """Credentials for one call on behalf of `project`; without one, the service acts for itself."""
-        return bearer(self._signer.sign(Principal(self._caller, project)))
+        """Credentials for one call on behalf of `project`; without one, the service acts for itself. And the trace that is open here."""
+        trace = traceparent()
+        return bearer(self._signer.sign(Principal(self._caller, project))) + (((TRACEPARENT, trace),) if trace else ())
 
     async def close(self) -> None:
         """Ends the connection and what is under way on it."""

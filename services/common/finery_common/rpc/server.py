@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
@@ -21,6 +22,7 @@ from finery_common.errors import DeadlineExceededError, FailedPreconditionError,
 from finery_common.rpc.metrics import RPC_REQUESTS, RPC_SECONDS
 from finery_common.rpc.status import abort_arguments, unknown_error
 from finery_common.rpc.tokens import METADATA_KEY, Principal, TokenSigner, set_principal
+from finery_common.tracing import TRACEPARENT, span
 
 DRAIN_S = 20.0
 UNARY_DEADLINE_S = 60.0
@@ -125,16 +127,19 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         else:
             inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
             make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-            behavior = self._unary(inner, method=method, token=token)
+            behavior = self._unary(inner, method=method, token=token, parent=_value(handler_call_details, TRACEPARENT) or "")
         return make(behavior, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer)
 
-    def _unary(self, inner: Callable[..., Awaitable[Any]], *, method: str, token: str | None) -> Callable[..., Awaitable[Any]]:
+    def _unary(self, inner: Callable[..., Awaitable[Any]], *, method: str, token: str | None, parent: str) -> Callable[..., Awaitable[Any]]:
         async def behavior(request: Any, context: grpc.aio.ServicerContext) -> Any:
             started_s = time.perf_counter()
             try:
                 await self._bind(token)
-                async with asyncio.timeout(UNARY_DEADLINE_S if cast("float | None", context.time_remaining()) is None else None):
-                    response = await inner(request, context)
+                # Polls and reports belong to no trace; whatever does says so.
+                traced = span(method, parent=parent) if parent else nullcontext()
+                with traced:
+                    async with asyncio.timeout(UNARY_DEADLINE_S if cast("float | None", context.time_remaining()) is None else None):
+                        response = await inner(request, context)
             except Exception as error:  # noqa: BLE001  the one place where unknown errors are caught
                 await _abort(context, error, method=method, started_s=started_s)
             _count(method, "OK", started_s)
@@ -162,10 +167,12 @@ class _Interceptor(grpc.aio.ServerInterceptor):
 
 
 def _bearer(details: grpc.HandlerCallDetails) -> str | None:
-    for key, value in details.invocation_metadata or ():
-        if key == METADATA_KEY and isinstance(value, str) and value.lower().startswith("bearer "):
-            return value[7:].strip()
-    return None
+    value = _value(details, METADATA_KEY)
+    return value[7:].strip() if value is not None and value.lower().startswith("bearer ") else None
+
+
+def _value(details: grpc.HandlerCallDetails, name: str) -> str | None:
+    return next((value for key, value in details.invocation_metadata or () if key == name and isinstance(value, str)), None)
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception, *, method: str, started_s: float) -> NoReturn:

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from finery_common.errors import DataLossError
-from finery_common.spec import TrainingSpec
+from finery_common.spec import MethodType, TrainingSpec
 from finery_trainer.engine import checkpoint
 from finery_trainer.engine.data import Samples, TokenDataset, epoch_order
+from finery_trainer.engine.flops import model_flops, peak_flops
 from finery_trainer.engine.limits import limits_of
 from finery_trainer.engine.optim import Stepper, non_finite
 from finery_trainer.engine.packing import Row
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 SampleT = TypeVar("SampleT")
+T = TypeVar("T")
 
 
 class Action(StrEnum):
@@ -57,6 +60,14 @@ class StepReport:
     memory_bytes: int
     validation_loss: float | None
     is_epoch_end: bool
+    data_wait_seconds: float = 0.0
+    """Spent on reading rows and packing them; a GPU computes beside a part of it."""
+    mfu: float | None = None
+    """Model FLOPs utilization (`flops`), from 0 to 1; None on a CPU, an unknown card, a mixture of experts, and for pairs."""
+    memory_allocated_bytes: int | None = None
+    """VRAM that tensors hold after the step; None on a CPU."""
+    memory_reserved_bytes: int | None = None
+    """VRAM that torch holds for this process, free parts included; None on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,11 @@ class _Run(Generic[SampleT]):
         self._num_trained_tokens = 0
         self._order: tuple[int, list[int]] = (-1, [])
         self._next: tuple[list[int], list[SampleT]] = ([], [])
+        self._data_wait_s = 0.0
+        self._device = next(p.device for p in model.parameters() if p.requires_grad)
+        # A pair's row lengths are those of both its rows together, which says too little of attention.
+        self._flops = None if spec.method is MethodType.DPO else model_flops(model)
+        self._peak_flops = peak_flops(self._device)
         torch.manual_seed(spec.seed)
         model.train()
 
@@ -173,24 +189,32 @@ class _Run(Generic[SampleT]):
 
     def step(self) -> StepReport:
         started_s = time.perf_counter()
+        self._data_wait_s = 0.0
         rows = self._rows(self.stepper.step)
-        num_tokens = int(self._data.row_lengths[rows].sum())
+        lengths = [int(length) for length in self._data.row_lengths[rows]]
         loss, grad_norm = self._stepped(rows)
         while grad_norm is None:
             loss, grad_norm = self._stepped(rows)
         self._passes.refresh()
-        self._num_trained_tokens += num_tokens
+        self._num_trained_tokens += sum(lengths)
         seconds = time.perf_counter() - started_s
-        return self._report(loss, grad_norm, num_tokens=num_tokens, seconds=seconds)
+        return self._report(loss, grad_norm, lengths=lengths, seconds=seconds)
 
     def _stepped(self, rows: list[int]) -> tuple[float, float | None]:
         """(loss, norm of the gradients) of a step; without a norm it was not taken, and is to be computed again (`Stepper.apply`)."""
-        loss_0d = self._passes.gradients(self._read(rows))
-        self._prepare_next()
+        samples = self._waiting(lambda: self._read(rows))
+        loss_0d = self._passes.gradients(samples)
+        self._waiting(self._prepare_next)
         loss = loss_0d.item()
         if not math.isfinite(loss):
             raise non_finite("loss", loss, step=self.stepper.step + 1)
         return loss, self.stepper.apply()
+
+    def _waiting(self, work: Callable[[], T]) -> T:
+        started_s = time.perf_counter()
+        result = work()
+        self._data_wait_s += time.perf_counter() - started_s
+        return result
 
     def _read(self, rows: list[int]) -> list[SampleT]:
         if self._next[0] != rows:
@@ -202,7 +226,7 @@ class _Run(Generic[SampleT]):
         if self.stepper.step + 1 < self.num_steps:
             self._passes.prepare(self._read(self._rows(self.stepper.step + 1)))
 
-    def _report(self, loss: float, grad_norm: float, *, num_tokens: int, seconds: float) -> StepReport:
+    def _report(self, loss: float, grad_norm: float, *, lengths: list[int], seconds: float) -> StepReport:
         step = self.stepper.step
         is_epoch_end = step % self._steps_per_epoch == 0 or step == self.num_steps
         validation_loss = None
@@ -215,12 +239,22 @@ class _Run(Generic[SampleT]):
             loss=loss,
             learning_rate=self.stepper.learning_rate,
             grad_norm=grad_norm,
-            tokens_per_second=num_tokens / seconds,
+            tokens_per_second=sum(lengths) / seconds,
             num_trained_tokens=self._num_trained_tokens,
-            memory_bytes=memory_bytes(next(p.device for p in self._model.parameters() if p.requires_grad)),
+            memory_bytes=memory_bytes(self._device),
             validation_loss=validation_loss,
             is_epoch_end=is_epoch_end,
+            data_wait_seconds=self._data_wait_s,
+            mfu=self._mfu(lengths, seconds=seconds),
+            memory_allocated_bytes=torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None,
+            memory_reserved_bytes=torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else None,
         )
+
+    def _mfu(self, lengths: list[int], *, seconds: float) -> float | None:
+        if self._flops is None or self._peak_flops is None:
+            return None
+        num_gpus = dist.get_world_size() if dist.is_initialized() else 1
+        return self._flops.of_rows(lengths) / (seconds * self._peak_flops * num_gpus)
 
     def _rows(self, step: int) -> list[int]:
         """The rows of the step after `step` steps."""

@@ -38,7 +38,7 @@ class JobDeployment(_message.Message):
     def __init__(self, state: _Optional[_Union[DeploymentState, str]] = ..., alias: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class StepMetrics(_message.Message):
-    __slots__ = ("step", "num_steps", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "num_trained_tokens", "memory_bytes", "validation_loss")
+    __slots__ = ("step", "num_steps", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "num_trained_tokens", "memory_bytes", "validation_loss", "data_wait_seconds", "mfu", "memory_allocated_bytes", "memory_reserved_bytes")
     STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,10 @@ class StepMetrics(_message.Message):
     NUM_TRAINED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
+    DATA_WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MFU_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_ALLOCATED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     step: int
     num_steps: int
     epoch: float
@@ -59,7 +63,11 @@ class StepMetrics(_message.Message):
     num_trained_tokens: int
     memory_bytes: int
     validation_loss: float
-    def __init__(self, step: _Optional[int] = ..., num_steps: _Optional[int] = ..., epoch: _Optional[float] = ..., loss: _Optional[float] = ..., learning_rate: _Optional[float] = ..., grad_norm: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., num_trained_tokens: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., validation_loss: _Optional[float] = ...) -> None: ...
+    data_wait_seconds: float
+    mfu: float
+    memory_allocated_bytes: int
+    memory_reserved_bytes: int
+    def __init__(self, step: _Optional[int] = ..., num_steps: _Optional[int] = ..., epoch: _Optional[float] = ..., loss: _Optional[float] = ..., learning_rate: _Optional[float] = ..., grad_norm: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., num_trained_tokens: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., validation_loss: _Optional[float] = ..., data_wait_seconds: _Optional[float] = ..., mfu: _Optional[float] = ..., memory_allocated_bytes: _Optional[int] = ..., memory_reserved_bytes: _Optional[int] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("name", "training_file", "validation_file", "spec", "suffix", "metadata", "deploy", "state", "error", "metrics", "adapter", "metrics_file", "deployment", "create_time", "start_time", "finish_time", "estimated_finish_time", "training_dataset", "validation_dataset", "model")

@@ -27,31 +27,31 @@ from finery.training.v1 import spec_pb2 as finery_dot_training_dot_v1_dot_spec__
 from finery.training.v1 import training_pb2 as finery_dot_training_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66inery/training/v1/worker.proto\x12\x12\x66inery.training.v1\x1a\x1a\x66inery/common/v1/job.proto\x1a\x1d\x66inery/training/v1/spec.proto\x1a!finery/training/v1/training.proto\"A\n\rWorkerCommand\x12\x30\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32 .finery.training.v1.WorkerAction\"\x16\n\x14GetAssignmentRequest\"\x93\x02\n\nAssignment\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12.\n\x04spec\x18\x04 \x01(\x0b\x32 .finery.training.v1.TrainingSpec\x12\x37\n\x10training_dataset\x18\x05 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x39\n\x12validation_dataset\x18\x06 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x31\n\ncheckpoint\x18\x07 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\"!\n\x10HeartbeatRequest\x12\r\n\x05phase\x18\x01 \x01(\t\"E\n\x11ReportStepRequest\x12\x30\n\x07metrics\x18\x01 \x01(\x0b\x32\x1f.finery.training.v1.StepMetrics\"\xb7\x01\n\x17ReportCheckpointRequest\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12,\n\x05state\x18\x02 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12.\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x30\n\x07metrics\x18\x04 \x01(\x0b\x32\x1f.finery.training.v1.StepMetrics\"\xff\x01\n\x14\x46inishAttemptRequest\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.finery.common.v1.JobState\x12)\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1a.finery.common.v1.JobError\x12.\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x33\n\x0cmetrics_file\x18\x04 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12,\n\x05model\x18\x05 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\"\x17\n\x15\x46inishAttemptResponse*|\n\x0cWorkerAction\x12\x1d\n\x19WORKER_ACTION_UNSPECIFIED\x10\x00\x12\x1a\n\x16WORKER_ACTION_CONTINUE\x10\x01\x12\x17\n\x13WORKER_ACTION_PAUSE\x10\x02\x12\x18\n\x14WORKER_ACTION_CANCEL\x10\x03\x32\xe2\x03\n\rWorkerService\x12Y\n\rGetAssignment\x12(.finery.training.v1.GetAssignmentRequest\x1a\x1e.finery.training.v1.Assignment\x12T\n\tHeartbeat\x12$.finery.training.v1.HeartbeatRequest\x1a!.finery.training.v1.WorkerCommand\x12V\n\nReportStep\x12%.finery.training.v1.ReportStepRequest\x1a!.finery.training.v1.WorkerCommand\x12\x62\n\x10ReportCheckpoint\x12+.finery.training.v1.ReportCheckpointRequest\x1a!.finery.training.v1.WorkerCommand\x12\x64\n\rFinishAttempt\x12(.finery.training.v1.FinishAttemptRequest\x1a).finery.training.v1.FinishAttemptResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66inery/training/v1/worker.proto\x12\x12\x66inery.training.v1\x1a\x1a\x66inery/common/v1/job.proto\x1a\x1d\x66inery/training/v1/spec.proto\x1a!finery/training/v1/training.proto\"A\n\rWorkerCommand\x12\x30\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32 .finery.training.v1.WorkerAction\"\x16\n\x14GetAssignmentRequest\"\xa8\x02\n\nAssignment\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12.\n\x04spec\x18\x04 \x01(\x0b\x32 .finery.training.v1.TrainingSpec\x12\x37\n\x10training_dataset\x18\x05 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x39\n\x12validation_dataset\x18\x06 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x31\n\ncheckpoint\x18\x07 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\"!\n\x10HeartbeatRequest\x12\r\n\x05phase\x18\x01 \x01(\t\"E\n\x11ReportStepRequest\x12\x30\n\x07metrics\x18\x01 \x01(\x0b\x32\x1f.finery.training.v1.StepMetrics\"\xb7\x01\n\x17ReportCheckpointRequest\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12,\n\x05state\x18\x02 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12.\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x30\n\x07metrics\x18\x04 \x01(\x0b\x32\x1f.finery.training.v1.StepMetrics\"\xff\x01\n\x14\x46inishAttemptRequest\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.finery.common.v1.JobState\x12)\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1a.finery.common.v1.JobError\x12.\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x33\n\x0cmetrics_file\x18\x04 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12,\n\x05model\x18\x05 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\"\x17\n\x15\x46inishAttemptResponse*|\n\x0cWorkerAction\x12\x1d\n\x19WORKER_ACTION_UNSPECIFIED\x10\x00\x12\x1a\n\x16WORKER_ACTION_CONTINUE\x10\x01\x12\x17\n\x13WORKER_ACTION_PAUSE\x10\x02\x12\x18\n\x14WORKER_ACTION_CANCEL\x10\x03\x32\xe2\x03\n\rWorkerService\x12Y\n\rGetAssignment\x12(.finery.training.v1.GetAssignmentRequest\x1a\x1e.finery.training.v1.Assignment\x12T\n\tHeartbeat\x12$.finery.training.v1.HeartbeatRequest\x1a!.finery.training.v1.WorkerCommand\x12V\n\nReportStep\x12%.finery.training.v1.ReportStepRequest\x1a!.finery.training.v1.WorkerCommand\x12\x62\n\x10ReportCheckpoint\x12+.finery.training.v1.ReportCheckpointRequest\x1a!.finery.training.v1.WorkerCommand\x12\x64\n\rFinishAttempt\x12(.finery.training.v1.FinishAttemptRequest\x1a).finery.training.v1.FinishAttemptResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'finery.training.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERACTION']._serialized_start=1093
-  _globals['_WORKERACTION']._serialized_end=1217
+  _globals['_WORKERACTION']._serialized_start=1114
+  _globals['_WORKERACTION']._serialized_end=1238
   _globals['_WORKERCOMMAND']._serialized_start=149
   _globals['_WORKERCOMMAND']._serialized_end=214
   _globals['_GETASSIGNMENTREQUEST']._serialized_start=216
   _globals['_GETASSIGNMENTREQUEST']._serialized_end=238
   _globals['_ASSIGNMENT']._serialized_start=241
-  _globals['_ASSIGNMENT']._serialized_end=516
-  _globals['_HEARTBEATREQUEST']._serialized_start=518
-  _globals['_HEARTBEATREQUEST']._serialized_end=551
-  _globals['_REPORTSTEPREQUEST']._serialized_start=553
-  _globals['_REPORTSTEPREQUEST']._serialized_end=622
-  _globals['_REPORTCHECKPOINTREQUEST']._serialized_start=625
-  _globals['_REPORTCHECKPOINTREQUEST']._serialized_end=808
-  _globals['_FINISHATTEMPTREQUEST']._serialized_start=811
-  _globals['_FINISHATTEMPTREQUEST']._serialized_end=1066
-  _globals['_FINISHATTEMPTRESPONSE']._serialized_start=1068
-  _globals['_FINISHATTEMPTRESPONSE']._serialized_end=1091
-  _globals['_WORKERSERVICE']._serialized_start=1220
-  _globals['_WORKERSERVICE']._serialized_end=1702
+  _globals['_ASSIGNMENT']._serialized_end=537
+  _globals['_HEARTBEATREQUEST']._serialized_start=539
+  _globals['_HEARTBEATREQUEST']._serialized_end=572
+  _globals['_REPORTSTEPREQUEST']._serialized_start=574
+  _globals['_REPORTSTEPREQUEST']._serialized_end=643
+  _globals['_REPORTCHECKPOINTREQUEST']._serialized_start=646
+  _globals['_REPORTCHECKPOINTREQUEST']._serialized_end=829
+  _globals['_FINISHATTEMPTREQUEST']._serialized_start=832
+  _globals['_FINISHATTEMPTREQUEST']._serialized_end=1087
+  _globals['_FINISHATTEMPTRESPONSE']._serialized_start=1089
+  _globals['_FINISHATTEMPTRESPONSE']._serialized_end=1112
+  _globals['_WORKERSERVICE']._serialized_start=1241
+  _globals['_WORKERSERVICE']._serialized_end=1723
 # @@protoc_insertion_point(module_scope)

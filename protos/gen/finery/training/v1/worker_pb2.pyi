@@ -31,7 +31,7 @@ class GetAssignmentRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("project", "job_id", "epoch", "spec", "training_dataset", "validation_dataset", "checkpoint")
+    __slots__ = ("project", "job_id", "epoch", "spec", "training_dataset", "validation_dataset", "checkpoint", "traceparent")
     PROJECT_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class Assignment(_message.Message):
     TRAINING_DATASET_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_DATASET_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     project: str
     job_id: str
     epoch: int
@@ -46,7 +47,8 @@ class Assignment(_message.Message):
     training_dataset: _job_pb2.ArtifactRef
     validation_dataset: _job_pb2.ArtifactRef
     checkpoint: _job_pb2.ArtifactRef
-    def __init__(self, project: _Optional[str] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., spec: _Optional[_Union[_spec_pb2.TrainingSpec, _Mapping]] = ..., training_dataset: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., validation_dataset: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., checkpoint: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, project: _Optional[str] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., spec: _Optional[_Union[_spec_pb2.TrainingSpec, _Mapping]] = ..., training_dataset: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., validation_dataset: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., checkpoint: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("phase",)
