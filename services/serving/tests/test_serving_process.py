@@ -126,16 +126,16 @@ def test_the_command_carries_no_secret_and_is_eager_on_a_cpu_only(config):
 
 
 def test_gpus_and_their_memory_are_vllms_to_share_out_as_the_settings_say(config):
-    plain = vllm_command(config, socket=Path("/s"))
+    plain = vllm_command(config, endpoint=UnixEndpoint(Path("/s")))
     assert not any(name in plain for name in ("--tensor-parallel-size", "--gpu-memory-utilization", "--nnodes"))
-    command = vllm_command(replace(config, tensor_parallel_size=4, gpu_memory_utilization=0.45), socket=Path("/s"))
+    command = vllm_command(replace(config, tensor_parallel_size=4, gpu_memory_utilization=0.45), endpoint=UnixEndpoint(Path("/s")))
     assert command[command.index("--tensor-parallel-size") + 1] == "4"
     assert command[command.index("--gpu-memory-utilization") + 1] == "0.45"
 
 
 def test_all_machines_of_a_vllm_are_told_the_same_but_for_their_rank(config):
     group = replace(config, device="cuda", tensor_parallel_size=8, nodes=2, master_address="leader")
-    leader, follower = vllm_command(group, socket=Path("/s")), follower_command(group, node_rank=1)
+    leader, follower = vllm_command(group, endpoint=UnixEndpoint(Path("/s"))), follower_command(group, node_rank=1)
     assert (leader[leader.index("--node-rank") + 1], follower[follower.index("--node-rank") + 1]) == ("0", "1")
     assert "--headless" in follower
     assert not {"--uds", "--middleware", "--api-server-count"} & set(follower)
