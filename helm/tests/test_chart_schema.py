@@ -133,7 +133,9 @@ def test_every_default_is_one_that_a_schema_names():
 
     def check(values: dict[str, Any], schema: dict[str, Any], where: str) -> None:
         known = resolved(schema).get("properties")
-        for key, value in values.items() if known is not None else ():
+        if known is None:
+            return
+        for key, value in values.items():
             assert key in known, f"{where}.{key}"
             if isinstance(value, dict):
                 check(value, known[key], f"{where}.{key}")

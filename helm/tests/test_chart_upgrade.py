@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import helm_python
 import pytest
@@ -30,8 +30,6 @@ class _ApiServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _ApiServer
-
     def do_GET(self) -> None:
         kinds = [{"name": "secrets", "singularName": "secret", "namespaced": True, "kind": "Secret", "verbs": ["get", "list"]}]
         known = {
@@ -39,7 +37,7 @@ class _Handler(BaseHTTPRequestHandler):
             "/api": {"kind": "APIVersions", "versions": ["v1"]},
             "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": []},
             "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": kinds},
-        } | {f"/api/v1/namespaces/ml/secrets/{name}": secret for name, secret in self.server.secrets.items()}
+        } | {f"/api/v1/namespaces/ml/secrets/{name}": secret for name, secret in cast("_ApiServer", self.server).secrets.items()}
         content = known.get(self.path.partition("?")[0])
         status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
         body = json.dumps(status if content is None else content).encode()
@@ -49,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Says nothing."""
 
 
