@@ -103,6 +103,12 @@ def test_dataprep_and_converter_scale_by_queued_jobs(render):
         assert metric["external"]["metric"] == {"name": family.name, "selector": {"matchLabels": {"state": "QUEUED"}}}
 
 
+def test_no_pod_without_metrics_is_scraped(render):
+    for where, template in render(CASES["a group of nodes"]).pods:
+        ports = {port["name"] for container in template["spec"]["containers"] for port in container.get("ports", ())}
+        assert ("prometheus.io/scrape" in template["metadata"].get("annotations", {})) is ("metrics" in ports), where
+
+
 @pytest.mark.parametrize(
     ("case", "has_operator", "has_annotations"),
     [("default", False, True), ("the operator", True, False), ("no monitoring", False, False)],
