@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -29,3 +30,9 @@ def render(chart: helm_python.Chart) -> Callable[[Mapping[str, Any]], Manifests]
         return known[key]
 
     return rendered
+
+
+@pytest.fixture(scope="session")
+def update_snapshots() -> bool:
+    """`make helm-test UPDATE=1` writes them anew."""
+    return bool(os.environ.get("FINERY_UPDATE_SNAPSHOTS"))

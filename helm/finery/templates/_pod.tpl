@@ -29,7 +29,7 @@ labels:
   {{- end }}
 {{- $notes := dict }}
 {{- with .config }}{{ $_ := set $notes "checksum/config" (. | sha256sum) }}{{ end }}
-{{- if include "finery.usesAnnotations" .root }}
+{{- if and (include "finery.usesAnnotations" .root) (ne .component "serving-follower") }}
 {{- $_ := set $notes "prometheus.io/scrape" "true" }}
 {{- $_ := set $notes "prometheus.io/port" "9100" }}
 {{- $_ := set $notes "prometheus.io/path" "/metrics" }}

@@ -13,7 +13,7 @@ metadata:
     {{- include "finery.labels" . | nindent 4 }}
 spec:
   {{- if not $scaled }}
-  replicas: {{ .values.replicas | default 1 }}
+  replicas: {{ dig "replicas" 1 .values }}
   {{- end }}
   {{- if .single }}
   # Two at a time would both hand out jobs.

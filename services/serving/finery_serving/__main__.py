@@ -82,7 +82,7 @@ async def _serve(settings: ServingSettings) -> None:
         )
         server = RpcServer(address=settings.grpc_address, servicers=[servicer_of(servicer)], authenticate=token_authenticator(signer))
         await server.start()
-        telling = asyncio.create_task(_tell_readiness(server, agent), name="readiness")
+        telling = asyncio.create_task(tell_readiness(server, agent), name="readiness")
         stack.callback(telling.cancel)
         await until_stopped([supervising, telling, *services.tasks])
         # Watches never end by themselves and would take up the whole time for draining.
@@ -90,7 +90,7 @@ async def _serve(settings: ServingSettings) -> None:
         await server.stop(drain_s=_DRAIN_S)
 
 
-async def _tell_readiness(server: RpcServer, agent: Agent) -> None:
+async def tell_readiness(server: RpcServer, agent: Agent) -> None:
     """Tells whoever asks for the health of `vllm`, as Kubernetes does before it goes on with the next replica, whether vLLM answers."""
     while True:
         seen = agent.changes.count

@@ -1,14 +1,21 @@
 """The agent over its restarts and vLLM's deaths, with a real store and database and a stand-in for vLLM's process."""
 
 import asyncio
+import os
 import secrets
+import signal
 import time
 
+import grpc.aio
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from finery_common.errors import FailedPreconditionError, NotFoundError, UnavailableError
+from finery_common.rpc.server import RpcServer, token_authenticator
+from finery_common.rpc.tokens import TokenSigner
 from finery_common.service import until_stopped
+from finery_serving.__main__ import tell_readiness
 from finery_serving.aliases import AliasStore, RolloutState
 from finery_serving.changes import Changes
 from finery_serving.reconcile import Reconciler
@@ -186,3 +193,23 @@ async def ask(route, *, alias="m", **fields):
     transport = httpx.AsyncHTTPTransport(uds=route.targets[0].replicas[0][0].removeprefix("unix://"))
     async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as http:
         return await http.post("/v1/completions", json={"model": route.version, "max_tokens": 1, **fields}, headers=headers)
+
+
+async def test_the_health_of_vllm_is_told_as_it_changes(running):
+    server = RpcServer(address="127.0.0.1:0", servicers=[], authenticate=token_authenticator(TokenSigner("s" * 40)))
+    port = await server.start()
+    status = health_pb2.HealthCheckResponse
+    async with running() as here, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        telling = asyncio.create_task(tell_readiness(server, here.agent))
+        watch = aiter(health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="vllm"), timeout=60))
+
+        async def until_told(wanted: int) -> None:
+            while (await anext(watch)).status != wanted:
+                pass
+
+        await until_told(status.SERVING)
+        os.killpg(here.agent.process.pid, signal.SIGKILL)
+        await until_told(status.NOT_SERVING)
+        await until_told(status.SERVING)
+        telling.cancel()
+        await server.stop(drain_s=0)

@@ -1,0 +1,88 @@
+"""Which pod gets which GPU: counts, kinds, claims, nodes, and what vLLM and the launcher are told of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chart_rendering import CASES, Manifests, values_with
+
+
+def environment(pod: dict[str, Any]) -> dict[str, Any]:
+    return {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+
+
+def pool_pod(manifests: Manifests, name: str) -> dict[str, Any]:
+    return manifests.one("StatefulSet", f"demo-finery-serving-{name}")["spec"]["template"]["spec"]
+
+
+def limits(pod: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in pod["containers"][0]["resources"].get("limits", {}).items() if "/" in key}
+
+
+def test_tensor_parallelism_is_the_number_of_gpus(render):
+    pod = pool_pod(render(CASES["eight-gpus"]), "h100")
+    assert limits(pod) == {"nvidia.com/gpu": 2}
+    assert environment(pod)["FINERY_TENSOR_PARALLEL_SIZE"] == "2"
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+    assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+
+
+def test_slices_and_shares_are_asked_for_by_their_own_names(render):
+    mig: Manifests = render(CASES["mig"])
+    assert limits(pool_pod(mig, "mig")) == {"nvidia.com/mig-3g.40gb": 1}
+    assert limits(mig.worker_job["spec"]["template"]["spec"]) == {"nvidia.com/mig-2g.20gb": 1}
+    trainer = mig.one("Deployment", "demo-finery-trainer")["spec"]["template"]["spec"]
+    assert environment(trainer)["FINERY_KUBERNETES_GPU_RESOURCE"] == "nvidia.com/mig-2g.20gb"
+    shared = pool_pod(render(CASES["time-slicing"]), "shared")
+    assert limits(shared) == {"nvidia.com/gpu.shared": 1}
+    assert environment(shared)["FINERY_GPU_MEMORY_UTILIZATION"] == "0.4"
+
+
+def test_a_trial_on_cpus_asks_for_no_gpu(render):
+    manifests: Manifests = render(CASES["cpu"])
+    assert all(limits(template["spec"]) == {} for _, template in manifests.pods)
+    pool = environment(pool_pod(manifests, "cpu"))
+    assert (pool["FINERY_SERVING_DEVICE"], pool["FINERY_VLLM_KV_CACHE_GIB"]) == ("cpu", "2")
+    trainer = manifests.one("Deployment", "demo-finery-trainer")["spec"]["template"]["spec"]
+    assert environment(trainer)["FINERY_KUBERNETES_GPU_RESOURCE"] == ""
+
+
+def test_claims_take_the_place_of_counts(render):
+    manifests: Manifests = render(CASES["claims"])
+    for pod in (pool_pod(manifests, "dra"), manifests.worker_job["spec"]["template"]["spec"]):
+        assert limits(pod) == {}
+        assert pod["resourceClaims"] == [{"name": "gpu", "resourceClaimTemplateName": "single-gpu"}]
+        assert pod["containers"][0]["resources"]["claims"] == [{"name": "gpu", "request": "one"}]
+
+
+def test_the_converter_gets_a_gpu_where_it_is_given_one(render):
+    values = values_with("default", {"converter.gpu": {"count": 1, "runtimeClassName": "nvidia"}})
+    pod = render(values).one("Deployment", "demo-finery-converter")["spec"]["template"]["spec"]
+    assert (limits(pod), pod["runtimeClassName"]) == ({"nvidia.com/gpu": 1}, "nvidia")
+
+
+def test_a_pool_over_several_nodes_is_a_group_with_one_agent(render):
+    manifests: Manifests = render(CASES["a group of nodes"])
+    spec = manifests.one("LeaderWorkerSet", "demo-finery-serving-big")["spec"]
+    group = spec["leaderWorkerTemplate"]
+    assert (spec["replicas"], group["size"], group["restartPolicy"]) == (1, 2, "RecreateGroupOnPodRestart")
+    leader, follower = (group[role]["spec"] for role in ("leaderTemplate", "workerTemplate"))
+    assert limits(leader) == limits(follower) == {"nvidia.com/gpu": 8}
+    names = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_MODEL_LEN", "TENSOR_PARALLEL_SIZE", "VLLM_NODES", "VLLM_MASTER_ADDRESS", "CACHE_DIR")
+    alike = {f"FINERY_{name}": environment(leader)[f"FINERY_{name}"] for name in names}
+    assert alike.items() <= environment(follower).items()
+    assert list(alike.values())[-3:] == ["2", "$(LWS_LEADER_ADDRESS)", "/cache"]
+    assert "command" not in leader["containers"][0]
+    assert follower["containers"][0]["command"] == ["python", "-m", "finery_serving.follower"]
+    assert environment(follower)["FINERY_VLLM_NODE_RANK"] == "$(LWS_WORKER_INDEX)"
+    # Requests go to agents: a follower has none.
+    service = manifests.one("Service", "demo-finery-serving")["spec"]
+    assert service["selector"]["app.kubernetes.io/component"] == "serving"
+    assert group["workerTemplate"]["metadata"]["labels"]["app.kubernetes.io/component"] == "serving-follower"
+
+
+def test_shared_memory_is_there_for_processes_that_work_together(render):
+    manifests: Manifests = render(CASES["eight-gpus"])
+    for pod in (pool_pod(manifests, "h100"), manifests.worker_job["spec"]["template"]["spec"]):
+        assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
+        assert next(volume for volume in pod["volumes"] if volume["name"] == "shm")["emptyDir"]["medium"] == "Memory"

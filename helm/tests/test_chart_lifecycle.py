@@ -1,0 +1,134 @@
+"""How pods start, are judged, drain, scale and are trained in: probes, grace, the worker's Job, monitoring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from chart_rendering import CASES, Manifests, values_with
+
+
+def test_inner_services_are_asked_by_grpc_and_the_gateway_by_http(render):
+    manifests: Manifests = render(CASES["default"])
+    for component in ("dataprep", "trainer", "converter"):
+        (container,) = manifests.one("Deployment", f"demo-finery-{component}")["spec"]["template"]["spec"]["containers"]
+        assert container["livenessProbe"]["grpc"] == container["readinessProbe"]["grpc"] == {"port": 9000}
+    (gateway,) = manifests.one("Deployment", "demo-finery-gateway")["spec"]["template"]["spec"]["containers"]
+    assert gateway["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+
+
+def test_a_replica_is_ready_when_its_vllm_is_and_has_its_time_to_load(render):
+    values = values_with("default", {"serving.pools": [{"name": "slow", "startupSeconds": 3600}]})
+    manifests: Manifests = render(values)
+    (container,) = manifests.one("StatefulSet", "demo-finery-serving-slow")["spec"]["template"]["spec"]["containers"]
+    startup = container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] == 3600
+    assert container["readinessProbe"]["grpc"] == {"port": 9000, "service": "vllm"}
+    assert container["livenessProbe"]["grpc"] == {"port": 9000}
+    # Agents are asked while their vLLM loads: they say so.
+    assert manifests.one("Service", "demo-finery-serving")["spec"]["publishNotReadyAddresses"] is True
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pods_that_answer_drain_before_they_end(case, render):
+    for where, template in render(CASES[case]).pods:
+        component = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        if component in {"gateway", "dataprep", "trainer", "converter", "serving"}:
+            (container,) = template["spec"]["containers"]
+            sleep_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+            # What the services' own draining takes at the most.
+            assert template["spec"]["terminationGracePeriodSeconds"] >= sleep_s + 25, where
+
+
+def test_replicas_have_names_that_stay(render):
+    pool = render(CASES["default"]).one("StatefulSet", "demo-finery-serving-default")
+    env = {entry["name"]: entry for entry in pool["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert env["FINERY_SERVING_REPLICA"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+    assert env["FINERY_VLLM_ADVERTISE_ADDRESS"]["value"] == "$(POD_IP):8443"
+    names = list(env)
+    assert names.index("POD_IP") < names.index("FINERY_VLLM_ADVERTISE_ADDRESS")  # else it is not filled in
+
+
+def test_none_is_a_number_of_replicas_as_well(render):
+    changes = {"gateway.replicas": 0, "dataprep.replicas": 0, "converter.replicas": 0, "serving.pools": [{"name": "idle", "replicas": 0}]}
+    manifests: Manifests = render(values_with("default", changes))
+    workloads = {**manifests.of("Deployment"), **manifests.of("StatefulSet")}
+    running = {name.removeprefix("demo-finery-") for name, item in workloads.items() if item["spec"]["replicas"] > 0}
+    assert running == {"trainer", "postgres", "minio"}
+
+
+def test_there_is_one_trainer_at_a_time(render):
+    spec = render(CASES["default"]).one("Deployment", "demo-finery-trainer")["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+
+
+def test_an_attempt_is_one_pod_that_the_job_never_replaces(render):
+    job = render(CASES["default"]).worker_job["spec"]
+    assert (job["backoffLimit"], job["template"]["spec"]["restartPolicy"], job["podReplacementPolicy"]) == (0, "Never", "Failed")
+    rules = job["podFailurePolicy"]["rules"]
+    assert rules[0] == {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert rules[1]["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"] == "worker"
+
+
+def test_the_workers_token_comes_from_its_annotation(render):
+    pod = render(CASES["default"]).worker_job["spec"]["template"]["spec"]
+    (volume,) = (volume for volume in pod["volumes"] if volume["name"] == "token")
+    (item,) = volume["downwardAPI"]["items"]
+    assert item == {"path": "token", "fieldRef": {"fieldPath": "metadata.annotations['finery.dev/worker-token']"}}
+    env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+    (mount,) = (mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "token")
+    assert env["FINERY_WORKER_TOKEN_FILE"] == f"{mount['mountPath']}/token"
+
+
+def test_a_queue_is_a_label_of_the_workers_job(render):
+    label = "kueue.x-k8s.io/queue-name"
+    assert render(CASES["a queue"]).worker_job["metadata"]["labels"][label] == "training"
+    assert label not in render(CASES["default"]).worker_job["metadata"]["labels"]
+
+
+def test_serving_scales_by_what_waits_in_vllm(render):
+    spec = render(CASES["external"]).one("ScaledObject", "demo-finery-serving-h100")["spec"]
+    (trigger,) = spec["triggers"]
+    assert trigger["metadata"]["query"] == 'sum(vllm:num_requests_waiting{namespace="ml",pod=~"demo-finery-serving-h100-.*"})'
+    assert (spec["scaleTargetRef"]["kind"], spec["maxReplicaCount"]) == ("StatefulSet", 4)
+
+
+def test_dataprep_and_converter_scale_by_queued_jobs(render):
+    from finery_converter import metrics as converter
+    from finery_dataprep import metrics as dataprep
+
+    for component, gauge in (("dataprep", dataprep.JOBS), ("converter", converter.JOBS)):
+        (metric,) = render(CASES["scaled by load"]).one("HorizontalPodAutoscaler", f"demo-finery-{component}")["spec"]["metrics"]
+        (family,) = gauge.collect()
+        assert metric["external"]["metric"] == {"name": family.name, "selector": {"matchLabels": {"state": "QUEUED"}}}
+
+
+def test_no_pod_without_metrics_is_scraped(render):
+    for where, template in render(CASES["a group of nodes"]).pods:
+        ports = {port["name"] for container in template["spec"]["containers"] for port in container.get("ports", ())}
+        assert ("prometheus.io/scrape" in template["metadata"].get("annotations", {})) is ("metrics" in ports), where
+
+
+@pytest.mark.parametrize(
+    ("case", "has_operator", "has_annotations"),
+    [("default", False, True), ("the operator", True, False), ("no monitoring", False, False)],
+)
+def test_prometheus_finds_pods_in_one_way(case, has_operator, has_annotations, render):
+    manifests: Manifests = render(CASES[case])
+    assert bool(manifests.of("PodMonitor")) is has_operator
+    for where, template in manifests.pods:
+        component = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        if component in {"gateway", "dataprep", "trainer", "converter", "serving", "worker"}:
+            notes: dict[str, Any] = template["metadata"].get("annotations", {})
+            assert (notes.get("prometheus.io/port") == "9100") is has_annotations, where
+
+
+def test_a_metrics_port_of_that_name_is_on_every_pod_that_is_scraped(render):
+    manifests: Manifests = render(CASES["the operator"])
+    (monitor,) = manifests.of("PodMonitor").values()
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    for where, template in manifests.pods:
+        component = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        if component in {"gateway", "dataprep", "trainer", "converter", "serving", "worker"}:
+            ports = {port["name"]: port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}
+            assert ports[endpoint["port"]] == 9100, where

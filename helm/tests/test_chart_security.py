@@ -1,0 +1,156 @@
+"""What pods may do and who may reach whom, as the API server and a network plugin would judge it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+import pytest
+from chart_rendering import CASES, Manifests
+
+FINERYS = ("gateway", "dataprep", "trainer", "converter", "serving", "worker", "base-weights", "test")
+INNER = ("dataprep", "trainer", "converter", "serving")
+OUTSIDE: dict[str, str] = {}
+"""The labels of nobody's pod."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pods_run_without_rights(case, render):
+    for where, template in render(CASES[case]).pods:
+        spec = template["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True, where
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec), where
+        for container in (*spec["containers"], *spec.get("initContainers", ())):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }, where
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_the_trainer_has_a_token_of_the_cluster(case, render):
+    manifests: Manifests = render(CASES[case])
+    for where, template in manifests.pods:
+        component = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        assert template["spec"]["automountServiceAccountToken"] is (component == "trainer"), where
+    (role,) = manifests.of("Role").values()
+    assert [(rule["resources"], set(rule["verbs"]) - {"get", "list", "watch"}) for rule in role["rules"]] == [
+        (["jobs"], {"create", "patch", "delete"}),
+        (["pods"], set()),
+    ]
+    assert manifests.of("ClusterRole") == manifests.of("ClusterRoleBinding") == {}
+
+
+def test_only_the_job_writes_base_weights(render):
+    for where, template in render(CASES["default"]).pods:
+        for container in (*template["spec"]["containers"], *template["spec"].get("initContainers", ())):
+            for mount in container["volumeMounts"]:
+                if mount["name"] == "models":
+                    assert mount.get("readOnly", False) is not where.startswith("Job/demo-finery-base-weights"), where
+
+
+def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    named, expressions = selector.get("matchLabels", {}), selector.get("matchExpressions", ())
+    assert all(item["operator"] == "In" for item in expressions)
+    return named.items() <= labels.items() and all(labels.get(item["key"]) in item["values"] for item in expressions)
+
+
+def is_peer(peer: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Whether the pod with `labels` is meant; no labels: an address that is no pod's. Another namespace has none of these pods."""
+    if "podSelector" in peer:
+        return bool(labels) and selects(peer["podSelector"], labels)
+    return "ipBlock" in peer and not labels
+
+
+def is_let(rules: list[dict[str, Any]], *, direction: str, labels: Mapping[str, str], port: int) -> bool:
+    """Whether one of a policy's rules lets through what comes from, or goes to, the pod with `labels`; no labels: somewhere outside."""
+    for rule in rules:
+        peers = rule.get(direction)
+        ports = [item["port"] for item in rule.get("ports", [])]
+        fits = peers is None or any(is_peer(peer, labels) for peer in peers)
+        if fits and (not ports or port in ports):
+            return True
+    return False
+
+
+def reaches(manifests: Manifests, caller: Mapping[str, str], called: Mapping[str, str], port: int) -> bool:
+    """By all NetworkPolicies together: the caller's way out, and the called one's way in."""
+    policies = [item["spec"] for item in manifests.of("NetworkPolicy").values()]
+    leaving = [item for item in policies if caller and selects(item["podSelector"], caller)]
+    entering = [item for item in policies if called and selects(item["podSelector"], called)]
+    out = not leaving or any(is_let(item.get("egress", []), direction="to", labels=called, port=port) for item in leaving)
+    into = not entering or any(is_let(item.get("ingress", []), direction="from", labels=caller, port=port) for item in entering)
+    return out and into
+
+
+def pod_of(component: str) -> dict[str, str]:
+    return {"app.kubernetes.io/name": "finery", "app.kubernetes.io/instance": "demo", "app.kubernetes.io/component": component}
+
+
+@pytest.mark.parametrize(
+    ("case", "callers"),
+    [
+        ("default", {"gateway"}),
+        ("external", {"gateway"}),
+        ("cpu", {"gateway"}),
+        # The pods of a group are parts of one vLLM, whose processes talk on any port.
+        ("a group of nodes", {"gateway", "serving", "serving-follower"}),
+    ],
+)
+def test_only_the_gateway_reaches_vllm(case, callers, render):
+    allowed = {caller for caller in (*FINERYS, "serving-follower") if reaches(render(CASES[case]), pod_of(caller), pod_of("serving"), 8443)}
+    assert allowed == callers
+    assert not reaches(render(CASES[case]), OUTSIDE, pod_of("serving"), 8443)
+    foreign = pod_of("gateway") | {"app.kubernetes.io/instance": "other"}
+    assert not reaches(render(CASES[case]), foreign, pod_of("serving"), 8443)
+
+
+def test_nobody_reaches_a_worker_but_prometheus(render):
+    manifests: Manifests = render(CASES["external"])
+    for caller, port in product((OUTSIDE, *map(pod_of, FINERYS)), (9000, 8080, 22, 9100)):
+        assert not reaches(manifests, caller, pod_of("worker"), port)
+    policy = manifests.one("NetworkPolicy", "demo-finery-worker")["spec"]
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    assert policy["ingress"] == [{"ports": [{"port": 9100}], "from": [monitoring]}]
+    unwatched: Manifests = render(CASES["no monitoring"])
+    assert not unwatched.one("NetworkPolicy", "demo-finery-worker")["spec"]["ingress"]
+
+
+def test_services_reach_what_they_call_and_nothing_else(render):
+    manifests: Manifests = render(CASES["default"])
+    calls = {(caller, called) for caller, called in product(FINERYS, INNER) if reaches(manifests, pod_of(caller), pod_of(called), 9000)}
+    assert calls == {
+        *(("gateway", called) for called in INNER),
+        *(("test", called) for called in INNER),
+        ("trainer", "dataprep"),
+        ("trainer", "serving"),
+        ("worker", "trainer"),
+    }
+
+
+def test_database_and_store_are_reached_by_those_who_use_them(render):
+    manifests: Manifests = render(CASES["default"])
+    users = {caller for caller in FINERYS if reaches(manifests, pod_of(caller), pod_of("postgres"), 5432)}
+    assert users == {"gateway", *INNER}
+    users = {caller for caller in FINERYS if reaches(manifests, pod_of(caller), pod_of("minio"), 9000)}
+    assert users == {"gateway", *INNER, "worker", "base-weights"}
+    for stored in ("postgres", "minio"):
+        assert not any(reaches(manifests, pod_of(stored), called, 443) for called in (OUTSIDE, pod_of("gateway")))
+
+
+def test_the_way_out_is_open_for_the_hub_and_the_cluster_only(render):
+    manifests: Manifests = render(CASES["default"])
+    assert {caller for caller in FINERYS if reaches(manifests, pod_of(caller), OUTSIDE, 443)} == {"trainer", "base-weights"}
+    closed: Manifests = render(CASES["air-gapped"])
+    assert {caller for caller in FINERYS if reaches(closed, pod_of(caller), OUTSIDE, 443)} == {"trainer"}
+    assert reaches(render(CASES["external"]), pod_of("worker"), OUTSIDE, 443)  # to S3
+    assert all(reaches(manifests, pod_of(caller), OUTSIDE, 53) for caller in FINERYS)
+
+
+def test_the_gateway_is_open_or_to_those_who_are_named(render):
+    assert reaches(render(CASES["default"]), OUTSIDE, pod_of("gateway"), 8080)
+    assert not reaches(render(CASES["external"]), OUTSIDE, pod_of("gateway"), 8080)
+    assert reaches(render(CASES["external"]), pod_of("test"), pod_of("gateway"), 8080)
