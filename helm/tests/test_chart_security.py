@@ -38,7 +38,7 @@ def test_only_the_trainer_has_a_token_of_the_cluster(case, render):
         assert template["spec"]["automountServiceAccountToken"] is (component == "trainer"), where
     (role,) = manifests.of("Role").values()
     assert [(rule["resources"], set(rule["verbs"]) - {"get", "list", "watch"}) for rule in role["rules"]] == [
-        (["jobs"], {"create", "patch", "delete"}),
+        (["jobs"], {"create", "delete"}),
         (["pods"], set()),
     ]
     assert manifests.of("ClusterRole") == manifests.of("ClusterRoleBinding") == {}
