@@ -44,7 +44,8 @@ class _Recorder:
 
 class ApiServer(KubernetesEmulator):
     """`forbidden` holds pairs of verb and plural, `refusal` answers creates; while `is_down`, every answer is 503. Of `lost_answers`
-    creates the caller does not learn that they were done. `changes` is what watches are served from.
+    creates the caller does not learn that they were done. `changes` is what watches are served from;
+    while `is_silent`, nothing is added to them.
     """
 
     def __init__(self) -> None:
@@ -53,6 +54,7 @@ class ApiServer(KubernetesEmulator):
         self.resources[PODS] = {"kind": "Pod", "namespaced": True}
         self.forbidden: set[tuple[str, str]] = set()
         self.is_down = False
+        self.is_silent = False
         self.refusal: KubernetesError | None = None
         self.lost_answers = 0
         self.num_lists = 0
@@ -67,7 +69,8 @@ class ApiServer(KubernetesEmulator):
         async with self.news:
             self.version += 1
             item["metadata"]["resourceVersion"] = str(self.version)
-            self.changes.append((self.version, plural, change, copy.deepcopy(dict(item))))
+            if not self.is_silent:
+                self.changes.append((self.version, plural, change, copy.deepcopy(dict(item))))
             self.news.notify_all()
 
     async def drop_watches(self, *, forget: bool = False) -> None:

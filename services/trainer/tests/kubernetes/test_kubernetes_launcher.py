@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
+import certifi
 import pytest
 from kmock import KubernetesError
+from kubernetes.aio.config import incluster_config
 
 from finery_common.errors import AlreadyExistsError, FailedPreconditionError, PermissionDeniedError, UnavailableError
+from finery_trainer.launchers.cluster import Cluster
 
 JOBS = "batch/v1/jobs"
 
@@ -53,6 +56,16 @@ async def launcher(api, connect, attempt):
     return launcher
 
 
+async def begin(controller, launcher, attempt, wait_until):
+    """The worker has begun, and the launcher knows."""
+    await controller.begin(attempt)
+
+    async def waits_no_more() -> bool:
+        return launcher.waiting() == []
+
+    await wait_until(waits_no_more)
+
+
 async def test_the_launcher_fills_in_what_is_the_attempts(api, launcher, attempt):
     (job,) = api.live(JOBS)
     assert job["metadata"]["name"] == f"{attempt.job_id}-3"
@@ -70,7 +83,8 @@ async def test_the_launcher_fills_in_what_is_the_attempts(api, launcher, attempt
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     assert "suspend" not in job["spec"]
-    assert api._requests[-1].params["fieldValidation"] == "Strict"
+    (request,) = [request for request in api._requests if request.method == "POST"]
+    assert request.params["fieldValidation"] == "Strict"
 
 
 async def test_a_queue_label_makes_suspended_jobs(api, connect, attempt, template, causes_of):
@@ -182,14 +196,24 @@ async def test_what_a_worker_waits_for_is_told(controller, launcher, attempt, ca
     await controller.begin(attempt)
 
 
+async def test_a_job_that_gets_no_pod_is_told_of(launcher, causes_of, monkeypatch):
+    monkeypatch.setattr("finery_trainer.launchers.kubernetes._NO_POD_S", 0.0)
+    assert "has made no pod for it;" in await causes_of(launcher, "no_pod")
+
+
+async def test_a_job_that_is_deleted_before_it_was_seen_is_a_lost_attempt(api, connect, attempt, exits_of, monkeypatch):
+    for name in ("_UNSEEN_S", "_LOOK_AGAIN_S"):
+        monkeypatch.setattr(f"finery_trainer.launchers.kubernetes.{name}", 0.1)
+    launcher = await connect()
+    api.is_silent = True
+    await launcher.start(attempt)
+    await api.remove(JOBS, f"{attempt.job_id}-{attempt.epoch}")
+    assert "somebody deleted its Job" in (await exits_of(launcher)).reason
+
+
 async def test_a_worker_that_has_begun_waits_no_more(controller, launcher, attempt, wait_until):
     assert [(item.job_id, item.epoch) for item in launcher.waiting()] == [(attempt.job_id, attempt.epoch)]
-    await controller.begin(attempt)
-
-    async def waits_no_more() -> bool:
-        return launcher.waiting() == []
-
-    await wait_until(waits_no_more)
+    await begin(controller, launcher, attempt, wait_until)
     assert launcher.take_exits() == []
 
 
@@ -221,9 +245,8 @@ async def test_a_new_attempt_removes_what_is_left_of_those_before(api, launcher,
     assert api.live(JOBS)[0]["metadata"]["labels"]["finery.dev/attempt"] == "4"
 
 
-async def test_a_job_that_somebody_deletes_is_a_lost_attempt(api, controller, launcher, attempt, exits_of):
-    await controller.begin(attempt)
-    await asyncio.sleep(0.2)
+async def test_a_job_that_somebody_deletes_is_a_lost_attempt(api, controller, launcher, attempt, exits_of, wait_until):
+    await begin(controller, launcher, attempt, wait_until)
     await api.remove(JOBS, f"{attempt.job_id}-{attempt.epoch}")
     ended = await exits_of(launcher)
     assert "somebody deleted its Job" in ended.reason
@@ -231,21 +254,15 @@ async def test_a_job_that_somebody_deletes_is_a_lost_attempt(api, controller, la
 
 
 async def test_a_queue_that_takes_a_begun_workers_place_back_ends_the_attempt(controller, launcher, attempt, exits_of, wait_until):
-    await controller.begin(attempt)
-
-    async def has_begun() -> bool:
-        return launcher.waiting() == []
-
-    await wait_until(has_begun)
+    await begin(controller, launcher, attempt, wait_until)
     await controller.suspend(attempt, suspended=True)
     ended = await exits_of(launcher)
     assert ended.was_stopped
     assert "queue" in ended.reason
 
 
-async def test_a_watch_that_is_lost_goes_on_where_it_was(api, controller, launcher, attempt, exits_of):
-    await controller.begin(attempt)
-    await asyncio.sleep(0.3)
+async def test_a_watch_that_is_lost_goes_on_where_it_was(api, controller, launcher, attempt, exits_of, wait_until):
+    await begin(controller, launcher, attempt, wait_until)
     num_lists = api.num_lists
     for _ in range(3):
         await api.drop_watches()
@@ -255,9 +272,8 @@ async def test_a_watch_that_is_lost_goes_on_where_it_was(api, controller, launch
     assert api.num_lists == num_lists
 
 
-async def test_a_version_that_is_forgotten_is_listed_anew(api, controller, launcher, attempt, exits_of):
-    await controller.begin(attempt)
-    await asyncio.sleep(0.3)
+async def test_a_version_that_is_forgotten_is_listed_anew(api, controller, launcher, attempt, exits_of, wait_until):
+    await begin(controller, launcher, attempt, wait_until)
     num_lists = api.num_lists
     await api.drop_watches(forget=True)
     await controller.end(attempt, 1)
@@ -388,3 +404,19 @@ async def test_a_job_that_the_api_server_refuses_is_no_matter_of_trying_again(ap
     launcher = await connect()
     with pytest.raises(FailedPreconditionError, match="refuses to create jobs in namespace finery: .*image: Required value"):
         await launcher.start(attempt)
+
+
+async def test_in_a_pod_the_service_accounts_files_name_cluster_and_namespace(tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("t")
+    (tmp_path / "namespace").write_text("team-a\n")
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", certifi.where())
+    monkeypatch.setattr("finery_trainer.launchers.cluster._NAMESPACE_FILE", tmp_path / "namespace")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "9")
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    cluster = await Cluster.connect("")
+    assert cluster.namespace == "team-a"
+    with pytest.raises(UnavailableError, match=r"127.0.0.1:9"):
+        await cluster.list("jobs", selector="")
+    await cluster.close()
