@@ -9,7 +9,7 @@ COPY pyproject.toml constraints.txt constraints-tools.txt ./
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 RUN sh docker/install.sh environment \
     && sh docker/install.sh torch_cpu "${TORCH_CPU_INDEX}" \
-    && sh docker/install.sh dependencies converter \
+    && sh docker/install.sh dependencies converter tracing \
     && sh docker/install.sh gguf_converter
 COPY README.md LICENSE ./
 COPY protos/gen protos/gen

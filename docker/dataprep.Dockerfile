@@ -7,7 +7,7 @@ WORKDIR /build
 COPY docker/install.sh docker/requirements.py docker/
 COPY pyproject.toml constraints.txt ./
 RUN sh docker/install.sh environment \
-    && sh docker/install.sh dependencies dataprep
+    && sh docker/install.sh dependencies dataprep tracing
 COPY README.md LICENSE ./
 COPY protos/gen protos/gen
 COPY kernels kernels

@@ -20,7 +20,7 @@ RUN apt-get update \
 COPY docker/install.sh docker/requirements.py docker/
 COPY pyproject.toml constraints.txt constraints-gpu.txt ./
 RUN sh docker/install.sh environment \
-    && sh docker/install.sh dependencies --override constraints-gpu.txt trainer gpu
+    && sh docker/install.sh dependencies --override constraints-gpu.txt trainer gpu tracing
 COPY README.md LICENSE ./
 COPY protos/gen protos/gen
 COPY kernels kernels

@@ -60,7 +60,7 @@ def test_there_is_one_for_every_service_and_hadolint_finds_nothing():
     files = sorted((ROOT / "docker").glob("*.Dockerfile"))
     assert [file.name.partition(".")[0] for file in files] == sorted([*SERVICES, "sbom"])
     assert set(images.SERVICES) == set(SERVICES)
-    done = subprocess.run(["hadolint", *map(str, files)], capture_output=True, text=True, check=False)
+    done = subprocess.run([Path(sys.executable).with_name("hadolint"), *map(str, files)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
