@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from prometheus_client import REGISTRY
 from sqlalchemy.exc import DBAPIError
 
 from finery_common.database import Database
@@ -239,8 +240,10 @@ async def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 async def test_postgresql_that_is_not_there_is_unavailable() -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
+        failures = REGISTRY.get_sample_value("finery_database_failures_total") or 0.0
         with pytest.raises(UnavailableError, match="cannot be reached"):
             await Database.open(f"postgresql://nobody@127.0.0.1:{bound.getsockname()[1]}/none", schema="test")
+        assert (REGISTRY.get_sample_value("finery_database_failures_total") or 0.0) > failures
 
 
 async def test_a_wrong_database_name_or_password_is_told(postgres_url: str) -> None:

@@ -11,6 +11,8 @@ from prometheus_client import REGISTRY, Gauge
 from finery_common.telemetry import serve_metrics
 
 PROGRAM = """
+from prometheus_client import REGISTRY
+
 from finery_common.artifacts import ArtifactStore, S3Settings
 from finery_common.artifacts.client import S3Client
 from finery_common.errors import UnavailableError
@@ -22,12 +24,14 @@ try:
     S3Client(settings).put_new("projects/p/files/f/manifest.json", b"x")
 except UnavailableError as error:
     print("unavailable", error.message)
+print("counted", REGISTRY.get_sample_value("finery_store_unavailable_total"))
 """
 
 
-def test_a_store_that_is_gone_leaves_no_signature_in_the_log():
+def test_a_store_that_is_gone_is_counted_and_leaves_no_signature_in_the_log():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.startswith("unavailable")
+    assert done.stdout.endswith("counted 1.0\n")
     assert "Signature" not in done.stdout + done.stderr
     assert "X-Amz" not in done.stdout + done.stderr
 
