@@ -99,7 +99,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "no policies": {"networkPolicy.enabled": False},
     "the operator": {"monitoring.mode": "operator"},
     "no monitoring": {"monitoring.mode": "off"},
-    "traces": {"monitoring.otlpEndpoint": "collector.tracing.svc:4317"},
+    "traces": {"monitoring.otlpEndpoint": "http://collector.tracing.svc:4317"},
     "another CA": {"serving.tls.existingSecret": "own-tls"},
     "secrets of one's own": {
         "tokenSecret.existingSecret": "own-token",
