@@ -7,6 +7,7 @@ are no series. A card that MIG divides is told of by its instances. What a proce
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,20 +54,25 @@ class GpuCollector(Collector):
             "temperature": lambda gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
         }
         for index, gpu in self._gpus():
-            labels = [index, str(nvml.nvmlDeviceGetUUID(gpu)), str(nvml.nvmlDeviceGetName(gpu))]
-            for key, read in readings.items():
-                try:
-                    families[key].add_metric(labels, read(gpu))
-                except nvml.NVMLError:
-                    continue
+            with suppress(nvml.NVMLError):
+                labels = [index, str(nvml.nvmlDeviceGetUUID(gpu)), str(nvml.nvmlDeviceGetName(gpu))]
+                for key, read in readings.items():
+                    with suppress(nvml.NVMLError):
+                        families[key].add_metric(labels, read(gpu))
         yield from families.values()
 
     def _gpus(self) -> Iterator[tuple[str, Any]]:
         nvml = self._nvml
-        for index in range(nvml.nvmlDeviceGetCount()):
-            gpu = nvml.nvmlDeviceGetHandleByIndex(index)
-            parts = list(self._instances(gpu))
-            yield from ((f"{index}:{part}", instance) for part, instance in parts) if parts else ((str(index), gpu),)
+        try:
+            num_gpus = nvml.nvmlDeviceGetCount()
+        except nvml.NVMLError:
+            return
+        for index in range(num_gpus):
+            # One that is lost must not hide the others, nor what else the process measures.
+            with suppress(nvml.NVMLError):
+                gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+                parts = list(self._instances(gpu))
+                yield from ((f"{index}:{part}", instance) for part, instance in parts) if parts else ((str(index), gpu),)
 
     def _instances(self, gpu: Any) -> Iterator[tuple[int, Any]]:
         nvml = self._nvml

@@ -1,5 +1,5 @@
 /* A stand-in for NVIDIA's libnvidia-ml.so.1, where no driver is: card 0 is whole, card 1 is divided by MIG and has instances in its places 0
-   and 2, of which utilization and power are not told, as with real ones. */
+   and 2, of which utilization and power are not told, as with real ones, and card 2 has fallen off the bus. */
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
@@ -7,6 +7,7 @@
 #define OK 0
 #define NOT_SUPPORTED 3
 #define NOT_FOUND 6
+#define LOST 15
 
 enum { WHOLE = 1, DIVIDED = 2, INSTANCE = 10 };
 
@@ -17,8 +18,11 @@ static int is_instance(uintptr_t gpu) { return gpu >= INSTANCE; }
 
 int nvmlInitWithFlags(unsigned int flags) { return OK; }
 const char *nvmlErrorString(int code) { return "stand-in"; }
-int nvmlDeviceGetCount_v2(unsigned int *count) { *count = 2; return OK; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned int index, uintptr_t *gpu) { *gpu = index == 0 ? WHOLE : DIVIDED; return OK; }
+int nvmlDeviceGetCount_v2(unsigned int *count) { *count = 3; return OK; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned int index, uintptr_t *gpu) {
+    *gpu = index == 0 ? WHOLE : DIVIDED;
+    return index < 2 ? OK : LOST;
+}
 int nvmlDeviceGetUUID(uintptr_t gpu, char *uuid, unsigned int length) { snprintf(uuid, length, "GPU-%lu", (unsigned long)gpu); return OK; }
 int nvmlDeviceGetName(uintptr_t gpu, char *name, unsigned int length) { snprintf(name, length, "NVIDIA H100"); return OK; }
 

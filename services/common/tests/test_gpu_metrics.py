@@ -25,7 +25,7 @@ def _scraped(**environment):
     return {(sample.name, sample.labels["gpu"]): sample for sample in samples if sample.name.startswith("finery_gpu_")}
 
 
-def test_cards_and_the_instances_of_a_divided_one_are_told_of(tmp_path):
+def test_cards_and_the_instances_of_a_divided_one_are_told_of_beside_one_that_is_lost(tmp_path):
     source = Path(__file__).with_name("fake_nvml.c")
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libnvidia-ml.so.1", source], check=True)
     found = _scraped(LD_LIBRARY_PATH=str(tmp_path))

@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import json
 import random
-import ssl
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from finery_common.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from finery_common.tls import Trust
 from finery_common.tracing import TRACEPARENT, traceparent
 from finery_gateway.admission import Admission, GenerationRecord, admitted
 from finery_gateway.errors import envelope
@@ -73,7 +73,7 @@ class Proxy:
     on a port.
     """
 
-    def __init__(self, routes: Routes, *, secret: str, timeout_s: float, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, routes: Routes, *, secret: str, timeout_s: float, tls: Trust | None = None) -> None:
         self._routes = routes
         self._secret = secret.encode()
         self._timeout_s = timeout_s

@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import ssl
 import time
 from collections.abc import Mapping
 from typing import cast
 from urllib.parse import urlsplit
 
-from finery_common.tls import VLLM_NAME
+from finery_common.tls import VLLM_NAME, Trust
 
 CONNECT_TIMEOUT_S = 5.0
 # Below the 5 s after which vLLM's server closes an idle connection.
@@ -68,7 +67,7 @@ class Upstream:
     With https the certificate has to be vLLM's by `tls`.
     """
 
-    def __init__(self, address: str, *, timeout_s: float, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, address: str, *, timeout_s: float, tls: Trust | None = None) -> None:
         self._address = address
         self._tls = tls
         self._timeout_s = timeout_s
@@ -139,7 +138,7 @@ class Upstream:
                     return (await loop.create_connection(_Connection, host, port))[1]
                 if self._tls is None:
                     raise UpstreamError(f"{self._address}: FINERY_VLLM_CA_FILE is not set; set it to who signs vLLM's certificate")
-                return (await loop.create_connection(_Connection, host, port, ssl=self._tls, server_hostname=VLLM_NAME))[1]
+                return (await loop.create_connection(_Connection, host, port, ssl=self._tls.context(), server_hostname=VLLM_NAME))[1]
         except (OSError, TimeoutError) as error:
             raise UpstreamError(f"cannot connect to {self._address}: {error!r}") from error
 

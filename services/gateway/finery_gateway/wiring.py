@@ -13,7 +13,7 @@ from finery_common.database import Database
 from finery_common.errors import FailedPreconditionError
 from finery_common.rpc.channel import ServiceChannel
 from finery_common.rpc.tokens import TokenSigner
-from finery_common.tls import client_context
+from finery_common.tls import Trust
 from finery_gateway.client import ConversionClient, DatasetClient, ServingClient, TrainingClient
 from finery_gateway.context import Gateway
 from finery_gateway.creates import Creates
@@ -55,7 +55,7 @@ async def open_gateway(settings: GatewaySettings, *, migrates: bool) -> AsyncIte
         keys, creates = KeyStore(db), Creates(db)
         serving, training = ServingClient(channels["serving"]), TrainingClient(channels["training"])
         routes = Routes(serving, training=training, cold_wait_s=settings.cold_wait_s)
-        tls = client_context(settings.vllm_ca_file) if settings.vllm_ca_file else None
+        tls = Trust(settings.vllm_ca_file) if settings.vllm_ca_file else None
         proxy = Proxy(routes, secret=secret, timeout_s=settings.generation_timeout_s, tls=tls)
         stack.push_async_callback(proxy.close)
         REGISTRY.register(proxy.reports)

@@ -12,8 +12,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from finery_common.artifacts import ArtifactStore
 from finery_common.database import Database
+from finery_common.errors import FineryError
 from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
 from finery_serving.placement import Placement
@@ -27,6 +30,11 @@ from finery_serving.routes import Routes
 from finery_serving.staging import Staging
 from finery_serving.vllm_client import VllmClient
 from finery_serving.vllm_process import Runtime, VllmConfig, VllmProcess
+
+_HEARD_S = 0.5
+"""By then gateways have heard of a change."""
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,26 @@ class Agent:
                 yield task
         finally:
             await self.client.close()
+
+    async def drain(self, *, timeout_s: float) -> None:
+        """Takes this replica out of every route and waits until its requests are answered, or for `timeout_s` seconds."""
+        if not self.process.ready:
+            return
+        self.process.retire()
+        # Gateways have to hear of it first.
+        await asyncio.sleep(min(_HEARD_S, timeout_s))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, timeout_s - _HEARD_S)):
+                while await self._is_busy():  # noqa: ASYNC110  vLLM signals nobody
+                    await asyncio.sleep(_HEARD_S)
+                return
+        log.warning("ending with requests in flight", waited_s=timeout_s)
+
+    async def _is_busy(self) -> bool:
+        try:
+            return any((await self.client.state()).in_flight.values())
+        except FineryError:
+            return False
 
     @asynccontextmanager
     async def reconciling(self, database: Database, *, store: ArtifactStore, base: BaseModel, cache_dir: Path) -> AsyncIterator[Services]:

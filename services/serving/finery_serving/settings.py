@@ -55,6 +55,8 @@ class ServingSettings(ServiceSettings):
     """How the model writes tool calls: a name of vLLM's `--tool-call-parser`; `auto` goes by the chat template; `off` refuses tools."""
     vllm_start_timeout_s: float = Field(default=900.0, gt=0)
     """A vLLM that does not answer by then is killed and started again."""
+    drain_s: float = Field(default=8.0, ge=0)
+    """How long the requests in flight may go on after SIGTERM; new ones go to other replicas at once."""
     vllm_hang_timeout_s: float = Field(default=60.0, gt=0)
     """A vLLM that has answered no health check for so long is killed and started again."""
     runtime_dir: Path | None = None

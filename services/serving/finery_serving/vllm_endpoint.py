@@ -6,12 +6,13 @@ Owns vLLM's options for it, the address that routes carry, and the agent's own c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import httpx
 
-from finery_common.tls import VLLM_NAME, client_context
+from finery_common.tls import VLLM_NAME, Trust
 
 
 class Endpoint(Protocol):
@@ -81,18 +82,22 @@ class TlsEndpoint:
 
     def async_client(self, *, timeout_s: float) -> httpx.AsyncClient:
         """To the advertised address: what the gateway could not reach is not healthy."""
+        trust = Trust(self.ca_file)
 
-        async def name(request: httpx.Request) -> None:
-            _name(request)
+        async def prepare(request: httpx.Request) -> None:
+            _prepare(request, trust)
 
-        verify = client_context(self.ca_file)
-        return httpx.AsyncClient(verify=verify, base_url=self.address, timeout=timeout_s, event_hooks={"request": [name]}, trust_env=False)
+        hooks = {"request": [prepare]}
+        return httpx.AsyncClient(verify=trust.context(), base_url=self.address, timeout=timeout_s, event_hooks=hooks, trust_env=False)
 
     def client(self, *, timeout_s: float) -> httpx.Client:
         """To the advertised address."""
-        verify = client_context(self.ca_file)
-        return httpx.Client(verify=verify, base_url=self.address, timeout=timeout_s, event_hooks={"request": [_name]}, trust_env=False)
+        trust = Trust(self.ca_file)
+        hooks = {"request": [partial(_prepare, trust=trust)]}
+        return httpx.Client(verify=trust.context(), base_url=self.address, timeout=timeout_s, event_hooks=hooks, trust_env=False)
 
 
-def _name(request: httpx.Request) -> None:
+def _prepare(request: httpx.Request, trust: Trust) -> None:
+    """Before a connection is made for it: the name to ask for, and authorities that are new."""
     request.extensions["sni_hostname"] = VLLM_NAME
+    trust.context()

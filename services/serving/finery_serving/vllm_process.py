@@ -198,9 +198,16 @@ class VllmProcess:
         self._environment = environment
         self._process: asyncio.subprocess.Process | None = None
 
+    def retire(self) -> None:
+        """Nobody is to ask this vLLM any more, though it goes on: the service ends."""
+        self.ready = False
+        self.on_change()
+
     async def run(self) -> None:
         """Starts vLLM, and again after every end with growing pauses, until cancelled; then stops it."""
         await asyncio.to_thread(self._prepare)
+        # A vLLM that never comes up is to be seen as well.
+        VLLM_READY.labels(self.runtime.replica_id).set(0)
         backoff_s = _FIRST_BACKOFF_S
         try:
             while True:

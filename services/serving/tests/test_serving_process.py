@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prometheus_client import REGISTRY
 
 from finery_common.errors import FailedPreconditionError
 from finery_serving.__main__ import base_entry, vllm_config
@@ -228,6 +229,10 @@ async def test_a_vllm_that_hangs_is_started_again(config, process):
     python_that(config, f"exec {sys.executable} -c '{_ANSWERS}' \"$@\"")
     process.config = replace(config, hang_timeout_s=2.0)
     running = asyncio.create_task(process.run())
+    async with asyncio.timeout(60):
+        while (shown := REGISTRY.get_sample_value("finery_serving_vllm_ready", {"replica": "r"})) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert shown == 0
     async with asyncio.timeout(60):
         while not process.ready:  # noqa: ASYNC110
             await asyncio.sleep(0.05)

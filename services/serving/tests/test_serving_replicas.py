@@ -45,11 +45,11 @@ def held(agents):
     return [set(here.residency.versions) for here in agents]
 
 
-async def answers(address, token, version):
+async def answers(address, token, version, **fields):
     transport = httpx.AsyncHTTPTransport(uds=address.removeprefix("unix://"))
     headers = {"x-finery-replica-token": token, "x-finery-version": version, "x-finery-alias": "m"}
     async with httpx.AsyncClient(transport=transport, base_url="http://vllm", headers=headers) as client:
-        return (await client.post("/v1/completions", json={"model": version, "prompt": "x", "max_tokens": 1})).status_code
+        return (await client.post("/v1/completions", json={"model": version, "prompt": "x", "max_tokens": 1, **fields})).status_code
 
 
 async def test_a_version_is_on_every_replica_before_its_alias_flips_and_the_old_one_leaves_them_all(two, project, publish):
@@ -170,3 +170,28 @@ async def test_what_is_pinned_elsewhere_stays_and_a_restarted_vllm_loads_its_sha
     route = await two[1].routes.resolve(project, model="m", after_epoch=0, timeout_s=STEP_S)
     assert [address for address, _ in route.targets[0].replicas] == [two[0].registry.own.address]
     await until(two, lambda: held(two) == [{served.version}, {served.version}])
+
+
+async def test_a_replica_that_is_to_end_leaves_every_route_and_answers_what_it_has(two, project, publish):
+    a, b = two
+    await deploy(a, project, publish())
+    version = (await ended(a, project)).version
+    of_a, of_b = (here.agent.process.runtime for here in two)
+    request = asyncio.create_task(answers(of_a.endpoint.address, of_a.replica_token, version, user="2"))
+    async with asyncio.timeout(STEP_S):
+        while not (await a.agent.client.state()).in_flight:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await a.agent.drain(timeout_s=STEP_S)
+    assert request.done()
+    assert await request == 200
+    await until([b], lambda: [replica.id for replica in b.registry.ready] == [of_b.replica_id])
+    assert a.agent.process.pid is not None
+
+    late = asyncio.create_task(answers(of_b.endpoint.address, of_b.replica_token, version, user="30"))
+    async with asyncio.timeout(STEP_S):
+        while not (await b.agent.client.state()).in_flight:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await b.agent.drain(timeout_s=0.6)
+    assert not late.done()
+    late.cancel()
+    await asyncio.gather(late, return_exceptions=True)
