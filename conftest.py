@@ -38,7 +38,7 @@ from finery_common.tls import VLLM_NAME
 ROOT = Path(__file__).parent
 
 
-_SHARING_THE_SYSTEM = (ROOT / "tests" / "e2e", ROOT / "tests" / "chaos")
+_SHARING_THE_SYSTEM = tuple(ROOT / "tests" / name for name in ("e2e", "chaos", "observability"))
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook.
