@@ -25,7 +25,7 @@ quickstart: setup ## The main job on this machine: fine-tune, hot-swap, compare;
 
 .PHONY: test
 test: setup-system setup lint ## Everything that needs no GPU: set-up, lint, all tests
-	@$(PYTEST) -m "not gpu" -n 2 --dist loadgroup $(PYTEST_ARGS)
+	@$(PYTEST) -m "not gpu" -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: test-fast
 test-fast: setup ## The tests without a GPU that are not slow, end to end left out

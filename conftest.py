@@ -29,6 +29,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from psycopg import sql
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from finery_cli.local.seaweedfs import SeaweedFS
 from finery_common.artifacts import ArtifactStore
@@ -38,15 +40,19 @@ from finery_common.tls import VLLM_NAME
 ROOT = Path(__file__).parent
 
 
-_SHARING_THE_SYSTEM = tuple(ROOT / "tests" / name for name in ("e2e", "chaos", "observability"))
+_SHARING_THE_SYSTEM = ("tests/chaos/", "tests/e2e/", "tests/observability/")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook.
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class _ByFile(LoadScopeScheduling):
     """What a process of `pytest -n` takes at a time: all tests of the one running system, or a file of any others."""
-    for item in items:
-        shared = any(item.path.is_relative_to(folder) for folder in _SHARING_THE_SYSTEM)
-        item.add_marker(pytest.mark.xdist_group("system" if shared else str(item.path)))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "system" if nodeid.startswith(_SHARING_THE_SYSTEM) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """pytest-xdist's hook."""
+    return _ByFile(config, log)
 
 
 class Postgres:
