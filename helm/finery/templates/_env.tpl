@@ -60,7 +60,7 @@
 {{- end }}
 {{- end -}}
 
-{{/* {root, ca, tls, template}: the sources of the volume that is mounted at /etc/finery. */}}
+{{/* {root, token?, store?, catalogue?, sources?, jobTemplate?, vllmCa?, vllmKey?}: the sources of the volume that is mounted at /etc/finery. */}}
 {{- define "finery.configSources" -}}
 {{- $minio := ne .root.Values.objectStore.kind "external" -}}
 {{- $external := .root.Values.objectStore.external -}}
