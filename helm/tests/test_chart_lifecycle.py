@@ -25,8 +25,16 @@ def test_a_replica_is_ready_when_its_vllm_is_and_has_its_time_to_load(render):
     assert startup["periodSeconds"] * startup["failureThreshold"] == 3600
     assert container["readinessProbe"]["grpc"] == {"port": 9000, "service": "vllm"}
     assert container["livenessProbe"]["grpc"] == {"port": 9000}
-    # Agents are asked while their vLLM loads: they say so.
-    assert manifests.one("Service", "demo-finery-serving")["spec"]["publishNotReadyAddresses"] is True
+
+
+@pytest.mark.parametrize("component", ["gateway", "trainer"])
+def test_callers_see_every_agent_that_listens_and_ask_it_while_its_vllm_loads(component, render):
+    manifests: Manifests = render(CASES["default"])
+    service = manifests.one("Service", "demo-finery-serving")["spec"]
+    assert (service["publishNotReadyAddresses"], service["clusterIP"]) == (True, "None")
+    pod = manifests.one("Deployment", f"demo-finery-{component}")["spec"]["template"]["spec"]
+    env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+    assert env["FINERY_SERVING_ADDRESS"] == "dns:///demo-finery-serving:9000"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -54,10 +54,17 @@
 {{/* Where the inner services are. */}}
 {{- define "finery.env.addresses" -}}
 {{- $name := include "finery.fullname" . -}}
-{{- range list "dataprep" "trainer" "converter" "serving" }}
+{{- range list "dataprep" "trainer" "converter" }}
 - name: FINERY_{{ upper . }}_ADDRESS
   value: {{ $name }}-{{ . }}:9000
 {{- end }}
+- name: FINERY_SERVING_ADDRESS
+  value: {{ include "finery.servingTarget" . }}
+{{- end -}}
+
+{{/* Every agent, by the headless service's addresses: callers go round them. */}}
+{{- define "finery.servingTarget" -}}
+dns:///{{ include "finery.fullname" . }}-serving:9000
 {{- end -}}
 
 {{/* {root, token?, store?, catalogue?, sources?, jobTemplate?, vllmCa?, vllmKey?}: the sources of the volume that is mounted at /etc/finery. */}}
