@@ -54,6 +54,19 @@ def test_a_job_that_no_node_can_hold_is_refused_by_the_trainer(case, count, rend
     assert environment(trainer)["FINERY_KUBERNETES_MAX_GPUS"] == count
 
 
+def test_pods_that_ask_for_no_gpu_see_none(render):
+    """Their images would take all of them, where NVIDIA's runtime is the node's own."""
+
+    def visible(case: str) -> tuple[str | None, str | None]:
+        manifests: Manifests = render(CASES[case])
+        trainer = manifests.one("Deployment", "demo-finery-trainer")["spec"]["template"]["spec"]
+        worker = manifests.worker_job["spec"]["template"]["spec"]
+        return environment(trainer).get("NVIDIA_VISIBLE_DEVICES"), environment(worker).get("NVIDIA_VISIBLE_DEVICES")
+
+    assert visible("cpu") == ("void", "void")
+    assert visible("default") == visible("claims") == ("void", None)
+
+
 def test_claims_take_the_place_of_counts(render):
     manifests: Manifests = render(CASES["claims"])
     for pod in (pool_pod(manifests, "dra"), manifests.worker_job["spec"]["template"]["spec"]):

@@ -147,6 +147,20 @@ def test_an_upgrade_changes_no_job_of_the_same_name(render):
     assert job_of(values_of({"gateway.replicas": 3})) == job_of({})
 
 
+def test_another_version_of_the_chart_alone_starts_no_pod_anew(chart, tmp_path):
+    copy = tmp_path / "finery"
+    shutil.copytree(CHART_DIR, copy, ignore=shutil.ignore_patterns("deploy"))
+    meta = yaml.safe_load((copy / "Chart.yaml").read_text())
+    (copy / "Chart.yaml").write_text(yaml.safe_dump(meta | {"version": "9.9.9", "appVersion": "9.9.9"}))
+    values = values_with("default", {"image.tag": "1.0.0", "serving.tls.existingSecret": "own-tls"})
+    with helm_python.Chart.load(copy) as bumped:
+        before, after = manifests_of(chart, values), manifests_of(bumped, values)
+    assert after.one("Deployment", "demo-finery-gateway")["metadata"]["labels"]["helm.sh/chart"] == "finery-9.9.9"
+    hook = "Pod/demo-finery-test"  # made anew by every `helm test`
+    assert {**dict(before.pods), hook: None} == {**dict(after.pods), hook: None}
+    assert before.worker_job == after.worker_job
+
+
 def test_what_holds_data_stays_when_the_release_goes(chart):
     manifests = manifests_of(chart)
     kept = {

@@ -51,6 +51,12 @@
       key: {{ ternary .Values.postgres.external.urlKey "url" (eq .Values.postgres.kind "external") }}
 {{- end -}}
 
+{{/* For a pod that asked for no GPU, of an image that would take all of them where NVIDIA's runtime is the node's own. */}}
+{{- define "finery.env.noGpu" -}}
+- name: NVIDIA_VISIBLE_DEVICES
+  value: void
+{{- end -}}
+
 {{/* Where the inner services are. */}}
 {{- define "finery.env.addresses" -}}
 {{- $name := include "finery.fullname" . -}}
