@@ -12,6 +12,7 @@ from finery_common.settings import ServiceSettings
 from finery_converter.settings import ConverterSettings
 from finery_dataprep.settings import DataprepSettings
 from finery_gateway.settings import GatewaySettings
+from finery_gateway.wiring import targets_of
 from finery_serving.settings import ServingSettings
 from finery_trainer.settings import TrainerSettings, WorkerSettings
 
@@ -85,6 +86,14 @@ def test_a_pool_has_all_that_its_tls_port_needs(case, render, monkeypatch, tmp_p
             endpoint = ServingSettings().tls()
         assert endpoint is not None, where
         assert (endpoint.cert_file.name, endpoint.key_file.name, endpoint.ca_file.name) == ("vllm-tls.crt", "vllm-tls.key", "vllm-ca.crt")
+
+
+def test_without_pools_the_trainer_deploys_nowhere_and_the_gateway_starts(render, monkeypatch):
+    by_component = {component: entries for _, component, entries in environments(render(CASES["no pools"]))}
+    assert "FINERY_SERVING_ADDRESS" not in by_component["trainer"]
+    for name, entry in by_component["gateway"].items():
+        monkeypatch.setenv(name, entry.get("value", "x"))
+    assert targets_of(GatewaySettings()).training == "demo-finery-trainer:9000"
 
 
 def test_files_that_variables_name_are_mounted(render):

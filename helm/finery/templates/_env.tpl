@@ -57,7 +57,7 @@
   value: void
 {{- end -}}
 
-{{/* Where the inner services are. */}}
+{{/* Where the inner services are, for the gateway. It wants all of them: without a pool, serving's answers 503 as one that is down. */}}
 {{- define "finery.env.addresses" -}}
 {{- $name := include "finery.fullname" . -}}
 {{- range list "dataprep" "trainer" "converter" }}
