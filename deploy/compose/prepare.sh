@@ -19,7 +19,8 @@ random postgres_password 32
 random token_secret 32
 random grafana_password 16
 
-# An authority for vLLM's port alone: the gateway trusts it, and its key is gone when this ends.
+# An authority for vLLM's port alone: gateway and agent trust it, and its key is gone when this ends. They want that name in the
+# certificate, whatever the host is called.
 if [ ! -e secrets/vllm_tls_key ] || [ ! -e secrets/vllm_tls_cert ] || [ ! -e secrets/vllm_ca ]; then
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
@@ -27,8 +28,8 @@ if [ ! -e secrets/vllm_tls_key ] || [ ! -e secrets/vllm_tls_cert ] || [ ! -e sec
     # shellcheck disable=SC2086
     openssl req -x509 $new_key -days 3650 -subj "/CN=Finery vLLM authority" -keyout "$work/ca.key" -out "$work/ca.crt" 2>/dev/null
     # shellcheck disable=SC2086
-    openssl req $new_key -subj "/CN=serving" -keyout "$work/key" -out "$work/request" 2>/dev/null
-    printf 'subjectAltName=DNS:serving\nextendedKeyUsage=serverAuth\n' >"$work/extensions"
+    openssl req $new_key -subj "/CN=finery-vllm" -keyout "$work/key" -out "$work/request" 2>/dev/null
+    printf 'subjectAltName=DNS:finery-vllm\nextendedKeyUsage=serverAuth\n' >"$work/extensions"
     openssl x509 -req -in "$work/request" -CA "$work/ca.crt" -CAkey "$work/ca.key" -CAcreateserial -days 3650 \
         -extfile "$work/extensions" -out "$work/crt" 2>/dev/null
     cp "$work/ca.crt" secrets/vllm_ca

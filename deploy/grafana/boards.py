@@ -9,6 +9,7 @@ from __future__ import annotations
 from panels import Board, Choice, Panel, mean, p95, quantiles
 
 _PERCENT, _SECONDS, _BYTES, _PER_SECOND, _COUNT = "percentunit", "s", "bytes", "ops", "short"
+_TOKENS_PER_SECOND = "suffix: tokens/s"
 
 
 def fleet() -> Board:
@@ -28,7 +29,7 @@ def _fleet_now() -> tuple[Panel, ...]:
         Panel(title="Jobs that train", unit=_COUNT, queries={"running": 'sum(finery_trainer_jobs{state="RUNNING"})'}, is_number=True),
         Panel(
             title="Tokens answered per second",
-            unit=_PER_SECOND,
+            unit=_TOKENS_PER_SECOND,
             queries={"tokens": 'sum(rate(finery_gateway_tokens_total{kind="completion"}[$__rate_interval]))'},
             is_number=True,
         ),
@@ -44,11 +45,8 @@ def _fleet_gpus() -> tuple[Panel, ...]:
             text="By NVML inside the pods, or by DCGM's exporter. Training and vLLM fill a card on purpose.",
         ),
         Panel(title="GPU busy", unit=_PERCENT, queries={"{{uuid}}": "finery:gpu_utilization_ratio"}),
-        Panel(
-            title="Power",
-            unit="watt",
-            queries={"{{uuid}}": "max by (uuid) (finery_gpu_power_watts)", "hottest, °C": "max(finery_gpu_temperature_celsius)"},
-        ),
+        Panel(title="Power", unit="watt", queries={"{{uuid}}": "max by (uuid) (finery_gpu_power_watts)"}),
+        Panel(title="Temperature", unit="celsius", queries={"{{uuid}}": "max by (uuid) (finery_gpu_temperature_celsius)"}),
     )
 
 
@@ -71,7 +69,7 @@ def _fleet_gateway() -> tuple[Panel, ...]:
         ),
         Panel(
             title="Tokens by project",
-            unit=_PER_SECOND,
+            unit=_TOKENS_PER_SECOND,
             queries={"{{project}} {{kind}}": f"sum by (project, kind) (rate(finery_gateway_tokens_total{of_project}[$__rate_interval]))"},
         ),
         Panel(
@@ -169,7 +167,7 @@ def _course() -> tuple[Panel, ...]:
 
 def _speed() -> tuple[Panel, ...]:
     return (
-        Panel(title="Tokens per second", unit=_PER_SECOND, queries=_of_job("tokens_per_second")),
+        Panel(title="Tokens per second", unit=_TOKENS_PER_SECOND, queries=_of_job("tokens_per_second")),
         Panel(
             title="Model FLOPs utilization",
             unit=_PERCENT,
@@ -215,7 +213,7 @@ def _training_service() -> tuple[Panel, ...]:
     return (
         Panel(
             title="Tokens trained per second, all jobs",
-            unit=_PER_SECOND,
+            unit=_TOKENS_PER_SECOND,
             queries={"tokens": "sum(rate(finery_trainer_tokens_total[$__rate_interval]))"},
         ),
         Panel(
@@ -250,8 +248,8 @@ def _by_replica(metric: str) -> dict[str, str]:
 
 def _throughput() -> tuple[Panel, ...]:
     return (
-        Panel(title="Tokens answered per second", unit=_PER_SECOND, queries=_by_replica("vllm:generation_tokens_total")),
-        Panel(title="Tokens of prompts per second", unit=_PER_SECOND, queries=_by_replica("vllm:prompt_tokens_total")),
+        Panel(title="Tokens answered per second", unit=_TOKENS_PER_SECOND, queries=_by_replica("vllm:generation_tokens_total")),
+        Panel(title="Tokens of prompts per second", unit=_TOKENS_PER_SECOND, queries=_by_replica("vllm:prompt_tokens_total")),
         Panel(
             title="Requests",
             unit=_COUNT,
@@ -372,7 +370,7 @@ def _answers() -> tuple[Panel, ...]:
         ),
         Panel(
             title="Tokens by version",
-            unit=_PER_SECOND,
+            unit=_TOKENS_PER_SECOND,
             queries={"{{alias}} {{version}} {{kind}}": f"{by}, kind) (rate(finery_gateway_version_tokens_total{alias}[$__rate_interval]))"},
         ),
         Panel(

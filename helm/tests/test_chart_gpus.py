@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from chart_rendering import CASES, Manifests, values_with
 
 
@@ -45,6 +46,25 @@ def test_a_trial_on_cpus_asks_for_no_gpu(render):
     assert (pool["FINERY_SERVING_DEVICE"], pool["FINERY_VLLM_KV_CACHE_GIB"]) == ("cpu", "2")
     trainer = manifests.one("Deployment", "demo-finery-trainer")["spec"]["template"]["spec"]
     assert environment(trainer)["FINERY_KUBERNETES_GPU_RESOURCE"] == ""
+
+
+@pytest.mark.parametrize(("case", "count"), [("one-gpu", "1"), ("mig", "1"), ("time-slicing", "1"), ("cpu", "1"), ("eight-gpus", "8")])
+def test_a_job_that_no_node_can_hold_is_refused_by_the_trainer(case, count, render):
+    trainer = render(CASES[case]).one("Deployment", "demo-finery-trainer")["spec"]["template"]["spec"]
+    assert environment(trainer)["FINERY_KUBERNETES_MAX_GPUS"] == count
+
+
+def test_pods_that_ask_for_no_gpu_see_none(render):
+    """Their images would take all of them, where NVIDIA's runtime is the node's own."""
+
+    def visible(case: str) -> tuple[str | None, str | None]:
+        manifests: Manifests = render(CASES[case])
+        trainer = manifests.one("Deployment", "demo-finery-trainer")["spec"]["template"]["spec"]
+        worker = manifests.worker_job["spec"]["template"]["spec"]
+        return environment(trainer).get("NVIDIA_VISIBLE_DEVICES"), environment(worker).get("NVIDIA_VISIBLE_DEVICES")
+
+    assert visible("cpu") == ("void", "void")
+    assert visible("default") == visible("claims") == ("void", None)
 
 
 def test_claims_take_the_place_of_counts(render):

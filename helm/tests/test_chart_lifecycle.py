@@ -25,8 +25,16 @@ def test_a_replica_is_ready_when_its_vllm_is_and_has_its_time_to_load(render):
     assert startup["periodSeconds"] * startup["failureThreshold"] == 3600
     assert container["readinessProbe"]["grpc"] == {"port": 9000, "service": "vllm"}
     assert container["livenessProbe"]["grpc"] == {"port": 9000}
-    # Agents are asked while their vLLM loads: they say so.
-    assert manifests.one("Service", "demo-finery-serving")["spec"]["publishNotReadyAddresses"] is True
+
+
+@pytest.mark.parametrize("component", ["gateway", "trainer"])
+def test_callers_see_every_agent_that_listens_and_ask_it_while_its_vllm_loads(component, render):
+    manifests: Manifests = render(CASES["default"])
+    service = manifests.one("Service", "demo-finery-serving")["spec"]
+    assert (service["publishNotReadyAddresses"], service["clusterIP"]) == (True, "None")
+    pod = manifests.one("Deployment", f"demo-finery-{component}")["spec"]["template"]["spec"]
+    env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+    assert env["FINERY_SERVING_ADDRESS"] == "dns:///demo-finery-serving:9000"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -89,7 +97,7 @@ def test_a_queue_is_a_label_of_the_workers_job(render):
 def test_serving_scales_by_what_waits_in_vllm(render):
     spec = render(CASES["external"]).one("ScaledObject", "demo-finery-serving-h100")["spec"]
     (trigger,) = spec["triggers"]
-    assert trigger["metadata"]["query"] == 'sum(vllm:num_requests_waiting{namespace="ml",pod=~"demo-finery-serving-h100-.*"})'
+    assert trigger["metadata"]["query"] == 'sum(vllm:num_requests_waiting{namespace="ml",pod=~"demo-finery-serving-h100-[0-9]+(-[0-9]+)?"})'
     assert (spec["scaleTargetRef"]["kind"], spec["maxReplicaCount"]) == ("StatefulSet", 4)
 
 

@@ -210,6 +210,14 @@ def test_another_list_of_models_is_another_job_and_starts_readers_anew(render):
     assert job_and_checksum(CASES["no monitoring"])[0] == one[0]
 
 
+def test_a_folder_of_base_weights_is_one_that_the_node_has(render):
+    """One that the kubelet made would be root's, and nobody could fill it."""
+    for where, template in render(CASES["host path"]).pods:
+        for volume in template["spec"]["volumes"]:
+            if volume["name"] == "models":
+                assert volume["hostPath"] == {"path": "/srv/models", "type": "Directory"}, where
+
+
 def test_the_notes_tell_the_next_commands(render):
     notes = render(CASES["default"]).notes
     assert "kubectl -n ml exec deploy/demo-finery-gateway -- python -m finery_gateway.keys create --project default" in notes

@@ -80,6 +80,17 @@ POOL = {"name": "one"}
         ({"serving.pools": [POOL | {"baseModel": "Lama"}]}, 'serving.pools[one].baseModel: got "Lama", wanted one of baseModels.models'),
         ({"serving.pools": [POOL, POOL]}, "serving.pools: got a name twice"),
         (
+            {"fullnameOverride": "n" * 40, "serving.pools": [{"name": "four"}]},
+            f"serving.pools[four].name: got {'n' * 40}-serving-four, 53 characters, wanted 52 at the most; shorten the pool's name",
+        ),
+        (
+            {
+                "fullnameOverride": "n" * 36,
+                "serving.pools": [{"name": "four", "nodes": 2, "tensorParallelSize": 8, "adapterCacheClaim": "adapters"}],
+            },
+            f"serving.pools[four].name: got {'n' * 36}-serving-four, 49 characters, wanted 48 at the most",
+        ),
+        (
             {"serving.pools": [POOL | {"autoscaling": {"enabled": True, "maxReplicas": 2}}]},
             "serving.pools[one].autoscaling: KEDA asks Prometheus; set monitoring.prometheusUrl",
         ),

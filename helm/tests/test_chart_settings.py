@@ -12,6 +12,7 @@ from finery_common.settings import ServiceSettings
 from finery_converter.settings import ConverterSettings
 from finery_dataprep.settings import DataprepSettings
 from finery_gateway.settings import GatewaySettings
+from finery_gateway.wiring import targets_of
 from finery_serving.settings import ServingSettings
 from finery_trainer.settings import TrainerSettings, WorkerSettings
 
@@ -38,6 +39,14 @@ def environments(manifests: Manifests) -> Iterator[tuple[str, str, dict[str, Any
             yield where, component, {entry["name"]: entry for entry in entries}
 
 
+def mounted_below(folder: str, template: dict[str, Any]) -> set[str]:
+    """Names of the files that the first container finds in a folder that is a projected volume."""
+    spec = template["spec"]
+    (volume,) = (mount["name"] for mount in spec["containers"][0]["volumeMounts"] if mount["mountPath"] == folder)
+    (sources,) = (item["projected"]["sources"] for item in spec["volumes"] if item["name"] == volume)
+    return {item["path"] for source in sources for wanted in source.values() for item in wanted["items"]}
+
+
 def known_to(settings: type[ServiceSettings]) -> set[str]:
     return {f"FINERY_{name.upper()}" for name in settings.model_fields}
 
@@ -60,17 +69,39 @@ def test_every_value_is_one_that_the_settings_take(case, render, monkeypatch):
         assert str(settings.state_dir) == "/var/lib/finery"
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case != "no pools"])
+def test_a_pool_has_all_that_its_tls_port_needs(case, render, monkeypatch, tmp_path):
+    manifests = render(CASES[case])
+    templates = dict(manifests.pods)
+    pools = [(where, entries) for where, component, entries in environments(manifests) if component == "serving"]
+    assert pools
+    for number, (where, entries) in enumerate(pools):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for file in mounted_below("/etc/finery", templates[where]):
+            (folder / file).touch()
+        with monkeypatch.context() as patch:
+            for name, entry in entries.items():
+                patch.setenv(name, entry.get("value", "x").replace("/etc/finery", str(folder)))
+            endpoint = ServingSettings().tls()
+        assert endpoint is not None, where
+        assert (endpoint.cert_file.name, endpoint.key_file.name, endpoint.ca_file.name) == ("vllm-tls.crt", "vllm-tls.key", "vllm-ca.crt")
+
+
+def test_without_pools_the_trainer_deploys_nowhere_and_the_gateway_starts(render, monkeypatch):
+    by_component = {component: entries for _, component, entries in environments(render(CASES["no pools"]))}
+    assert "FINERY_SERVING_ADDRESS" not in by_component["trainer"]
+    for name, entry in by_component["gateway"].items():
+        monkeypatch.setenv(name, entry.get("value", "x"))
+    assert targets_of(GatewaySettings()).training == "demo-finery-trainer:9000"
+
+
 def test_files_that_variables_name_are_mounted(render):
     for where, template in render(CASES["default"]).pods:
-        spec = template["spec"]
-        mounts = {mount["mountPath"]: mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
-        volumes = {volume["name"]: volume for volume in spec["volumes"]}
-        for entry in spec["containers"][0].get("env", ()):
+        for entry in template["spec"]["containers"][0].get("env", ()):
             folder, _, file = entry.get("value", "").rpartition("/")
             if entry["name"].startswith("FINERY_") and folder == "/etc/finery":
-                sources = volumes[mounts[folder]]["projected"]["sources"]
-                paths = {item["path"] for source in sources for wanted in source.values() for item in wanted["items"]}
-                assert file in paths, f"{where}: {entry['name']}"
+                assert file in mounted_below(folder, template), f"{where}: {entry['name']}"
 
 
 def test_no_pod_has_a_secret_that_it_does_not_need(render):

@@ -15,10 +15,32 @@ from typing import Any, cast
 import helm_python
 import pytest
 import yaml
-from chart_rendering import CASES, CHART_DIR, VALUES_FILES, Manifests, manifests_of
+from chart_rendering import CASES, CHART_DIR, VALUES_FILES, Manifests, manifests_of, values_with
 
 SNAPSHOTS = ("default", "external")
 SNAPSHOT_DIR = Path(__file__).parent / "snapshots"
+MODEL = {"name": "m", "maxSequenceLength": 64, "hubId": "o/m"}
+NEXT_VALUES: list[dict[str, Any]] = [
+    {"log.level": "DEBUG"},
+    {"monitoring.otlpEndpoint": "http://collector:4317"},
+    {"objectStore.bucket": "other"},
+    {"objectStore.region": "eu-central-1"},
+    {"objectStore.minio.existingSecret": "own-minio"},
+    {"image.tag": "2.0.0"},
+    {"image.pullPolicy": "Always"},
+    {"image.pullSecrets": ["registry"]},
+    {"dataprep.image.digest": f"sha256:{'b' * 64}"},
+    {"baseModels.models": [MODEL]},
+    {"baseModels.models": [MODEL | {"sha256": "c" * 64}]},
+    {"baseModels.cache.existingClaim": "other"},
+    {"baseModels.cache": {"kind": "hostPath", "hostPath": "/srv/models"}},
+    {"baseModels.hubTokenSecret.name": "hub"},
+    {"baseModels.job.resources": {"limits": {"memory": "8Gi"}}},
+    {"baseModels.job.nodeSelector": {"disk": "fast"}},
+    {"baseModels.job.tolerations": [{"operator": "Exists"}]},
+    {"baseModels.job.extraEnv": [{"name": "A", "value": "b"}]},
+]
+"""What an upgrade may change of the Job that fetches base weights."""
 
 
 class _ApiServer(ThreadingHTTPServer):
@@ -104,6 +126,39 @@ def test_the_gateway_trusts_the_ca_of_vllms_certificate(chart):
     certificate.verify_directly_issued_by(ca)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
     assert {"finery-vllm", "*.demo-finery-serving-default.ml.svc"} <= set(names)
+
+
+def test_an_upgrade_changes_no_job_of_the_same_name(render):
+    def job_of(values: dict[str, Any]) -> tuple[str, Any]:
+        manifests: Manifests = render(values)
+        ((name, job),) = manifests.of("Job").items()
+        (sources,) = (item["data"]["sources.yaml"] for key, item in manifests.of("ConfigMap").items() if key.endswith("-catalogue"))
+        return name, (job["spec"], sources)
+
+    def values_of(changes: dict[str, Any]) -> dict[str, Any]:
+        return values_with("default", changes | {"serving.tls.existingSecret": "own-tls"})  # to make a key takes long
+
+    jobs = [job_of(values) for values in (*CASES.values(), *map(values_of, NEXT_VALUES))]
+    by_name = dict(jobs)
+    for name, content in jobs:
+        assert by_name[name] == content
+    assert len({name for name, _ in jobs[-len(NEXT_VALUES) :]}) == len(NEXT_VALUES)
+    # And what makes no other pod leaves the Job alone.
+    assert job_of(values_of({"gateway.replicas": 3})) == job_of({})
+
+
+def test_another_version_of_the_chart_alone_starts_no_pod_anew(chart, tmp_path):
+    copy = tmp_path / "finery"
+    shutil.copytree(CHART_DIR, copy, ignore=shutil.ignore_patterns("deploy"))
+    meta = yaml.safe_load((copy / "Chart.yaml").read_text())
+    (copy / "Chart.yaml").write_text(yaml.safe_dump(meta | {"version": "9.9.9", "appVersion": "9.9.9"}))
+    values = values_with("default", {"image.tag": "1.0.0", "serving.tls.existingSecret": "own-tls"})
+    with helm_python.Chart.load(copy) as bumped:
+        before, after = manifests_of(chart, values), manifests_of(bumped, values)
+    assert after.one("Deployment", "demo-finery-gateway")["metadata"]["labels"]["helm.sh/chart"] == "finery-9.9.9"
+    hook = "Pod/demo-finery-test"  # made anew by every `helm test`
+    assert {**dict(before.pods), hook: None} == {**dict(after.pods), hook: None}
+    assert before.worker_job == after.worker_job
 
 
 def test_what_holds_data_stays_when_the_release_goes(chart):

@@ -14,6 +14,7 @@ import yaml
 
 from finery_common.catalogue import Catalogue
 from finery_common.settings import ServiceSettings
+from finery_common.tls import VLLM_NAME
 from finery_converter.settings import ConverterSettings
 from finery_dataprep.settings import DataprepSettings
 from finery_gateway.settings import GatewaySettings
@@ -42,6 +43,11 @@ def _mounts(service: dict) -> dict[str, str]:
     """Target -> source, with variables at their defaults."""
     mounts = (re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume).split(":") for volume in service.get("volumes", []))
     return {target: source for source, target, *_ in mounts}
+
+
+def _environment(name: str) -> dict[str, str]:
+    """What a service's container gets, with variables at their defaults."""
+    return {key: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(value)) for key, value in SERVICES[name]["environment"].items()}
 
 
 @pytest.fixture
@@ -77,8 +83,7 @@ def test_every_variable_of_finery_is_a_setting(name):
 
 @pytest.mark.parametrize("name", FINERY)
 def test_the_settings_are_valid_and_find_every_other_service(name, monkeypatch):
-    environment = {key: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(value)) for key, value in SERVICES[name]["environment"].items()}
-    for key, value in environment.items():
+    for key, value in _environment(name).items():
         monkeypatch.setenv(key, value)
     settings = SETTINGS[name]()
     for other in ("dataprep", "trainer", "converter", "serving"):
@@ -140,12 +145,24 @@ def test_secrets_are_random_long_enough_and_behind_a_closed_folder(prepared, tmp
     assert len(set(values)) == len(values)
     # MinIO's own bounds.
     assert 3 <= len((secrets / "s3_access_key").read_text().strip()) <= 20
-    verify = ["openssl", "verify", "-CAfile", "vllm_ca", "-verify_hostname", "serving", "vllm_tls_cert"]
+    verify = ["openssl", "verify", "-CAfile", "vllm_ca", "-verify_hostname", VLLM_NAME, "vllm_tls_cert"]
     done = subprocess.run(verify, cwd=secrets, capture_output=True, text=True, check=False)
     assert done.stdout == "vllm_tls_cert: OK\n", done.stderr
     public = [["openssl", "pkey", "-in", "vllm_tls_key", "-pubout"], ["openssl", "x509", "-in", "vllm_tls_cert", "-noout", "-pubkey"]]
     key, certificate = (subprocess.run(command, cwd=secrets, capture_output=True, check=True).stdout for command in public)
     assert key == certificate
+
+
+def test_serving_has_all_that_its_tls_port_needs(prepared, tmp_path, monkeypatch):
+    given = tmp_path / "run"
+    given.mkdir()
+    for secret in SERVICES["serving"]["secrets"]:
+        shutil.copy(prepared / COMPOSE["secrets"][secret]["file"], given / secret)
+    for key, value in _environment("serving").items():
+        monkeypatch.setenv(key, value.replace("/run/secrets", str(given)))
+    endpoint = ServingSettings().tls()
+    assert endpoint is not None
+    assert (endpoint.cert_file, endpoint.key_file, endpoint.ca_file) == (given / "vllm_tls_cert", given / "vllm_tls_key", given / "vllm_ca")
 
 
 def test_the_example_explains_every_variable_of_compose_and_shows_its_default():

@@ -26,6 +26,7 @@ class Expression:
     where: str
     expr: str
     legend: str = ""
+    unit: str = ""
 
     def selectors(self) -> list[tuple[str, list[str]]]:
         """(metric, labels that are matched), for each place where a metric is named."""
@@ -43,7 +44,9 @@ def panels() -> list[Expression]:
         for panel in json.loads(file.read_text())["panels"]:
             for target in panel.get("targets", ()):
                 expr = _VARIABLE.sub(".+", target["expr"]).replace("$__rate_interval", "10s")
-                found.append(Expression(f"{file.stem}: {panel['title']}", expr, target["legendFormat"]))
+                found.append(
+                    Expression(f"{file.stem}: {panel['title']}", expr, target["legendFormat"], panel["fieldConfig"]["defaults"]["unit"])
+                )
     return found
 
 

@@ -70,6 +70,13 @@ def test_every_expression_of_the_dashboards_is_promql(tmp_path):
     assert f"{len(recorded)} rules found" in promtool("check", "rules", file)
 
 
+def test_temperatures_and_tokens_have_units_of_their_own():
+    units = {panel.unit for panel in panels() if "_celsius" in panel.expr}
+    assert units == {"celsius"}
+    rates = {panel.unit for panel in panels() if re.search(r"tokens(_per_second|_total)\b", panel.expr)}
+    assert rates == {"suffix: tokens/s"}
+
+
 def test_the_reader_of_expressions_finds_metrics_and_their_labels():
     expression = Expression("", 'sum by (replica) (rate(vllm:x_bucket{replica=~".*",le!="1"}[5m])) / finery:y:rate5m + up{job="z"}')
     assert expression.selectors() == [("vllm:x_bucket", ["replica", "le"]), ("finery:y:rate5m", []), ("up", ["job"])]

@@ -12,6 +12,12 @@
 {{- if not (has $base $known) -}}
 {{- fail (printf "serving.pools[%s].baseModel: got %q, wanted one of baseModels.models (%s); add it there or correct the name" .name $base (join ", " $known)) -}}
 {{- end -}}
+{{- /* A label of a StatefulSet's pods is its name and a hash of 10 characters, 63 in all; a group's own StatefulSets have a number between. */ -}}
+{{- $name := include "finery.poolName" (dict "root" $ "pool" .) -}}
+{{- $limit := ternary 48 52 (gt (int (.nodes | default 1)) 1) -}}
+{{- if gt (len $name) $limit -}}
+{{- fail (printf "serving.pools[%s].name: got %s, %d characters, wanted %d at the most; shorten the pool's name, or the release's by fullnameOverride" .name $name (len $name) $limit) -}}
+{{- end -}}
 {{- $pools = append $pools .name -}}
 {{- $bases = append $bases $base -}}
 {{- if and .autoscaling .autoscaling.enabled (not $.Values.monitoring.prometheusUrl) -}}

@@ -51,16 +51,29 @@
       key: {{ ternary .Values.postgres.external.urlKey "url" (eq .Values.postgres.kind "external") }}
 {{- end -}}
 
-{{/* Where the inner services are. */}}
+{{/* For a pod that asked for no GPU, of an image that would take all of them where NVIDIA's runtime is the node's own. */}}
+{{- define "finery.env.noGpu" -}}
+- name: NVIDIA_VISIBLE_DEVICES
+  value: void
+{{- end -}}
+
+{{/* Where the inner services are, for the gateway. It wants all of them: without a pool, serving's answers 503 as one that is down. */}}
 {{- define "finery.env.addresses" -}}
 {{- $name := include "finery.fullname" . -}}
-{{- range list "dataprep" "trainer" "converter" "serving" }}
+{{- range list "dataprep" "trainer" "converter" }}
 - name: FINERY_{{ upper . }}_ADDRESS
   value: {{ $name }}-{{ . }}:9000
 {{- end }}
+- name: FINERY_SERVING_ADDRESS
+  value: {{ include "finery.servingTarget" . }}
 {{- end -}}
 
-{{/* {root, ca, tls, template}: the sources of the volume that is mounted at /etc/finery. */}}
+{{/* Every agent, by the headless service's addresses: callers go round them. */}}
+{{- define "finery.servingTarget" -}}
+dns:///{{ include "finery.fullname" . }}-serving:9000
+{{- end -}}
+
+{{/* {root, token?, store?, catalogue?, sources?, jobTemplate?, vllmCa?, vllmKey?}: the sources of the volume that is mounted at /etc/finery. */}}
 {{- define "finery.configSources" -}}
 {{- $minio := ne .root.Values.objectStore.kind "external" -}}
 {{- $external := .root.Values.objectStore.external -}}

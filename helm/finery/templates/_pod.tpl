@@ -17,10 +17,11 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{/* {root, component, values, config?}: a pod template's metadata. `config` is what pods must be started anew for. */}}
+{{/* {root, component, values, config?}: a pod template's metadata. `config` is what pods must be started anew for; the
+chart's version is not, so it is in no label here. */}}
 {{- define "finery.podMetadata" -}}
 labels:
-  {{- include "finery.labels" . | nindent 2 }}
+  {{- include "finery.selectorLabels" . | nindent 2 }}
   {{- with .labels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -63,7 +64,7 @@ emptyDir:
 {{- if eq .Values.baseModels.cache.kind "hostPath" }}
   hostPath:
     path: {{ .Values.baseModels.cache.hostPath }}
-    type: DirectoryOrCreate
+    type: Directory
 {{- else }}
   persistentVolumeClaim:
     claimName: {{ include "finery.modelsClaimName" . }}

@@ -1,6 +1,6 @@
 {{/*
 One inner service of one kind of pod: its Deployment, Service, PodDisruptionBudget and HorizontalPodAutoscaler.
-{root, component, values, env?, sources, gpu?, serviceAccount?, launches?}
+{root, component, values, env?, sources?, config?, single?, serviceAccount?}
 */}}
 {{- define "finery.innerService" -}}
 {{- $name := printf "%s-%s" (include "finery.fullname" .root) .component -}}

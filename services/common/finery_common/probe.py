@@ -1,6 +1,6 @@
-"""Asks a service whether it is well: `python -m finery_common.probe grpc://HOST:PORT` or `http://HOST:PORT/PATH`.
+"""Asks services whether they are well: `python -m finery_common.probe grpc://HOST:PORT http://HOST:PORT/PATH …`.
 
-For health checks inside a container, where no other client is at hand. Exits with 0 when it is; with 1, and a line that says why, when not.
+For health checks inside a container, where no other client is at hand. Exits with 0 when all are; with 1, and a line for each that is not.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def _grpc_trouble(address: str) -> str:
 
 def main() -> int:
     """Answers the exit status."""
-    said = trouble(sys.argv[1] if len(sys.argv) == 2 else "")
-    if said:
+    troubles = [said for url in sys.argv[1:] or [""] if (said := trouble(url))]
+    for said in troubles:
         sys.stderr.write(f"finery_common.probe: {said}\n")
-    return int(bool(said))
+    return int(bool(troubles))
 
 
 if __name__ == "__main__":

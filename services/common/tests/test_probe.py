@@ -13,8 +13,8 @@ import pytest
 from finery_common.rpc.server import RpcServer
 
 
-def probe(url: str) -> tuple[int, str]:
-    done = subprocess.run([sys.executable, "-m", "finery_common.probe", url], capture_output=True, text=True, timeout=30, check=False)
+def probe(*urls: str) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, "-m", "finery_common.probe", *urls], capture_output=True, text=True, timeout=30, check=False)
     assert done.stdout == ""
     return done.returncode, done.stderr
 
@@ -53,6 +53,16 @@ def test_an_http_server_is_well_when_it_answers_200(answer, status, words):
             thread.join()
     assert code == status
     assert words in said
+
+
+def test_each_of_several_that_is_not_well_is_named():
+    status, said = probe("ftp://one", "ftp://other")
+    assert status == 1
+    assert [line.split("'")[1] for line in said.splitlines()] == ["ftp://one", "ftp://other"]
+
+
+def test_nothing_to_ask_is_no_success():
+    assert probe()[0] == 1
 
 
 def test_what_it_cannot_ask_is_said_in_one_line():

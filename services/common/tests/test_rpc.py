@@ -1,6 +1,7 @@
 """The RPC library against a real server on loopback."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -33,12 +34,25 @@ class _Datasets(dataset_pb2_grpc.DatasetServiceServicer):
         raise NotFoundError("gone")
 
 
+class _Counted(_Datasets):
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    async def GetDataset(self, request, context):
+        self.num_calls += 1
+        return await super().GetDataset(request, context)
+
+
+async def _serving(datasets: _Datasets, address: str) -> tuple[RpcServer, int]:
+    add = partial(dataset_pb2_grpc.add_DatasetServiceServicer_to_server, datasets)
+    servicers = [Servicer("finery.dataset.v1.DatasetService", add)]
+    server = RpcServer(address=address, servicers=servicers, authenticate=token_authenticator(SIGNER))
+    return server, await server.start()
+
+
 @pytest.fixture
 async def address() -> AsyncIterator[str]:
-    add = partial(dataset_pb2_grpc.add_DatasetServiceServicer_to_server, _Datasets())
-    servicers = [Servicer("finery.dataset.v1.DatasetService", add)]
-    server = RpcServer(address="127.0.0.1:0", servicers=servicers, authenticate=token_authenticator(SIGNER))
-    port = await server.start()
+    server, port = await _serving(_Datasets(), "127.0.0.1:0")
     yield f"127.0.0.1:{port}"
     await server.stop(drain_s=0)
 
@@ -66,6 +80,32 @@ async def test_a_call_without_or_with_a_foreign_token_is_refused(address: str, c
             dataset_pb2.GetDatasetRequest(name="x"), metadata=foreign.metadata(project="alpha")
         )
     await foreign.close()
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="localhost is one address here")
+async def test_all_that_a_name_stands_for_take_turns_and_one_that_does_not_listen_is_passed_over():
+    four, six = _Counted(), _Counted()
+    server, port = await _serving(four, "127.0.0.1:0")
+    other, _ = await _serving(six, f"[::1]:{port}")
+    channel = ServiceChannel(f"dns:///localhost:{port}", signer=SIGNER, caller="test")
+    stub = dataset_pb2_grpc.DatasetServiceStub(channel.grpc)
+
+    async def ask(times: int) -> None:
+        for _ in range(times):
+            request = dataset_pb2.GetDatasetRequest(name="x")
+            await stub.GetDataset(request, metadata=channel.metadata(project="alpha"), wait_for_ready=True)
+
+    for _ in range(1000):  # the second may connect a little later
+        if not (four.num_calls and six.num_calls):
+            await ask(1)
+    assert four.num_calls
+    assert six.num_calls
+    await other.stop(drain_s=0)
+    before = four.num_calls
+    await ask(4)
+    assert four.num_calls == before + 4
+    await channel.close()
+    await server.stop(drain_s=0)
 
 
 async def test_an_expired_token_is_refused(channel: ServiceChannel):

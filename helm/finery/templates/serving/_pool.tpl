@@ -121,6 +121,8 @@ spec:
           value: /etc/finery/vllm-tls.crt
         - name: FINERY_VLLM_TLS_KEY_FILE
           value: /etc/finery/vllm-tls.key
+        - name: FINERY_VLLM_CA_FILE
+          value: /etc/finery/vllm-ca.crt
         {{- end }}
         {{- if $pool.adapterCacheClaim }}
         - name: FINERY_CACHE_DIR
@@ -153,7 +155,7 @@ spec:
       projected:
         defaultMode: 0440
         sources:
-          {{- include "finery.configSources" (ternary (dict "root" $root "catalogue" true) (dict "root" $root "token" true "store" true "catalogue" true "vllmKey" true) (default false .follows)) | nindent 10 }}
+          {{- include "finery.configSources" (ternary (dict "root" $root "catalogue" true) (dict "root" $root "token" true "store" true "catalogue" true "vllmKey" true "vllmCa" true) (default false .follows)) | nindent 10 }}
     {{- include "finery.modelsVolume" $root | nindent 4 }}
     - name: state
       {{- include "finery.scratch" ($pool.scratch | default $root.Values.serving.scratch) | nindent 6 }}

@@ -11,7 +11,7 @@ metadata:
   name: {{ $name }}-worker
   namespace: {{ .Release.Namespace }}
   labels:
-    {{- include "finery.labels" (dict "root" . "component" "worker") | nindent 4 }}
+    {{- include "finery.selectorLabels" (dict "root" . "component" "worker") | nindent 4 }}
     {{- with $worker.queueName }}
     kueue.x-k8s.io/queue-name: {{ . }}
     {{- end }}
@@ -62,6 +62,9 @@ spec:
               value: /run/finery/token
             - name: FINERY_WORKER_TOLERANCE_S
               value: {{ $worker.toleranceSeconds | quote }}
+            {{- if and (eq (int $worker.gpu.count) 0) (empty $worker.gpu.resourceClaims) }}
+            {{- include "finery.env.noGpu" . | nindent 12 }}
+            {{- end }}
             - name: OMP_WAIT_POLICY
               value: PASSIVE
             {{- with $worker.extraEnv }}

@@ -33,13 +33,14 @@ T = TypeVar("T")
 
 
 class ServiceChannel:
-    """A channel to one service, at one address or several (`ipv4:host:port,host:port`), which take turns.
+    """A channel to one service, at one address or several, which take turns: `ipv4:host:port,host:port`, or all that a name stands for,
+    `dns:///name:port`.
 
     Unary calls without a deadline get 30 s; errors arrive as FineryError.
     """
 
     def __init__(self, target: str, *, signer: TokenSigner, caller: str) -> None:
-        options = [*_OPTIONS, *(_SEVERAL if "," in target else [])]
+        options = [*_OPTIONS, *(_SEVERAL if "," in target or target.startswith("dns:///") else [])]
         self.grpc = grpc.aio.insecure_channel(target, options=options, interceptors=_interceptors())
         self._signer = signer
         self._caller = caller
