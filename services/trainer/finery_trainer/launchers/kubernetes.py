@@ -13,7 +13,7 @@ import time
 
 import structlog
 
-from finery_common.errors import AlreadyExistsError, FailedPreconditionError, FineryError
+from finery_common.errors import AlreadyExistsError, FailedPreconditionError, FineryError, PermissionDeniedError, UnavailableError
 from finery_trainer.launchers import Attempt, Exit, Waiting
 from finery_trainer.launchers.cluster import Cluster
 from finery_trainer.launchers.evidence import JOB_ID_LABEL, Key, WorkerJob, WorkerPod, exit_of, key_of, read_job, read_pod
@@ -47,6 +47,8 @@ class KubernetesLauncher:
         self._seen: set[Key] = set()
         self._over: set[Key] = set()
         self._exits: list[Exit] = []
+        self._was_refused = False
+        """Whether the last Job could not be made, for no fault of its own."""
         self._following = asyncio.create_task(self._follow())
 
     @classmethod
@@ -62,6 +64,13 @@ class KubernetesLauncher:
         )
         return cls(await Cluster.connect(settings.kubernetes_namespace), template=template)
 
+    async def check(self, attempt: Attempt) -> None:
+        """After a Job that could not be made, has the API server say whether this one could. Other faults are `start`'s to tell."""
+        await self._require_sight()
+        if self._was_refused:
+            with contextlib.suppress(AlreadyExistsError, FailedPreconditionError):
+                await self._cluster.create_job(self._template.job(attempt), dry_run=True)
+
     async def start(self, attempt: Attempt) -> None:
         """Makes the attempt's Job, where there is not one already. Raises as `Cluster` does."""
         await self._require_sight()
@@ -73,6 +82,10 @@ class KubernetesLauncher:
             found = await self._cluster.get_job(job_name(attempt))
             if found is None or key_of(found) != key:
                 raise
+        except (UnavailableError, PermissionDeniedError):
+            self._was_refused = True
+            raise
+        self._was_refused = False
         log.info("a worker's Job is made", job_id=attempt.job_id, epoch=attempt.epoch, name=job_name(attempt))
         self._asked_s[key] = time.monotonic()
 
