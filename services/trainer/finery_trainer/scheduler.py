@@ -215,7 +215,8 @@ class Scheduler:
                     await self._validate(job)
                 elif free > 0 and time.monotonic() >= self._no_start_before_s:
                     free -= 1
-                    await self._launch(job, launcher)
+                    if await self._can_launch(job, launcher):
+                        await self._launch(job, launcher)
 
     async def _validate(self, job: Job) -> None:
         if job.id in self._validating or len(self._validating) >= _VALIDATIONS_AT_ONCE:
@@ -238,16 +239,19 @@ class Scheduler:
             with contextlib.suppress(FineryError):
                 await asyncio.shield(self._jobs.release(lease))
 
-    async def _launch(self, job: Job, launcher: Launcher) -> None:
-        gpus = request_of(job).spec.gpus
+    async def _can_launch(self, job: Job, launcher: Launcher) -> bool:
+        """Where it is known that no worker can be started, the job stays as it is; a reason is told once."""
         try:
-            await launcher.check(Attempt(job.id, job.epoch + 1, "", gpus=gpus))
+            await launcher.check(Attempt(job.id, job.epoch + 1, "", gpus=request_of(job).spec.gpus))
         except (UnavailableError, PermissionDeniedError) as error:
             self._pause_starts(job, error.message)
             if job.progress.get("postponed") != error.message:
                 progress = {"postponed": error.message} | waits(job, epoch=job.epoch)
                 await self._jobs.append_event(job.id, type="message", message=_postponed(error.message), progress=progress)
-            return
+            return False
+        return True
+
+    async def _launch(self, job: Job, launcher: Launcher) -> None:
         lease = await self._jobs.acquire(job.id, holder=self._holder, ttl_s=self._settings.lease_s)
         try:
             started = await self._jobs.transition(
@@ -266,7 +270,7 @@ class Scheduler:
         token = self._signer.sign(Principal("worker", job.project, job.id, lease.epoch), ttl_s=_TOKEN_TTL_S)
         try:
             with span("launch worker", parent=traceparent_of(job), job_id=job.id, epoch=lease.epoch):
-                await launcher.start(Attempt(job.id, lease.epoch, token, gpus=gpus))
+                await launcher.start(Attempt(job.id, lease.epoch, token, gpus=request_of(job).spec.gpus))
         except (UnavailableError, PermissionDeniedError) as error:
             await self._postpone(started, error.message)
         except FailedPreconditionError as error:

@@ -62,6 +62,9 @@ spec:
               value: /run/finery/token
             - name: FINERY_WORKER_TOLERANCE_S
               value: {{ $worker.toleranceSeconds | quote }}
+            # The cache may still be being filled.
+            - name: FINERY_WORKER_BASE_WAIT_S
+              value: "7200"
             - name: OMP_WAIT_POLICY
               value: PASSIVE
             {{- with $worker.extraEnv }}

@@ -84,10 +84,16 @@ class Cluster:
             wait_s *= 3
 
     async def _create(self, body: dict[str, Any], *, dry_run: bool) -> None:
-        options = {"dry_run": "All"} if dry_run else {}
         try:
             await self._plain.create_namespaced_custom_object(
-                "batch", "v1", self.namespace, "jobs", body, field_validation="Strict", _request_timeout=REQUEST_TIMEOUT_S / 2, **options
+                "batch",
+                "v1",
+                self.namespace,
+                "jobs",
+                body,
+                field_validation="Strict",
+                _request_timeout=REQUEST_TIMEOUT_S / 2,
+                dry_run="All" if dry_run else None,
             )
         except ApiException as error:
             if error.status == 409:

@@ -47,6 +47,8 @@ class KubernetesLauncher:
         self._seen: set[Key] = set()
         self._over: set[Key] = set()
         self._exits: list[Exit] = []
+        self._removed: set[str] = set()
+        """Names of the Jobs that were removed here; their logs went with them."""
         self._was_refused = False
         """Whether the last Job could not be made, for no fault of its own."""
         self._following = asyncio.create_task(self._follow())
@@ -103,8 +105,11 @@ class KubernetesLauncher:
         return exits
 
     def log_place(self, job_id: str, *, epoch: int) -> str:
-        """The command that shows it; a removed Job's is gone."""
-        return f"kubectl logs --namespace {self._cluster.namespace} job/{job_name(Attempt(job_id, epoch, ''))}"
+        """The command that shows it, or that it is gone."""
+        name = job_name(Attempt(job_id, epoch, ""))
+        if name in self._removed:
+            return f"gone with the Job {name}, which was removed; what collects the cluster's logs may have it"
+        return f"kubectl logs --namespace {self._cluster.namespace} job/{name}"
 
     async def kill(self, job_id: str) -> None:
         """Removes the job's Jobs that have not ended. Their pods get SIGTERM and end within their grace period; what they report
@@ -114,13 +119,17 @@ class KubernetesLauncher:
         found, _ = await self._cluster.list("jobs", selector=f"{self._template.selector},{JOB_ID_LABEL}={job_id}")
         for job in map(read_job, found):
             if not job.is_finished:
-                await self._cluster.delete_job(job.name)
+                await self._remove(job)
 
     async def stop_all(self, *, grace_s: float) -> None:
         """Lets the workers run: they need nothing of this machine, and wait for the next service as long as they tolerate."""
         self._following.cancel()
         await asyncio.wait([self._following], timeout=grace_s)
         await self._cluster.close()
+
+    async def _remove(self, job: WorkerJob) -> None:
+        await self._cluster.delete_job(job.name)
+        self._removed.add(job.name)
 
     async def _require_sight(self) -> None:
         """Without it, what runs already would be taken for what is not there, and nobody would learn how a worker ends."""
@@ -133,7 +142,7 @@ class KubernetesLauncher:
         """Of attempts that were given up: one whose create was not answered, one that its queue suspended."""
         for job in list(self._jobs.items.values()):
             if job.key[0] == attempt.job_id and job.key[1] < attempt.epoch and not job.is_finished:
-                await self._cluster.delete_job(job.name)
+                await self._remove(job)
 
     async def _follow(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -181,7 +190,7 @@ class KubernetesLauncher:
         if ended is None:
             return
         if ended.is_final and job is not None and not job.is_finished:
-            await self._cluster.delete_job(job.name)
+            await self._remove(job)
         log.info("worker ended", job_id=ended.job_id, epoch=ended.epoch, reason=ended.reason)
         self._over.add(key)
         self._exits.append(ended)

@@ -379,6 +379,8 @@ async def test_settings_that_name_no_cluster_or_no_address_are_refused(api, conn
 
 async def test_logs_are_where_kubectl_finds_them(launcher, attempt):
     assert launcher.log_place(attempt.job_id, epoch=3) == f"kubectl logs --namespace finery job/{attempt.job_id}-3"
+    await launcher.kill(attempt.job_id)
+    assert launcher.log_place(attempt.job_id, epoch=3).startswith(f"gone with the Job {attempt.job_id}-3, which was removed")
 
 
 def _without(template, *path):

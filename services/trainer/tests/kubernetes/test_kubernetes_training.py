@@ -182,7 +182,7 @@ async def test_jobs_keep_their_turn_while_none_can_be_started(api, in_cluster, c
         await wait_until(lambda: _is_true(_num_creates(api) >= 3), timeout_s=20)
         assert (await system.get(job.name)).state == job_pb2.JOB_STATE_QUEUED
         assert await system.events(job.name) == events, "what is known already is not told again"
-        waited_s = REGISTRY.get_sample_value("finery_trainer_oldest_queued_seconds")
+        waited_s = REGISTRY.get_sample_value("finery_trainer_oldest_queued_seconds") or 0.0
         assert waited_s > 2, "trying in vain does not make a job's wait shorter"
         api.forbidden.clear()
         await wait_until(lambda: _is_true(api.live(JOBS)), timeout_s=20)
