@@ -35,7 +35,7 @@ QUEUE_SECONDS = Histogram(
     "finery_trainer_queue_seconds", "Time from a job's creation to its first RUNNING.", buckets=(1, 5, 15, 60, 300, 1800, 7200, 86400)
 )
 OLDEST_QUEUED_SECONDS = Gauge(
-    "finery_trainer_oldest_queued_seconds", "How long the job that waits longest has been waiting since its last change; 0 where none does."
+    "finery_trainer_oldest_queued_seconds", "How long the job that waits longest has waited for a worker that runs; 0 where none does."
 )
 LOST_ATTEMPTS = Counter("finery_trainer_lost_attempts_total", "Workers that died or fell silent.")
 JOB_FAILURES = Counter("finery_trainer_job_failures_total", "Jobs that failed, by the code of their error.", ["code"])

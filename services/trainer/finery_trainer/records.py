@@ -167,6 +167,22 @@ def last_progress_of(job: Job) -> datetime:
     return datetime.fromisoformat(pace["at"]) if pace.get("epoch") == job.epoch else job.updated_at
 
 
+def has_called(job: Job) -> bool:
+    """Whether the attempt's worker has told a phase or a step, so that it runs, whatever else is known of it."""
+    return any(cast("dict[str, Any]", job.progress.get(key) or {}).get("epoch") == job.epoch for key in ("phase", "pace"))
+
+
+def waiting_since(job: Job) -> datetime:
+    """Since when the job waits for a worker that runs. Attempts that did not come to that change nothing."""
+    mark = cast("dict[str, Any]", job.progress.get("waits") or {})
+    return datetime.fromisoformat(mark["since"]) if mark.get("epoch") == job.epoch and not has_called(job) else job.updated_at
+
+
+def waits(job: Job, *, epoch: int) -> dict[str, object]:
+    """What has the job's progress remember, in attempt `epoch`, since when it waits."""
+    return {"waits": {"since": waiting_since(job).isoformat(), "epoch": epoch}}
+
+
 def estimated_finish_of(job: Job) -> datetime | None:
     """From the measured pace; None before there is one."""
     pace, metrics = cast("dict[str, Any]", job.progress.get("pace") or {}), metrics_of(job)

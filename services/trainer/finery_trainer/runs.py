@@ -98,7 +98,8 @@ class Runs:
             # It may have become PAUSED since it was read.
             job = await self._jobs.request(job_id, None)
         if job.state is JobState.PAUSED:
-            await self._jobs.transition(job_id, JobState.QUEUED, message="The job goes on and waits for its turn.")
+            text = "The job goes on and waits for its turn."
+            await self._jobs.transition(job_id, JobState.QUEUED, message=text, progress={"waits": None})
         self._wake()
         return await self._jobs.get(project, job_id)
 

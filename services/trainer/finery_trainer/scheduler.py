@@ -20,7 +20,7 @@ from finery_common.rpc.tokens import Principal, TokenSigner
 from finery_common.tracing import span
 from finery_trainer import metrics
 from finery_trainer.launchers import Attempt, Exit, Launcher, Waiting
-from finery_trainer.records import artifact_of, last_progress_of, request_of, traceparent_of
+from finery_trainer.records import artifact_of, has_called, last_progress_of, request_of, traceparent_of, waiting_since, waits
 from finery_trainer.settings import TrainerSettings
 from finery_trainer.validation import Validation
 
@@ -47,6 +47,7 @@ class Scheduler:
         self._cancelled_since_s: dict[str, float] = {}
         self._start_pause_s, self._no_start_before_s = _FIRST_PAUSE_S, 0.0
         self._shown: set[str] = set()
+        self._exits: list[Exit] = []
         # Workers of the process before this one may have been unable to renew their leases; they get time to come back.
         self._patient_until_s = time.monotonic() + settings.lease_s
 
@@ -72,13 +73,21 @@ class Scheduler:
             await asyncio.gather(*self._validating.values(), return_exceptions=True)
 
     async def take_exits(self, launcher: Launcher) -> None:
-        """Notes the workers that ended."""
-        if exits := launcher.take_exits():
-            running = await self._running()
-            for ended in exits:
+        """Notes the workers that ended. The launcher tells an end once, so one that cannot be noted now is kept for the next round."""
+        self._exits += launcher.take_exits()
+        if not self._exits:
+            return
+        running = await self._running()
+        for ended in tuple(self._exits):
+            try:
                 if job := running.get((ended.job_id, ended.epoch)):
-                    with contextlib.suppress(AbortedError):
-                        await self._ended(job, ended, launcher)
+                    await self._ended(job, ended, launcher)
+            except AbortedError:
+                pass
+            except FineryError as error:
+                log.warning("cannot note how a worker ended", job_id=ended.job_id, epoch=ended.epoch, error=error.message)
+                continue
+            self._exits.remove(ended)
 
     async def _running(self) -> dict[tuple[str, int], Job]:
         return {(job.id, job.epoch): job for job in await self._jobs.find(JobState.RUNNING)}
@@ -98,11 +107,14 @@ class Scheduler:
 
     def _show_progress(self, running: Sequence[Job]) -> None:
         """A job that has just ended may still be in the list: its gauges go with the next round."""
-        for job in running:
+        called = {job.id: job for job in running if has_called(job)}
+        for job in called.values():
             metrics.LAST_PROGRESS.labels(job.id).set(last_progress_of(job).timestamp())
-        for job_id in self._shown - {job.id for job in running}:
+        for job_id in self._shown - called.keys():
             metrics.forget_job(job_id)
-        self._shown = {job.id for job in running}
+        if called.keys() - self._shown:
+            self._start_pause_s = _FIRST_PAUSE_S
+        self._shown = set(called)
 
     async def _unheld(self, job: Job, launcher: Launcher) -> None:
         if job.state is JobState.VALIDATING:
@@ -118,7 +130,7 @@ class Scheduler:
         running = await self._running()
         for item in waiting:
             job = running.get((item.job_id, item.epoch))
-            if job is None or _has_called(job):
+            if job is None or has_called(job):
                 continue
             with _not_now(job.id):
                 if job.wanted is Wanted.NONE:
@@ -142,6 +154,8 @@ class Scheduler:
         elif ended.is_final and job.wanted is not Wanted.CANCEL:
             text = f"The worker {ended.reason}. Another attempt would end the same; {_log_of(job, launcher)}."
             await self._fail(job, text, code="worker_misconfigured")
+        elif ended.never_began:
+            await self._postpone(job, f"it {ended.reason}.")
         else:
             await self._lost(job, ended.reason, launcher)
 
@@ -162,27 +176,36 @@ class Scheduler:
         else:
             await self._requeue(job, f"The job goes on from step {step}." if step else "The job starts again.")
 
-    async def _requeue(self, job: Job, message: str) -> None:
+    async def _requeue(self, job: Job, message: str, *, progress: dict[str, object] | None = None) -> None:
         if job.wanted is Wanted.CANCEL:
             await self._end(job, JobState.CANCELLED, "The job was cancelled.")
         elif job.wanted is Wanted.PAUSE:
             await self._end(job, JobState.PAUSED, "The job is paused.")
         else:
-            await self._end(job, JobState.QUEUED, message)
+            await self._end(job, JobState.QUEUED, message, progress=progress)
 
     async def _fail(self, job: Job, message: str, *, code: str) -> None:
         await self._end(job, JobState.FAILED, message, error={"code": code, "message": message, "violations": []})
 
-    async def _end(self, job: Job, state: JobState, message: str, *, error: dict[str, object] | None = None) -> None:
-        await self._jobs.transition(job.id, state, message=message, error=error, epoch=job.epoch)
+    async def _end(
+        self,
+        job: Job,
+        state: JobState,
+        message: str,
+        *,
+        error: dict[str, object] | None = None,
+        progress: dict[str, object] | None = None,
+    ) -> None:
+        await self._jobs.transition(job.id, state, message=message, error=error, progress=progress, epoch=job.epoch)
         metrics.forget_job(job.id)
         if error is not None:
             metrics.JOB_FAILURES.labels(str(error["code"])).inc()
 
     async def _start_queued(self, launcher: Launcher) -> None:
-        free = self._settings.max_workers - (await self._jobs.states_count())[JobState.RUNNING]
-        queued = await self._jobs.runnable(limit=100)
-        waits_s = [(datetime.now(UTC) - job.updated_at).total_seconds() for job in queued]
+        running, queued = await self._jobs.find(JobState.RUNNING), await self._jobs.runnable(limit=100)
+        free = self._settings.max_workers - len(running)
+        waiting = [*queued, *(job for job in running if not has_called(job))]
+        waits_s = [(datetime.now(UTC) - waiting_since(job)).total_seconds() for job in waiting]
         metrics.OLDEST_QUEUED_SECONDS.set(max(waits_s, default=0.0))
         for job in queued:
             with contextlib.suppress(AbortedError, FailedPreconditionError):
@@ -192,7 +215,8 @@ class Scheduler:
                     await self._validate(job)
                 elif free > 0 and time.monotonic() >= self._no_start_before_s:
                     free -= 1
-                    await self._launch(job, launcher)
+                    if await self._can_launch(job, launcher):
+                        await self._launch(job, launcher)
 
     async def _validate(self, job: Job) -> None:
         if job.id in self._validating or len(self._validating) >= _VALIDATIONS_AT_ONCE:
@@ -215,11 +239,28 @@ class Scheduler:
             with contextlib.suppress(FineryError):
                 await asyncio.shield(self._jobs.release(lease))
 
+    async def _can_launch(self, job: Job, launcher: Launcher) -> bool:
+        """Where it is known that no worker can be started, the job stays as it is; a reason is told once."""
+        try:
+            await launcher.check(Attempt(job.id, job.epoch + 1, "", gpus=request_of(job).spec.gpus))
+        except (UnavailableError, PermissionDeniedError) as error:
+            self._pause_starts(job, error.message)
+            if job.progress.get("postponed") != error.message:
+                progress = {"postponed": error.message} | waits(job, epoch=job.epoch)
+                await self._jobs.append_event(job.id, type="message", message=_postponed(error.message), progress=progress)
+            return False
+        return True
+
     async def _launch(self, job: Job, launcher: Launcher) -> None:
         lease = await self._jobs.acquire(job.id, holder=self._holder, ttl_s=self._settings.lease_s)
         try:
             started = await self._jobs.transition(
-                job.id, JobState.RUNNING, message="A worker starts.", epoch=lease.epoch, data={"epoch": lease.epoch}
+                job.id,
+                JobState.RUNNING,
+                message="A worker starts.",
+                epoch=lease.epoch,
+                data={"epoch": lease.epoch},
+                progress={"postponed": None} | waits(job, epoch=lease.epoch),
             )
         except FineryError:
             await self._jobs.release(lease)
@@ -231,20 +272,21 @@ class Scheduler:
             with span("launch worker", parent=traceparent_of(job), job_id=job.id, epoch=lease.epoch):
                 await launcher.start(Attempt(job.id, lease.epoch, token, gpus=request_of(job).spec.gpus))
         except (UnavailableError, PermissionDeniedError) as error:
-            await self._postpone(started, error)
+            await self._postpone(started, error.message)
         except FailedPreconditionError as error:
             await self._fail(started, f"The worker cannot be started: {error.message}", code=error.code)
         except FineryError as error:
             await self._lost(started, f"could not be started: {error.message}", launcher)
-        else:
-            self._start_pause_s = _FIRST_PAUSE_S
 
-    async def _postpone(self, job: Job, error: FineryError) -> None:
+    async def _postpone(self, job: Job, reason: str) -> None:
         """Where no worker can start for now, whatever the job: it keeps its turn, and nothing is started for a while."""
+        self._pause_starts(job, reason)
+        await self._requeue(job, _postponed(reason), progress={"postponed": reason})
+
+    def _pause_starts(self, job: Job, reason: str) -> None:
         self._no_start_before_s = time.monotonic() + self._start_pause_s
         self._start_pause_s = min(_LONGEST_PAUSE_S, self._start_pause_s * 2)
-        log.warning("no worker can be started for now", job_id=job.id, error=error.message)
-        await self._requeue(job, f"The worker cannot be started for now: {error.message} It is tried again.")
+        log.warning("no worker can be started for now", job_id=job.id, reason=reason)
 
     async def _end_disobedient(self, running: Sequence[Job], launcher: Launcher) -> None:
         cancelled = {job.id: job for job in running if job.wanted is Wanted.CANCEL}
@@ -268,13 +310,12 @@ def _not_now(job_id: str) -> Iterator[None]:
         log.warning("cannot move a job on", job_id=job_id, error=error.message)
 
 
+def _postponed(reason: str) -> str:
+    return f"The worker cannot be started for now: {reason} It is tried again."
+
+
 def _log_of(job: Job, launcher: Launcher) -> str:
     return f"its log: {launcher.log_place(job.id, epoch=job.epoch)}"
-
-
-def _has_called(job: Job) -> bool:
-    """Whether the attempt's worker has told a phase, so that it runs, whatever else is known of it."""
-    return cast("dict[str, Any]", job.progress.get("phase") or {}).get("epoch") == job.epoch
 
 
 def _is_validated(job: Job) -> bool:

@@ -40,6 +40,8 @@ class WorkerSettings(ServiceSettings):
     """Time between heartbeats."""
     worker_tolerance_s: float = Field(default=300.0, gt=0)
     """How long training goes on while the server cannot be reached."""
+    worker_base_wait_s: float = Field(default=0.0, ge=0)
+    """How long the folder of a base model may not be there yet, where another process brings it."""
     cpu_threads: int | None = Field(default=None, ge=1)
     """Threads that compute on a CPU; none: `OMP_NUM_THREADS`, or as many as the worker may use CPUs."""
     metrics_target_file: Path | None = None

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from pydantic import ValidationError
 
 from finery_common.artifacts import ArtifactRef, ArtifactStore
 from finery_common.catalogue import Catalogue, folder_sha256, materialize
-from finery_common.errors import FailedPreconditionError, FineryError, ResourceExhaustedError, UnavailableError
+from finery_common.errors import DeadlineExceededError, FailedPreconditionError, FineryError, ResourceExhaustedError, UnavailableError
 from finery_common.gpu_metrics import serve_gpu_metrics
 from finery_common.jobs import JobState
 from finery_common.rpc.messages import error_fields
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from finery_trainer.engine import loop
+
+_BASE_POLL_S = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -134,15 +137,37 @@ class Worker:
         if self._settings.catalogue is None:
             raise FailedPreconditionError("FINERY_CATALOGUE is not set; set it to the YAML file of base models.")
         entry = Catalogue.load(self._settings.catalogue).get(assignment.spec.base_model)
+        if entry.path is not None:
+            self._await_base(entry.path)
         base_dir = materialize(entry, cache_dir=cache_dir, store=store)
         base_sha256 = folder_sha256(base_dir, memo_dir=cache_dir / "digests")
         return Inputs(base_dir, base_sha256, training_dir, validation_dir, checkpoint_dir)
+
+    def _await_base(self, folder: Path) -> None:
+        """Returns when it is there, or may not be awaited. Nothing is to be saved yet, so a pause ends the worker like a stop."""
+        if folder.is_dir() or (wait_s := self._settings.worker_base_wait_s) == 0:
+            return
+        self._enter("waiting for the base model")
+        deadline_s = time.monotonic() + wait_s
+        while not folder.is_dir():
+            if time.monotonic() >= deadline_s:
+                raise DeadlineExceededError(
+                    f"The base model's folder {folder} was not there after {wait_s:.0f} s; look at what fetches base models, "
+                    "then create the job again."
+                )
+            if self._link.check() is Command.PAUSE:
+                raise Stopped
+            self._obey()
+            time.sleep(_BASE_POLL_S)
 
     def _enter(self, phase: str) -> None:
         """Tells the server the phase, and ends here where it or the launcher wants an end."""
         self._link.phase = phase
         log.info("phase", phase=phase)
         self._link.confirm()
+        self._obey()
+
+    def _obey(self) -> None:
         if self._was_stopped():
             raise Stopped
         if self._link.command is Command.CANCEL:

@@ -39,10 +39,16 @@ class Launcher:
         self.attempts = asyncio.Queue()
         self.address = ""
 
+    async def check(self, attempt):
+        pass
+
     async def start(self, attempt):
         self.attempts.put_nowait(attempt)
 
     def take_exits(self):
+        return []
+
+    def waiting(self):
         return []
 
     async def kill(self, job_id):
@@ -117,11 +123,19 @@ async def wait_until_gone(job_id, wait_until):
 async def test_a_job_that_waits_and_one_that_works_say_since_when(system, launcher, wait_until):
     await system.create()
     job_id, client = await started_worker(launcher)
-    await system.create()
 
     async def is_waiting() -> bool:
         return counted("finery_trainer_oldest_queued_seconds") > 0.5
 
+    await wait_until(is_waiting)
+    assert "last_progress_timestamp_seconds" not in shown(job_id), "a job whose worker has not called waits, and is not stalled"
+    await client.heartbeat("loading the base model")
+
+    async def waits_no_more() -> bool:
+        return counted("finery_trainer_oldest_queued_seconds") == 0 and "last_progress_timestamp_seconds" in shown(job_id)
+
+    await wait_until(waits_no_more)
+    await system.create()
     await wait_until(is_waiting)
     before = shown(job_id)["last_progress_timestamp_seconds"]
     await client.report_step(STEP)

@@ -48,6 +48,9 @@ class FakeLauncher:
         self.waits: list[Waiting] = []
         self._exits: list[Exit] = []
 
+    async def check(self, attempt):
+        pass
+
     async def start(self, attempt):
         self.attempts.append(attempt)
 
@@ -400,6 +403,22 @@ async def test_a_worker_that_was_told_to_stop_counts_for_nothing(system, launche
     for number in range(1, 6):
         launcher.end(await attempt_of(launcher, wait_until, number=number), was_stopped=True)
     await attempt_of(launcher, wait_until, number=6)
+
+
+@pytest.mark.parametrize("method", ["find", "transition"])
+async def test_a_workers_end_is_noted_once_the_database_is_back(system, launcher, wait_until, monkeypatch, method):
+    job = await system.create()
+    attempt = await attempt_of(launcher, wait_until)
+
+    async def is_away(*_arguments, **_fields):
+        raise UnavailableError("the database is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobStore, method, is_away)
+        launcher.end(attempt, was_stopped=True)
+        await asyncio.sleep(1.2)
+    await attempt_of(launcher, wait_until, number=2)
+    assert any("goes on from its last checkpoint" in event["message"] for event in await system.events(job.name))
 
 
 async def test_a_silent_worker_loses_its_job(system, wait_until):

@@ -16,7 +16,7 @@ import torch
 
 from finery.training.v1 import worker_pb2, worker_pb2_grpc
 from finery_common.artifacts import ArtifactRef
-from finery_common.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ResourceExhaustedError
+from finery_common.errors import DeadlineExceededError, FailedPreconditionError, InternalError, InvalidArgumentError, ResourceExhaustedError
 from finery_common.rpc.server import RpcServer, Servicer, token_authenticator
 from finery_common.rpc.tokens import Principal, TokenSigner
 from finery_common.spec import TrainingSpec
@@ -30,7 +30,8 @@ from finery_trainer.link import Link, ServerGone
 from finery_trainer.machine import check_machine, cpu_limit, use_cpus
 from finery_trainer.records import StepMetrics
 from finery_trainer.requests import check_target_modules
-from finery_trainer.worker import Inputs, _Run
+from finery_trainer.settings import WorkerSettings
+from finery_trainer.worker import Inputs, Stopped, Worker, _Run
 
 JOB = "ftjob-" + "1" * 24
 STEP = StepMetrics(1, 6, 0.2, 2.5, 1e-4, 0.3, 100.0, 50, 2**20)
@@ -42,11 +43,12 @@ class Server(worker_pb2_grpc.WorkerServiceServicer):
     def __init__(self, *errors):
         self.errors = list(errors)
         self.num_beats = 0
+        self.action = worker_pb2.WORKER_ACTION_CONTINUE
 
     async def Heartbeat(self, request, context):
         self.num_beats += 1
         self._fail()
-        return worker_pb2.WorkerCommand(action=worker_pb2.WORKER_ACTION_CONTINUE)
+        return worker_pb2.WorkerCommand(action=self.action)
 
     async def ReportStep(self, request, context):
         self._fail()
@@ -70,6 +72,28 @@ async def serve():
     yield start
     for server in servers:
         await server.stop(drain_s=0)
+
+
+async def test_a_base_model_that_another_process_fetches_is_awaited(serve, tmp_path):
+    server, folder = Server(), tmp_path / "base"
+
+    def wait(wait_s) -> None:
+        settings = WorkerSettings(worker_token_file=tmp_path / "token", worker_base_wait_s=wait_s)
+        Worker(settings, link=link, was_stopped=lambda: False)._await_base(folder)
+
+    with Link(**await serve(server), heartbeat_s=0.1, tolerance_s=30) as link:
+        await asyncio.to_thread(wait, 0)
+        with pytest.raises(DeadlineExceededError, match=r"base was not there after 0 s; look at what fetches base models"):
+            await asyncio.to_thread(wait, 0.1)
+        waiting = asyncio.create_task(asyncio.to_thread(wait, 30))
+        await asyncio.sleep(0.5)
+        assert not waiting.done()
+        folder.mkdir()
+        await asyncio.wait_for(waiting, 10)
+        folder.rmdir()
+        server.action = worker_pb2.WORKER_ACTION_PAUSE
+        with pytest.raises(Stopped):
+            await asyncio.to_thread(wait, 30)
 
 
 async def test_a_server_in_trouble_gets_the_report_again(serve):

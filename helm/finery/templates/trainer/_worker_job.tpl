@@ -65,6 +65,9 @@ spec:
             {{- if and (eq (int $worker.gpu.count) 0) (empty $worker.gpu.resourceClaims) }}
             {{- include "finery.env.noGpu" . | nindent 12 }}
             {{- end }}
+            # The cache may still be being filled.
+            - name: FINERY_WORKER_BASE_WAIT_S
+              value: "7200"
             - name: OMP_WAIT_POLICY
               value: PASSIVE
             {{- with $worker.extraEnv }}

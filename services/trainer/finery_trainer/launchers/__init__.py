@@ -25,7 +25,8 @@ class Attempt:
 @dataclass(frozen=True)
 class Exit:
     """A worker that ended. `was_stopped` where it ended because it was told to, or lost its place through no fault of its own;
-    `is_final` where another attempt would end the same. `reason` is for people, as in "the worker …".
+    `is_final` where another attempt would end the same, `never_began` where the worker's program never ran, which says nothing of the job.
+    `reason` is for people, as in "the worker …".
     """
 
     job_id: str
@@ -33,6 +34,7 @@ class Exit:
     was_stopped: bool
     reason: str
     is_final: bool = False
+    never_began: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ def work_dir(state_dir: Path, *, job_id: str, epoch: int) -> Path:
 
 class Launcher(Protocol):
     """Starts and ends workers. A worker outlives a service that crashes; its lease says whether it is alive."""
+
+    async def check(self, attempt: Attempt) -> None:
+        """Raises UnavailableError or PermissionDeniedError where it is known that `start` would. Nothing is started."""
+        ...
 
     async def start(self, attempt: Attempt) -> None:
         """Starts the attempt's worker, or has it wait for a place.

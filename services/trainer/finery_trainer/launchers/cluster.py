@@ -35,7 +35,7 @@ class Expired(Exception):
 
 class Cluster:
     """One namespace of one cluster. Every method raises UnavailableError where the API server cannot answer for now, PermissionDeniedError
-    that names verb and resource where it may not, and FailedPreconditionError where what was sent can never work.
+    that names verb and resource where it may not, and FailedPreconditionError where a Job that was to be created can never be.
     """
 
     def __init__(self, configuration: client.Configuration, *, namespace: str) -> None:
@@ -66,12 +66,15 @@ class Cluster:
         """Ends every connection, watches included."""
         await self._api.close()
 
-    async def create_job(self, body: dict[str, Any]) -> None:
-        """Tries again by itself; a name makes one Job, however often that is. Raises AlreadyExistsError where there is one of that name."""
+    async def create_job(self, body: dict[str, Any], *, dry_run: bool = False) -> None:
+        """Tries again by itself; a name makes one Job, however often that is. Raises AlreadyExistsError where there is one of that name.
+
+        With `dry_run` the API server checks everything and keeps nothing.
+        """
         wait_s = _FIRST_RETRY_S
         for number in range(1, _CREATE_TRIES + 1):
             try:
-                await self._create(body)
+                await self._create(body, dry_run=dry_run)
             except UnavailableError:
                 if number == _CREATE_TRIES:
                     raise
@@ -80,10 +83,17 @@ class Cluster:
             await asyncio.sleep(wait_s)
             wait_s *= 3
 
-    async def _create(self, body: dict[str, Any]) -> None:
+    async def _create(self, body: dict[str, Any], *, dry_run: bool) -> None:
         try:
             await self._plain.create_namespaced_custom_object(
-                "batch", "v1", self.namespace, "jobs", body, field_validation="Strict", _request_timeout=REQUEST_TIMEOUT_S / 2
+                "batch",
+                "v1",
+                self.namespace,
+                "jobs",
+                body,
+                field_validation="Strict",
+                _request_timeout=REQUEST_TIMEOUT_S / 2,
+                dry_run="All" if dry_run else None,
             )
         except ApiException as error:
             if error.status == 409:
@@ -101,7 +111,7 @@ class Cluster:
             raise _unreachable(error) from error
 
     async def delete_job(self, name: str) -> None:
-        """Removes a Job and has its pod end at once. One that is gone already is no error."""
+        """Removes a Job and has its pod end, within its grace period. A Job that is gone already is no error."""
         try:
             answer = await self._batch.delete_namespaced_job_without_preload_content(
                 name, self.namespace, grace_period_seconds=0, propagation_policy="Background", _request_timeout=REQUEST_TIMEOUT_S
@@ -170,7 +180,8 @@ class Cluster:
                 f"The trainer may not {verb} {kind} in namespace {self.namespace}: {said} "
                 f"The Role of its service account must grant the verb {verb} on {kind}, and no policy may refuse it."
             )
-        if error.status in (400, 404, 422):
+        # Whatever keeps Jobs and pods from being seen or removed is no fault of the job that is to be started.
+        if verb == "create" and error.status in (400, 422):
             return FailedPreconditionError(f"The Kubernetes API server refuses to {verb} {kind} in namespace {self.namespace}: {said}")
         return UnavailableError(f"The Kubernetes API server cannot {verb} {kind} for now ({error.status}): {said}")
 

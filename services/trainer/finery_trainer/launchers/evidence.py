@@ -21,8 +21,10 @@ CONTAINER = "worker"
 Key = tuple[str, int]
 """Job id and epoch of an attempt."""
 
-_CANNOT_RUN = (126, 127, 128)
+_CANNOT_RUN = (126, 127)
 """Exit codes of a container whose program is not there or cannot be executed."""
+_NOT_STARTED = 128
+"""Exit code of a container that its node's runtime could not start: another node may."""
 _HOPELESS = ("InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError")
 """What a container waits for in vain: only another Job can mend it."""
 _USUAL = ("", "ContainerCreating", "PodInitializing")
@@ -49,7 +51,7 @@ class WorkerJob:
 class WorkerPod:
     """An attempt's pod. `disruption` is why Kubernetes ends it, empty where it does not; `waits_for` is a reason and a text.
 
-    `exit_code` and `exit_reason` are the worker container's.
+    `exit_code` and `exit_reason` are the worker container's; `never_began` where it never ran in a pod that is over.
     """
 
     name: str
@@ -62,6 +64,7 @@ class WorkerPod:
     waits_for: tuple[str, str]
     exit_code: int | None
     exit_reason: str
+    never_began: bool
 
     @property
     def is_over(self) -> bool:
@@ -100,7 +103,8 @@ def read_pod(item: Json) -> WorkerPod:
     conditions = _conditions(item)
     containers = cast("list[Json]", [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())])
     worker = next((container for container in containers if container.get("name") == CONTAINER), {})
-    ended: Json = (worker.get("state") or {}).get("terminated") or {}
+    state: Json = worker.get("state") or {}
+    ended: Json = state.get("terminated") or {}
     disruption = conditions.get("DisruptionTarget")
     return WorkerPod(
         name=item["metadata"]["name"],
@@ -113,6 +117,8 @@ def read_pod(item: Json) -> WorkerPod:
         waits_for=_waits_for(item, containers),
         exit_code=ended.get("exitCode"),
         exit_reason=ended.get("reason", ""),
+        # A node that does not admit a pod reports no container at all; one whose preparation failed still waits for that.
+        never_began=status.get("phase") == "Failed" and (not state or "waiting" in state or ended.get("exitCode") == _NOT_STARTED),
     )
 
 
@@ -142,10 +148,12 @@ def _of_pod(pod: WorkerPod) -> Exit:
         reason = "was killed because its memory ran out (OOMKilled); give worker pods more memory, or the job smaller batches"
     elif pod.status:
         reason = f"was ended by Kubernetes ({pod.status}: {pod.message})"
+    elif code is None:
+        reason = "never ran: what prepares its pod failed" if pod.never_began else "ended without an exit status"
     else:
-        reason = "ended without an exit status" if code is None else _text(code)
+        reason = _text(code, pod.exit_reason)
     is_final = code == CONFIG_EXIT_CODE or code in _CANNOT_RUN
-    return Exit(*pod.key, was_stopped=False, reason=reason, is_final=is_final)
+    return Exit(*pod.key, was_stopped=False, reason=reason, is_final=is_final, never_began=pod.never_began)
 
 
 def _of_job(job: WorkerJob) -> Exit:
@@ -159,6 +167,7 @@ def _of_job(job: WorkerJob) -> Exit:
         was_stopped=code == STOPPED_EXIT_CODE or "DisruptionTarget" in job.failure,
         reason=f"ended, and its pod is gone; its Job says {job.failure}",
         is_final=code == CONFIG_EXIT_CODE,
+        never_began=code == _NOT_STARTED,
     )
 
 
@@ -166,7 +175,9 @@ def _hopeless(pod: WorkerPod) -> Exit:
     return Exit(*pod.key, was_stopped=False, reason=f"cannot start: {pod.waits_for[1]}", is_final=True)
 
 
-def _text(code: int | None) -> str:
+def _text(code: int | None, said: str = "") -> str:
+    if code == _NOT_STARTED:
+        return f"could not be started by its node's container runtime ({said or code})"
     if code is not None and code - 128 in set(signal.Signals):
         return f"was ended by {signal.Signals(code - 128).name}"
     return f"ended with exit status {code}"

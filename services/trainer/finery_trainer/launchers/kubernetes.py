@@ -13,7 +13,7 @@ import time
 
 import structlog
 
-from finery_common.errors import AlreadyExistsError, FailedPreconditionError, FineryError
+from finery_common.errors import AlreadyExistsError, FailedPreconditionError, FineryError, PermissionDeniedError, UnavailableError
 from finery_trainer.launchers import Attempt, Exit, Waiting
 from finery_trainer.launchers.cluster import Cluster
 from finery_trainer.launchers.evidence import JOB_ID_LABEL, Key, WorkerJob, WorkerPod, exit_of, key_of, read_job, read_pod
@@ -47,6 +47,10 @@ class KubernetesLauncher:
         self._seen: set[Key] = set()
         self._over: set[Key] = set()
         self._exits: list[Exit] = []
+        self._removed: set[str] = set()
+        """Names of the Jobs that were removed here; their logs went with them."""
+        self._was_refused = False
+        """Whether the last Job could not be made, for no fault of its own."""
         self._following = asyncio.create_task(self._follow())
 
     @classmethod
@@ -62,6 +66,13 @@ class KubernetesLauncher:
         )
         return cls(await Cluster.connect(settings.kubernetes_namespace), template=template)
 
+    async def check(self, attempt: Attempt) -> None:
+        """After a Job that could not be made, has the API server say whether this one could. Other faults are `start`'s to tell."""
+        await self._require_sight()
+        if self._was_refused:
+            with contextlib.suppress(AlreadyExistsError, FailedPreconditionError):
+                await self._cluster.create_job(self._template.job(attempt), dry_run=True)
+
     async def start(self, attempt: Attempt) -> None:
         """Makes the attempt's Job, where there is not one already. Raises as `Cluster` does."""
         await self._require_sight()
@@ -73,6 +84,10 @@ class KubernetesLauncher:
             found = await self._cluster.get_job(job_name(attempt))
             if found is None or key_of(found) != key:
                 raise
+        except (UnavailableError, PermissionDeniedError):
+            self._was_refused = True
+            raise
+        self._was_refused = False
         log.info("a worker's Job is made", job_id=attempt.job_id, epoch=attempt.epoch, name=job_name(attempt))
         self._asked_s[key] = time.monotonic()
 
@@ -90,8 +105,11 @@ class KubernetesLauncher:
         return exits
 
     def log_place(self, job_id: str, *, epoch: int) -> str:
-        """The command that shows it; a removed Job's is gone."""
-        return f"kubectl logs --namespace {self._cluster.namespace} job/{job_name(Attempt(job_id, epoch, ''))}"
+        """The command that shows it, or that it is gone."""
+        name = job_name(Attempt(job_id, epoch, ""))
+        if name in self._removed:
+            return f"gone with the Job {name}, which was removed; what collects the cluster's logs may have it"
+        return f"kubectl logs --namespace {self._cluster.namespace} job/{name}"
 
     async def kill(self, job_id: str) -> None:
         """Removes the job's Jobs that have not ended. Their pods get SIGTERM and end within their grace period; what they report
@@ -101,13 +119,17 @@ class KubernetesLauncher:
         found, _ = await self._cluster.list("jobs", selector=f"{self._template.selector},{JOB_ID_LABEL}={job_id}")
         for job in map(read_job, found):
             if not job.is_finished:
-                await self._cluster.delete_job(job.name)
+                await self._remove(job)
 
     async def stop_all(self, *, grace_s: float) -> None:
         """Lets the workers run: they need nothing of this machine, and wait for the next service as long as they tolerate."""
         self._following.cancel()
         await asyncio.wait([self._following], timeout=grace_s)
         await self._cluster.close()
+
+    async def _remove(self, job: WorkerJob) -> None:
+        await self._cluster.delete_job(job.name)
+        self._removed.add(job.name)
 
     async def _require_sight(self) -> None:
         """Without it, what runs already would be taken for what is not there, and nobody would learn how a worker ends."""
@@ -120,7 +142,7 @@ class KubernetesLauncher:
         """Of attempts that were given up: one whose create was not answered, one that its queue suspended."""
         for job in list(self._jobs.items.values()):
             if job.key[0] == attempt.job_id and job.key[1] < attempt.epoch and not job.is_finished:
-                await self._cluster.delete_job(job.name)
+                await self._remove(job)
 
     async def _follow(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -168,7 +190,7 @@ class KubernetesLauncher:
         if ended is None:
             return
         if ended.is_final and job is not None and not job.is_finished:
-            await self._cluster.delete_job(job.name)
+            await self._remove(job)
         log.info("worker ended", job_id=ended.job_id, epoch=ended.epoch, reason=ended.reason)
         self._over.add(key)
         self._exits.append(ended)

@@ -49,6 +49,9 @@ class LocalLauncher:
         self._waiters: set[asyncio.Task[None]] = set()
         self._is_stopping = False
 
+    async def check(self, attempt: Attempt) -> None:
+        """Nothing is known before it is tried."""
+
     async def start(self, attempt: Attempt) -> None:
         """Raises UnavailableError where the process cannot be started."""
         self._log_dir.mkdir(parents=True, exist_ok=True)

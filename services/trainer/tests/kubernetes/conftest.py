@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import pytest
 import yaml
+from aiohttp import web
 from kmock import KubernetesEmulator, KubernetesError, Server, action
 
 from finery_trainer.launchers import Attempt
@@ -43,8 +44,8 @@ class _Recorder:
 
 
 class ApiServer(KubernetesEmulator):
-    """`forbidden` holds pairs of verb and plural, `refusal` answers creates; while `is_down`, every answer is 503. Of `lost_answers`
-    creates the caller does not learn that they were done. `changes` is what watches are served from;
+    """`forbidden` holds pairs of verb and plural, `refusals` answers by verb and plural; while `is_down`, every answer is 503.
+    Of `lost_answers` creates the caller does not learn that they were done. `changes` is what watches are served from;
     while `is_silent`, nothing is added to them.
     """
 
@@ -55,7 +56,7 @@ class ApiServer(KubernetesEmulator):
         self.forbidden: set[tuple[str, str]] = set()
         self.is_down = False
         self.is_silent = False
-        self.refusal: KubernetesError | None = None
+        self.refusals: dict[tuple[str, str], KubernetesError] = {}
         self.lost_answers = 0
         self.num_lists = 0
         self.version = 100
@@ -111,11 +112,13 @@ class ApiServer(KubernetesEmulator):
                 reason="Forbidden",
                 message=f'{plural} is forbidden: User "system:serviceaccount:finery:trainer" cannot {verb} resource "{plural}"',
             )
+        if refusal := self.refusals.get((verb, plural)):
+            raise refusal
         if request.action is action.LIST:
             self.num_lists += 1
         if request.action is action.CREATE:
-            if self.refusal is not None:
-                raise self.refusal
+            if request.params.get("dryRun"):
+                return web.json_response(request.data, status=201)
             self._complete(request.data)
         answer = await super()._handle(request)
         if request.action is action.CREATE and self.lost_answers:

@@ -120,7 +120,7 @@ async def test_a_job_of_that_name_that_is_not_ours_is_an_error(api, connect, att
         (1, {}, False, False, "ended with exit status 1"),
         (75, {}, True, False, "ended with exit status 75"),
         (78, {}, False, True, "ended with exit status 78"),
-        (128, {"reason": "StartError"}, False, True, "ended with exit status 128"),
+        (127, {"reason": "ContainerCannotRun"}, False, True, "ended with exit status 127"),
         (139, {}, False, False, "was ended by SIGSEGV"),
         (137, {"reason": "OOMKilled"}, False, False, "its memory ran out (OOMKilled)"),
         (143, {"disrupted_by": "PreemptionByScheduler"}, True, False, "was disrupted (PreemptionByScheduler)"),
@@ -140,8 +140,30 @@ async def test_how_a_worker_ended_is_read_off_its_pod(controller, launcher, atte
     ended = await exits_of(launcher)
     assert (ended.job_id, ended.epoch) == (attempt.job_id, attempt.epoch)
     assert text in ended.reason
-    assert (ended.was_stopped, ended.is_final) == (was_stopped, is_final)
+    assert (ended.was_stopped, ended.is_final, ended.never_began) == (was_stopped, is_final, False)
     assert launcher.waiting() == []
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (
+            {"containerStatuses": [{"name": "worker", "state": {"terminated": {"exitCode": 128, "reason": "StartError"}}}]},
+            "could not be started by its node's container runtime (StartError)",
+        ),
+        ({"reason": "UnexpectedAdmissionError", "message": "no device"}, "was ended by Kubernetes (UnexpectedAdmissionError: no device)"),
+        (
+            {"containerStatuses": [{"name": "worker", "state": {"waiting": {"reason": "PodInitializing"}}}]},
+            "never ran: what prepares its pod failed",
+        ),
+    ],
+)
+async def test_a_worker_that_never_ran_says_nothing_of_its_job(controller, launcher, attempt, exits_of, status, text):
+    await controller.wait_for(attempt, **({"phase": "Failed"} | status))
+    ended = await exits_of(launcher)
+    assert ended.never_began
+    assert (ended.was_stopped, ended.is_final) == (False, False)
+    assert text in ended.reason
 
 
 @pytest.mark.parametrize(
@@ -317,6 +339,16 @@ async def test_what_the_role_lacks_is_named(api, connect, attempt, verb, plural)
     assert api.live(JOBS) == []
 
 
+@pytest.mark.parametrize("plural", ["jobs", "pods"])
+@pytest.mark.parametrize("status", [400, 404])
+async def test_a_cluster_that_cannot_be_watched_makes_starts_wait(api, connect, attempt, status, plural):
+    api.refusals["list", plural] = KubernetesError(status=status, reason="Odd", message="a proxy is in the way")
+    launcher = await connect()
+    with pytest.raises(UnavailableError, match=f"cannot list {plural} for now .*a proxy is in the way"):
+        await launcher.start(attempt)
+    assert api.live(JOBS) == []
+
+
 async def test_the_role_needs_no_more_than_the_documented_verbs(api, controller, launcher, attempt):
     await controller.begin(attempt)
     await launcher.start(attempt)
@@ -347,6 +379,8 @@ async def test_settings_that_name_no_cluster_or_no_address_are_refused(api, conn
 
 async def test_logs_are_where_kubectl_finds_them(launcher, attempt):
     assert launcher.log_place(attempt.job_id, epoch=3) == f"kubectl logs --namespace finery job/{attempt.job_id}-3"
+    await launcher.kill(attempt.job_id)
+    assert launcher.log_place(attempt.job_id, epoch=3).startswith(f"gone with the Job {attempt.job_id}-3, which was removed")
 
 
 def _without(template, *path):
@@ -400,7 +434,8 @@ async def test_a_template_that_is_no_job_is_refused(api, connect, tmp_path, text
 
 
 async def test_a_job_that_the_api_server_refuses_is_no_matter_of_trying_again(api, connect, attempt):
-    api.refusal = KubernetesError(status=422, reason="Invalid", message="spec.template.spec.containers[0].image: Required value")
+    message = "spec.template.spec.containers[0].image: Required value"
+    api.refusals["create", "jobs"] = KubernetesError(status=422, reason="Invalid", message=message)
     launcher = await connect()
     with pytest.raises(FailedPreconditionError, match="refuses to create jobs in namespace finery: .*image: Required value"):
         await launcher.start(attempt)

@@ -8,6 +8,7 @@ import socket
 
 import pytest
 from kmock import KubernetesError
+from prometheus_client.registry import REGISTRY
 
 from finery.common.v1 import job_pb2
 from finery.training.v1 import training_pb2
@@ -177,18 +178,58 @@ async def test_jobs_keep_their_turn_while_none_can_be_started(api, in_cluster, c
     async with system.started():
         job = await system.create(deploy=False)
         await wait_until(has_event(system, job, "The worker cannot be started for now: The trainer may not create jobs"))
-        await wait_until(lambda: _num_events(system, job, "cannot be started", at_least=2), timeout_s=20)
-        assert (await system.get(job.name)).state in (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING)
+        events = await system.events(job.name)
+        await wait_until(lambda: _is_true(_num_creates(api) >= 3), timeout_s=20)
+        assert (await system.get(job.name)).state == job_pb2.JOB_STATE_QUEUED
+        assert await system.events(job.name) == events, "what is known already is not told again"
+        waited_s = REGISTRY.get_sample_value("finery_trainer_oldest_queued_seconds") or 0.0
+        assert waited_s > 2, "trying in vain does not make a job's wait shorter"
         api.forbidden.clear()
         await wait_until(lambda: _is_true(api.live(JOBS)), timeout_s=20)
+        assert states_of(await system.events(job.name)).count("RUNNING") == 2
 
 
-async def _num_events(system, job, text, *, at_least) -> bool:
-    return sum(text in event["message"] for event in await system.events(job.name)) >= at_least
+def _num_creates(api) -> int:
+    return sum(request.method == "POST" for request in api._requests)
+
+
+async def test_an_api_server_that_is_away_is_told_once_and_starts_nothing(api, in_cluster, controller, wait_until):
+    system = in_cluster
+    api.is_down = True
+    async with system.started():
+        job = await system.create(deploy=False)
+        await wait_until(has_event(system, job, "The worker cannot be started for now: The Kubernetes API server cannot list"))
+        await asyncio.sleep(2)
+        events = await system.events(job.name)
+        assert "RUNNING" not in states_of(events)
+        assert sum("cannot be started" in event["message"] for event in events) == 1
+
+
+async def test_a_worker_that_its_node_cannot_start_is_tried_again_and_the_job_does_not_fail(api, in_cluster, controller, wait_until):
+    system = in_cluster
+    async with system.started():
+        job = await system.create(deploy=False)
+        for number in range(1, 4):
+            await wait_until(lambda: _is_true(_pending(api)), timeout_s=20)
+            await api.store(PODS, _pending(api)[0] | {"status": {"phase": "Failed", "reason": "OutOfcpu", "message": "no room"}})
+            await wait_until(lambda number=number: _has_states(system, job, "QUEUED", count=2 + number), timeout_s=20)
+        assert (await system.get(job.name)).state == job_pb2.JOB_STATE_QUEUED
+        events = await system.events(job.name)
+    assert not any(event["message"].startswith("The worker of attempt") for event in events), "no attempt was lost"
+    assert any("it was ended by Kubernetes (OutOfcpu: no room). It is tried again." in event["message"] for event in events)
+
+
+def _pending(api):
+    return [pod for pod in api.live(PODS) if pod["status"]["phase"] == "Pending"]
+
+
+async def _has_states(system, job, state, *, count) -> bool:
+    return states_of(await system.events(job.name)).count(state) >= count
 
 
 async def test_a_job_that_the_cluster_can_never_start_fails_with_the_reason(api, in_cluster, controller):
-    api.refusal = KubernetesError(status=422, reason="Invalid", message="spec.template.spec.containers[0].image: Required value")
+    message = "spec.template.spec.containers[0].image: Required value"
+    api.refusals["create", "jobs"] = KubernetesError(status=422, reason="Invalid", message=message)
     system = in_cluster
     async with system.started():
         job = await system.wait((await system.create(deploy=False)).name, "FAILED")
