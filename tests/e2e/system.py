@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import openai
@@ -32,6 +32,7 @@ class System:
     process: subprocess.Popen[bytes]
     http_port: int
     grpc_port: int
+    clients: list[OpenAI] = field(default_factory=list)
 
     @property
     def running(self) -> RunningStack:
@@ -44,7 +45,9 @@ class System:
         return self.layout.api_key_file.read_text().strip()
 
     def client(self, *, api_key: str | None = None) -> OpenAI:
-        return OpenAI(base_url=f"{self.running.http_url}/v1", api_key=api_key or self.api_key, timeout=180)
+        """One that `stop_system` closes: what the garbage collector closes is a warning, in whichever test it runs."""
+        self.clients.append(OpenAI(base_url=f"{self.running.http_url}/v1", api_key=api_key or self.api_key, timeout=180))
+        return self.clients[-1]
 
     def key_for(self, project: str) -> str:
         """A new key of another project."""
@@ -128,6 +131,8 @@ def wait_served(system: System) -> None:
 
 def stop_system(system: System) -> None:
     """Ctrl-C, as a person stops it."""
+    for client in system.clients:
+        client.close()
     os.killpg(system.process.pid, signal.SIGINT)
     system.process.wait(90)
 
