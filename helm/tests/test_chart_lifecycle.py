@@ -45,7 +45,9 @@ def test_pods_that_answer_drain_before_they_end(case, render):
             (container,) = template["spec"]["containers"]
             sleep_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
             # What the services' own draining takes at the most.
-            assert template["spec"]["terminationGracePeriodSeconds"] >= sleep_s + 25, where
+            env = {entry["name"]: entry.get("value") for entry in container["env"]}
+            assert template["spec"]["terminationGracePeriodSeconds"] >= sleep_s + 25 + int(env.get("FINERY_DRAIN_S", 0)), where
+            assert ("FINERY_DRAIN_S" in env) is (component == "serving")
 
 
 def test_replicas_have_names_that_stay(render):

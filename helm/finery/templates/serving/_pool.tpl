@@ -18,6 +18,8 @@ finery.dev/pool: {{ .pool.name }}
 - name: FINERY_GPU_MEMORY_UTILIZATION
   value: {{ . | quote }}
 {{- end }}
+- name: FINERY_DRAIN_S
+  value: {{ .root.Values.serving.drainSeconds | quote }}
 - name: FINERY_MAX_LORAS
   value: {{ $pool.maxLoras | default 4 | quote }}
 - name: FINERY_MAX_CPU_LORAS
@@ -61,8 +63,8 @@ spec:
   serviceAccountName: {{ include "finery.fullname" $root }}
   automountServiceAccountToken: false
   enableServiceLinks: false
-  # 5 s until nobody asks this agent, 8 s of draining, 10 s for vLLM's end, and some to spare.
-  terminationGracePeriodSeconds: 60
+  # 5 s until nobody asks this agent, the answers in flight, 8 s of gRPC calls, 10 s for vLLM's end, and some to spare.
+  terminationGracePeriodSeconds: {{ add (int $root.Values.serving.drainSeconds) 40 }}
   securityContext:
     {{- include "finery.podSecurity" $root | nindent 4 }}
   {{- include "finery.pullSecrets" $root | nindent 2 }}
