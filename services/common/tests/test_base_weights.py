@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from finery_common.base_weights import fill, main, read_sources, wait
+from finery_common.base_weights import fill, read_sources, wait
 from finery_common.catalogue import folder_sha256
 from finery_common.errors import DataLossError, DeadlineExceededError, FailedPreconditionError, NotFoundError
 
@@ -100,7 +102,9 @@ def test_a_pod_waits_until_the_model_is_there(model, cache):
         wait(cache / "other", timeout_s=0)
 
 
-def test_the_command_says_in_one_line_what_is_wrong(tmp_path, cache, capsys):
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path, cache):
     (tmp_path / "sources.yaml").write_text("models: [{name: tiny}]")
-    assert main(["fill", str(tmp_path / "sources.yaml"), str(cache)]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: Base model tiny: there is no folder")
+    command = [sys.executable, "-m", "finery_common.base_weights", "fill", tmp_path / "sources.yaml", cache]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: Base model tiny: there is no folder")
