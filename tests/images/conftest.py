@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
-from images.containers import Image, Store, missing
+from images.containers import Image, Store, absent, forbidden
 
 
 @pytest.fixture(scope="session")
 def image_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """An image store with the base in it."""
-    if reason := missing():
+    if programs := absent():
+        pytest.fail(f"{', '.join(programs)} missing; `make setup-system` installs them", pytrace=False)
+    if reason := forbidden():
         pytest.skip(f"images cannot be built: {reason}")
     store = Store(tmp_path_factory.mktemp("image-store"))
     try:

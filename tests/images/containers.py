@@ -37,11 +37,13 @@ exec chroot "$ROOT" setpriv --reuid="${OWNER%:*}" --regid="${OWNER#*:}" --clear-
 """
 
 
-def missing() -> str:
-    """What keeps this machine from building and running images; empty where nothing does."""
-    absent = [program for program in PROGRAMS if shutil.which(program) is None]
-    if absent:
-        return f"{', '.join(absent)} missing; `make setup-system` installs them"
+def absent() -> list[str]:
+    """Programs that are not installed and have to be."""
+    return [program for program in PROGRAMS if shutil.which(program) is None]
+
+
+def forbidden() -> str:
+    """What this machine does not allow that building and running images takes; empty where it allows all."""
     if os.geteuid() != 0:
         return "building into a chroot takes root"
     walls = subprocess.run(["unshare", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True, check=False)

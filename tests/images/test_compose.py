@@ -11,27 +11,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from images.service_settings import SETTINGS
 
 from finery_common.catalogue import Catalogue
 from finery_common.settings import ServiceSettings
 from finery_common.tls import VLLM_NAME
-from finery_converter.settings import ConverterSettings
-from finery_dataprep.settings import DataprepSettings
-from finery_gateway.settings import GatewaySettings
 from finery_serving.settings import ServingSettings
-from finery_trainer.settings import TrainerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "compose"
 COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
-SETTINGS: dict[str, type[ServiceSettings]] = {
-    "gateway": GatewaySettings,
-    "dataprep": DataprepSettings,
-    "trainer": TrainerSettings,
-    "converter": ConverterSettings,
-    "serving": ServingSettings,
-}
 FINERY = sorted(SETTINGS)
 
 

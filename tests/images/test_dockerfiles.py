@@ -11,22 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from images.service_settings import SETTINGS
 from packaging.requirements import Requirement
 
-from finery_converter.settings import ConverterSettings
-from finery_dataprep.settings import DataprepSettings
-from finery_gateway.settings import GatewaySettings
-from finery_serving.settings import ServingSettings
-from finery_trainer.settings import TrainerSettings
-
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = {
-    "gateway": GatewaySettings,
-    "dataprep": DataprepSettings,
-    "trainer": TrainerSettings,
-    "converter": ConverterSettings,
-    "serving": ServingSettings,
-}
 SERVICES = sorted(SETTINGS)
 
 

@@ -31,7 +31,7 @@ from finery_common.rpc.messages import artifact_to_proto
 from finery_common.rpc.server import RpcServer, Servicer, token_authenticator
 from finery_common.rpc.tokens import TokenSigner
 from finery_common.spec import TrainingSpec
-from finery_trainer.launchers import Launcher
+from finery_trainer.launchers import Attempt, Exit, Launcher, Waiting
 from finery_trainer.service import Service, running
 from finery_trainer.settings import TrainerSettings
 
@@ -314,3 +314,59 @@ async def system(tmp_path, monkeypatch, object_store, tiny_base_dir, write_rows,
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield System(TrainerSettings(), store=object_store, dataprep=dataprep, serving=serving)
     await neighbours.stop(drain_s=0)
+
+
+class FakeLauncher:
+    """Starts nothing: the test plays the worker."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.attempts: list[Attempt] = []
+        self.killed: list[str] = []
+        self.waits: list[Waiting] = []
+        self._exits: list[Exit] = []
+
+    async def attempt(self) -> Attempt:
+        """The first, once it is started."""
+        async with asyncio.timeout(20):
+            while not self.attempts:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        return self.attempts[0]
+
+    async def check(self, attempt):
+        pass
+
+    async def start(self, attempt):
+        self.attempts.append(attempt)
+
+    def end(self, attempt, *, was_stopped=False):
+        self._exits.append(Exit(attempt.job_id, attempt.epoch, was_stopped, "was ended by SIGKILL"))
+
+    def take_exits(self):
+        exits, self._exits = self._exits, []
+        return exits
+
+    def waiting(self):
+        return self.waits
+
+    def log_place(self, job_id, *, epoch):
+        return f"log {epoch}"
+
+    async def kill(self, job_id):
+        self.killed.append(job_id)
+
+    async def stop_all(self, *, grace_s):
+        pass
+
+
+@pytest.fixture
+def fake_launcher():
+    return FakeLauncher()
+
+
+@pytest.fixture
+async def launcher(system, fake_launcher):
+    """The service runs with it."""
+    async with system.started(lambda _address: fake_launcher) as service:
+        fake_launcher.address = service.address
+        yield fake_launcher

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 import pytest
@@ -32,42 +31,8 @@ STEP = StepMetrics(
 )
 
 
-class Launcher:
-    """Starts nothing: the test plays the worker."""
-
-    def __init__(self) -> None:
-        self.attempts = asyncio.Queue()
-        self.address = ""
-
-    async def check(self, attempt):
-        pass
-
-    async def start(self, attempt):
-        self.attempts.put_nowait(attempt)
-
-    def take_exits(self):
-        return []
-
-    def waiting(self):
-        return []
-
-    async def kill(self, job_id):
-        pass
-
-    async def stop_all(self, *, grace_s):
-        pass
-
-
-@pytest.fixture
-async def launcher(system):
-    launcher = Launcher()
-    async with system.started(lambda _address: launcher) as service:
-        launcher.address = service.address
-        yield launcher
-
-
 async def started_worker(launcher):
-    attempt = await asyncio.wait_for(launcher.attempts.get(), 20)
+    attempt = await launcher.attempt()
     return attempt.job_id, WorkerClient(launcher.address, token=attempt.token)
 
 

@@ -1,10 +1,9 @@
-"""Jobs without training: what is refused, what happens in which state, order, lost attempts, zombies, deployment."""
+"""Jobs without training: what happens in which state, order, lost attempts, zombies, deployment."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import secrets
 
 import pytest
 from transformers import LlamaConfig
@@ -29,58 +28,13 @@ from finery_common.spec import TrainingSpec
 from finery_trainer.client import Assignment, Command, WorkerClient
 from finery_trainer.engine.architecture import describe
 from finery_trainer.engine.planner import Ranks, Workload, plan_step
-from finery_trainer.launchers import Attempt, Exit, Waiting
+from finery_trainer.launchers import Attempt
 from finery_trainer.link import AttemptOver, Link
 from finery_trainer.publishing import MetricsTable, Publisher
 from finery_trainer.records import CheckpointReport, StepMetrics
 from finery_trainer.worker import explain
 
 ANOTHER = "ftjob-" + "0" * 24
-
-
-class FakeLauncher:
-    """Starts nothing: the test plays the worker."""
-
-    def __init__(self) -> None:
-        self.address = ""
-        self.attempts: list[Attempt] = []
-        self.killed: list[str] = []
-        self.waits: list[Waiting] = []
-        self._exits: list[Exit] = []
-
-    async def check(self, attempt):
-        pass
-
-    async def start(self, attempt):
-        self.attempts.append(attempt)
-
-    def end(self, attempt, *, was_stopped=False):
-        self._exits.append(Exit(attempt.job_id, attempt.epoch, was_stopped, "was ended by SIGKILL"))
-
-    def take_exits(self):
-        exits, self._exits = self._exits, []
-        return exits
-
-    def waiting(self):
-        return self.waits
-
-    def log_place(self, job_id, *, epoch):
-        return f"log {epoch}"
-
-    async def kill(self, job_id):
-        self.killed.append(job_id)
-
-    async def stop_all(self, *, grace_s):
-        pass
-
-
-@pytest.fixture
-async def launcher(system):
-    """The service runs with it."""
-    launcher = FakeLauncher()
-    async with system.started(lambda _address: launcher) as service:
-        launcher.address = service.address
-        yield launcher
 
 
 async def attempt_of(launcher, wait_until, *, number=1) -> Attempt:
@@ -107,90 +61,6 @@ def publish(system, prefix, kind):
 
 def named(job):
     return job.name.rpartition("/")[2]
-
-
-@pytest.mark.parametrize(
-    ("fields", "kind", "text"),
-    [
-        ({"suffix": "a/b"}, InvalidArgumentError, "slash"),
-        ({"suffix": "A"}, InvalidArgumentError, "wanted up to 64 of a-z"),
-        ({"suffix": "a" * 65}, InvalidArgumentError, "wanted up to 64"),
-        ({"metadata": {f"k{n}": "v" for n in range(17)}}, InvalidArgumentError, "got 17 pairs"),
-        ({"metadata": {"k" * 65: "v"}}, InvalidArgumentError, "key of 65 characters"),
-        ({"metadata": {"k": "v" * 513}}, InvalidArgumentError, "value of 513 characters"),
-        ({"spec": {"base_model": "gpt"}}, NotFoundError, "no base model 'gpt'; there are: tiny, gone"),
-        ({"spec": {"max_sequence_length": 65}}, InvalidArgumentError, "got 65, wanted at most 64"),
-        ({"spec": {"lora": {"bias": "all"}}}, InvalidArgumentError, "deploy false"),
-        ({"spec": {"lora": {"use_dora": True}}}, InvalidArgumentError, "use_dora: got true, .*deploy false"),
-        ({"spec": {"method": "full"}}, InvalidArgumentError, "whole model and no adapter.*deploy false.*catalogue"),
-        ({"spec": {"lora": {"rank": 33}}}, InvalidArgumentError, "got 33, adapters up to rank 32"),
-        ({"spec": {"base_model": "gone"}, "deploy": True}, FailedPreconditionError, "gone is not being served"),
-        ({"training_file": "file-" + "0" * 24}, NotFoundError, "upload it first"),
-        ({"training_file": "rows.jsonl"}, InvalidArgumentError, "got 'rows.jsonl', wanted the id"),
-        ({"validation_file": "file-" + "0" * 24}, NotFoundError, "validation_file: there is no file"),
-    ],
-)
-async def test_what_cannot_work_is_refused_when_it_is_created(system, launcher, fields, kind, text):
-    with pytest.raises(kind, match=text) as caught:
-        await system.create(**fields)
-    assert caught.value.param
-
-
-async def test_what_cannot_be_served_is_trained_where_nobody_asks_to_serve_it(system, launcher):
-    job = await system.create(spec={"lora": {"bias": "all", "rank": 64}}, deploy=False)
-    assert job.deployment.state == training_pb2.DEPLOYMENT_STATE_NONE
-
-
-async def test_a_file_of_another_project_is_unknown(system, launcher):
-    foreign = system.upload()
-    system.project = f"p{secrets.token_hex(6)}"
-    with pytest.raises(NotFoundError, match="no file"):
-        await system.create(training_file=foreign)
-
-
-async def test_a_wrong_spec_names_its_fields(system, launcher):
-    request = system.request()
-    request.job.spec.optimizer.learning_rate = 0
-    with pytest.raises(InvalidArgumentError, match=r"optimizer.learning_rate: got 0.0"):
-        await system.stub.CreateJob(request, metadata=system.metadata())
-
-
-async def test_the_same_request_gives_the_same_job_and_another_body_is_refused(system, launcher):
-    request = system.request(request_id="one", suffix="a")
-    first = await system.stub.CreateJob(request, metadata=system.metadata())
-    again = await system.stub.CreateJob(request, metadata=system.metadata())
-    assert first.name == again.name
-    request.job.suffix = "b"
-    with pytest.raises(AlreadyExistsError):
-        await system.stub.CreateJob(request, metadata=system.metadata())
-
-
-async def test_a_create_is_repeated_even_when_its_file_is_gone_by_then(system, launcher):
-    file = system.upload()
-    request = system.request(request_id="two", training_file=file)
-    first = await system.stub.CreateJob(request, metadata=system.metadata())
-    system.store.delete(f"projects/{system.project}/files/{file}/")
-    assert (await system.stub.CreateJob(request, metadata=system.metadata())).name == first.name
-
-
-async def test_jobs_are_listed_newest_first_in_pages_and_by_metadata(system, launcher):
-    names = [(await system.create(metadata={"n": str(number)})).name for number in range(3)]
-    listing = training_pb2.ListJobsRequest(parent=f"projects/{system.project}", page_size=2)
-    page = await system.stub.ListJobs(listing, metadata=system.metadata())
-    assert [job.name for job in page.jobs] == names[:0:-1]
-    listing.page_token = page.next_page_token
-    assert [job.name for job in (await system.stub.ListJobs(listing, metadata=system.metadata())).jobs] == names[:1]
-    listing = training_pb2.ListJobsRequest(parent=f"projects/{system.project}", metadata={"n": "1"})
-    assert [job.name for job in (await system.stub.ListJobs(listing, metadata=system.metadata())).jobs] == [names[1]]
-
-
-async def test_another_projects_job_is_unknown(system, launcher):
-    job = await system.create()
-    system.project = f"p{secrets.token_hex(6)}"
-    with pytest.raises(NotFoundError):
-        await system.get(job.name)
-    with pytest.raises(NotFoundError):
-        await system.get(f"projects/{system.project}/jobs/{job.name.rpartition('/')[2]}")
 
 
 async def test_bad_rows_fail_the_job_with_their_lines(system, launcher):
@@ -368,13 +238,12 @@ async def test_jobs_run_one_at_a_time_in_the_order_of_their_creation(system, lau
     assert [(await system.get(job.name)).error.message for job in jobs] == ["no"] * 3
 
 
-async def test_two_places_run_two_jobs(system, wait_until):
+async def test_two_places_run_two_jobs(system, wait_until, fake_launcher):
     system.settings = system.settings.model_copy(update={"max_workers": 2})
-    launcher = FakeLauncher()
-    async with system.started(lambda _address: launcher):
+    async with system.started(lambda _address: fake_launcher):
         for _ in range(3):
             await system.create()
-        await attempt_of(launcher, wait_until, number=2)
+        await attempt_of(fake_launcher, wait_until, number=2)
         jobs = (
             await system.stub.ListJobs(training_pb2.ListJobsRequest(parent=f"projects/{system.project}"), metadata=system.metadata())
         ).jobs
@@ -421,24 +290,22 @@ async def test_a_workers_end_is_noted_once_the_database_is_back(system, launcher
     assert any("goes on from its last checkpoint" in event["message"] for event in await system.events(job.name))
 
 
-async def test_a_silent_worker_loses_its_job(system, wait_until):
+async def test_a_silent_worker_loses_its_job(system, wait_until, fake_launcher):
     system.settings = system.settings.model_copy(update={"lease_s": 0.5})
-    launcher = FakeLauncher()
-    async with system.started(lambda _address: launcher):
+    async with system.started(lambda _address: fake_launcher):
         job = await system.create()
-        await attempt_of(launcher, wait_until, number=2)
-        assert launcher.killed[0] == named(job)
+        await attempt_of(fake_launcher, wait_until, number=2)
+        assert fake_launcher.killed[0] == named(job)
 
 
-async def test_a_worker_that_does_not_obey_a_cancellation_is_ended(system, wait_until):
+async def test_a_worker_that_does_not_obey_a_cancellation_is_ended(system, wait_until, fake_launcher):
     system.settings = system.settings.model_copy(update={"cancel_grace_s": 0.5})
-    launcher = FakeLauncher()
-    async with system.started(lambda _address: launcher):
+    async with system.started(lambda _address: fake_launcher):
         job = await system.create()
-        await attempt_of(launcher, wait_until)
+        await attempt_of(fake_launcher, wait_until)
         await system.stub.CancelJob(training_pb2.CancelJobRequest(name=job.name), metadata=system.metadata())
         await system.wait(job.name, "CANCELLED", timeout_s=10)
-        assert launcher.killed == [named(job)]
+        assert fake_launcher.killed == [named(job)]
 
 
 async def test_a_zombie_can_neither_report_nor_publish(system, launcher, wait_until, tmp_path):
@@ -551,12 +418,11 @@ async def test_a_success_is_what_its_method_makes(system, launcher, wait_until):
     assert (job.state, job.model.manifest_sha256) == (job_pb2.JOB_STATE_SUCCEEDED, model.manifest_sha256)
 
 
-async def test_a_model_that_the_catalogue_names_is_not_deleted(system, wait_until):
-    launcher = FakeLauncher()
-    async with system.started(lambda _address: launcher) as service:
-        launcher.address = service.address
+async def test_a_model_that_the_catalogue_names_is_not_deleted(system, wait_until, fake_launcher):
+    async with system.started(lambda _address: fake_launcher) as service:
+        fake_launcher.address = service.address
         job = await system.create(spec={"method": "full"}, deploy=False)
-        client = await worker_client(launcher, await attempt_of(launcher, wait_until))
+        client = await worker_client(fake_launcher, await attempt_of(fake_launcher, wait_until))
         await client.report_step(metrics_of(6))
         model, metrics_file = publish(system, f"models/{named(job)}/", "model"), publish(system, f"runs/{named(job)}/metrics/", "metrics")
         await client.finish(JobState.SUCCEEDED, model=model, metrics_file=metrics_file)
@@ -565,7 +431,7 @@ async def test_a_model_that_the_catalogue_names_is_not_deleted(system, wait_unti
     before = catalogue.read_text()
     for text in (f"{before}  - {{name: mine, s3_prefix: {model.prefix}, max_sequence_length: 64}}\n", before):
         catalogue.write_text(text)
-        async with system.started(lambda _address: launcher):
+        async with system.started(lambda _address: fake_launcher):
             request = training_pb2.DeleteJobRequest(name=job.name)
             if text != before:
                 with pytest.raises(FailedPreconditionError, match="base model mine"):
@@ -681,13 +547,12 @@ async def test_what_the_planner_refuses_is_the_jobs_error_word_for_word(system, 
     assert (error.code, error.param, error.message) == ("out_of_memory", "spec.memory.budget", caught.value.message)
 
 
-async def test_a_validation_taken_up_by_another_process_goes_on(system, wait_until):
-    launcher = FakeLauncher()
+async def test_a_validation_taken_up_by_another_process_goes_on(system, wait_until, fake_launcher):
     system.dataprep.ready = False
-    async with system.started(lambda _address: launcher):
+    async with system.started(lambda _address: fake_launcher):
         job = await system.create()
         await system.wait(job.name, "VALIDATING")
     system.dataprep.ready = True
-    async with system.started(lambda _address: launcher) as service:
-        await attempt_of(launcher, wait_until)
+    async with system.started(lambda _address: fake_launcher) as service:
+        await attempt_of(fake_launcher, wait_until)
         assert (await service.jobs.get(system.project, named(job))).epoch == 3
