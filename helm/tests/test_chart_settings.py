@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 from chart_rendering import CASES, Manifests
-from images.service_settings import SETTINGS as SERVICES
 
 from finery_common.settings import ServiceSettings
+from finery_converter.settings import ConverterSettings
+from finery_dataprep.settings import DataprepSettings
 from finery_gateway.settings import GatewaySettings
 from finery_gateway.wiring import targets_of
 from finery_serving.settings import ServingSettings
-from finery_trainer.settings import WorkerSettings
+from finery_trainer.settings import TrainerSettings, WorkerSettings
 
 SETTINGS: dict[str, type[ServiceSettings]] = {
-    **SERVICES,
+    "gateway": GatewaySettings,
+    "dataprep": DataprepSettings,
+    "trainer": TrainerSettings,
+    "converter": ConverterSettings,
+    "serving": ServingSettings,
     "serving-follower": ServingSettings,
     "worker": WorkerSettings,
     "base-weights": ServiceSettings,
