@@ -38,6 +38,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import psycopg
 import sqlalchemy as sa
@@ -52,6 +53,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.pool import QueuePool
 from sqlalchemy.types import TypeDecorator
 
 from finery_common.errors import (
@@ -66,6 +68,7 @@ from finery_common.metrics import DATABASE_FAILURES
 
 LOCK_TIMEOUT_S = 15
 _CONNECT_TIMEOUT_S = 10
+_CLOSE_S = 1.0
 _SCHEMA = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _WANTED_URL = "want sqlite:////absolute/path.sqlite or postgresql://user:password@host:5432/database"
 
@@ -120,7 +123,15 @@ class Database:
         return cls(parsed, schema=schema)
 
     async def close(self) -> None:
-        """Closes every connection; transactions still open are rolled back."""
+        """Closes every connection, those in use once they are given back: what came later would be closed by nobody.
+
+        Transactions still open after a second are rolled back.
+        """
+        pool = cast("QueuePool", self._engine.pool)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                while pool.checkedout():  # noqa: ASYNC110  the pool signals nobody
+                    await asyncio.sleep(0.01)
         await self._engine.dispose()
 
     @contextlib.asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 import sys
@@ -263,3 +264,24 @@ async def test_other_urls_are_refused(url: str) -> None:
 async def test_other_schema_names_are_refused(tmp_path: Path, schema: str) -> None:
     with pytest.raises(InvalidArgumentError, match="want lower-case letters"):
         await Database.open(f"sqlite:///{tmp_path / 'a.sqlite'}", schema=schema)
+
+
+async def test_what_is_in_use_while_a_database_closes_leaves_no_connection_behind(database_url):
+    database = await Database.open(database_url, schema="test")
+    is_open, may_end = asyncio.Event(), asyncio.Event()
+
+    async def read(database):
+        async with database.read() as session:
+            await session.scalar(sa.text("select 1"))
+            is_open.set()
+            await may_end.wait()
+
+    reading = asyncio.create_task(read(database))
+    await is_open.wait()
+    closing = asyncio.create_task(database.close())
+    await asyncio.sleep(0.05)
+    may_end.set()
+    await asyncio.gather(reading, closing)
+    del database, reading, closing
+    await asyncio.sleep(0.05)
+    gc.collect()
