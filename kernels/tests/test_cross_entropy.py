@@ -312,9 +312,10 @@ def test_large_vocabularies_on_a_gpu(num_classes, logits_dtype, softcap):
     assert_within_budget(got, losses, plain_losses, factor=3, name="loss")
     assert_within_budget(out, gradient, plain_gradient.to(torch.bfloat16), factor=1.01, name="gradient")
     if logits_dtype == torch.float32:
-        # How rows are aligned decides the order of sums: what lies over the logits is compared with what lies beside logits so aligned.
-        row_stride = (num_classes + 7) // 8 * 8
-        aligned, beside = strided(logits, row_stride=row_stride), poisoned(70, num_classes, dtype=torch.bfloat16, device="cuda")
+        # How rows are aligned, read or written, decides the order of sums: gradients over the logits and beside them lie alike.
+        row_stride = (num_classes + 15) // 16 * 16
+        aligned = strided(logits, row_stride=row_stride)
+        beside = poisoned(70, num_classes, dtype=torch.bfloat16, device="cuda", row_stride=2 * row_stride)
         want = call(cross_entropy_forward_backward_, aligned, targets, softcap=softcap, out=beside)
         for _ in range(5):
             rows = strided(logits, row_stride=row_stride)

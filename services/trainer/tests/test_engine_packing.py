@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from finery_common.errors import InvalidArgumentError
 from finery_trainer.engine.graphs import in_buckets
-from finery_trainer.engine.packing import IGNORE, groups, pack, padded_tokens
+from finery_trainer.engine.packing import IGNORE, groups, multiple_of_labels, pack, padded_tokens
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -64,10 +64,18 @@ def test_padding_beside_a_gpu_is_an_eighth_at_most_and_little_for_large_packs(nu
     assert padded_tokens(padded) == padded
 
 
+def test_labels_of_small_packs_take_few_shapes():
+    assert {multiple_of_labels(padded_tokens(num_tokens)) for num_tokens in range(1, 500)} == {128}
+    for num_tokens in (600, 1100, 5000):
+        padded = padded_tokens(num_tokens)
+        assert padded == 4 * multiple_of_labels(padded)
+    assert multiple_of_labels(8200) == 128
+
+
 def test_bounds_in_buckets_end_with_empty_sequences():
     batch = in_buckets(pack(rows_of([5, 9, 3])))
     assert batch.cu_seqlens.tolist() == [0, 5, 14, 17] + [17] * 13
-    assert (batch.max_seqlen, batch.cu_seqlens.dtype) == (128, torch.int32)
+    assert (batch.max_seqlen, batch.cu_seqlens.dtype) == (512, torch.int32)
     equal = pack(rows_of([4, 4]))
     assert in_buckets(equal) is equal
 

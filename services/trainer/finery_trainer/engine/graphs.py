@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 _Shape = tuple[int, int, int, int, int | None]
 
 _MAX_GRAPHS = 64
-_SEEN_BEFORE = 2
-"""A shape is captured when it comes after as many times as this."""
+_SEEN_BEFORE = 1
+"""A shape is captured when it comes after as many times as this: never first, when kernels may still have to be compiled."""
+_SHORT = 512
+"""Longest sequences up to this count as so long: blocks that no sequence reaches cost attention less than another graph would."""
 
 
 def in_buckets(batch: PackedBatch) -> PackedBatch:
@@ -32,7 +34,7 @@ def in_buckets(batch: PackedBatch) -> PackedBatch:
     sequences = len(batch.cu_seqlens) - 1
     wanted = -(-sequences // 16) * 16
     ends = batch.cu_seqlens[-1:].expand(wanted - sequences)
-    longest = max(128, 1 << (batch.max_seqlen - 1).bit_length())
+    longest = max(_SHORT, 1 << (batch.max_seqlen - 1).bit_length())
     if batch.lengths_equal is not None:
         return batch
     return replaced(batch, {"cu_seqlens": torch.cat([batch.cu_seqlens, ends]), "max_seqlen": longest})

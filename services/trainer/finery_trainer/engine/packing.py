@@ -118,6 +118,12 @@ def padded_tokens(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
+def multiple_of_labels(padded: int) -> int:
+    """What the labels of a pack of `padded` tokens are padded to a multiple of beside a GPU: a quarter of the tokens of small packs, whose
+    shapes are to repeat."""
+    return max(128, padded // 4) if padded <= SMALL_TOKENS else 128
+
+
 def groups(lengths: Sequence[int], *, max_tokens: int) -> Iterator[list[int]]:
     """Indices into `lengths` in groups of at most `max_tokens` tokens, longest first; a longer row is a group of its own.
 

@@ -25,7 +25,7 @@ from finery_trainer.engine.generic import GenericPasses
 from finery_trainer.engine.graphs import GraphedPasses, in_buckets
 from finery_trainer.engine.host_embedding import HostEmbedding
 from finery_trainer.engine.optim import Stepper, build_flat_optimizer, rate_factors
-from finery_trainer.engine.packing import PackedBatch, Row, count_labels, groups, pack, padded_tokens, replaced
+from finery_trainer.engine.packing import PackedBatch, Row, count_labels, groups, multiple_of_labels, pack, padded_tokens, replaced
 from finery_trainer.engine.planner import Plan, Ranks, Workload, keep_all, plan_step
 from finery_trainer.engine.stack import TrainingStack, unsupported
 
@@ -166,8 +166,13 @@ class PackedPasses:
             return self._embedded(pack(rows, is_deterministic=self._is_deterministic))
         num_tokens = sum(len(ids) for ids, _ in rows)
         are_equal = len(rows) > 1 and len({len(ids) for ids, _ in rows}) == 1
-        multiple = 1 if are_equal else padded_tokens(num_tokens)
-        batch = pack(rows, token_multiple=multiple, label_multiple=128, is_deterministic=self._is_deterministic)
+        padded = num_tokens if are_equal else padded_tokens(num_tokens)
+        batch = pack(
+            rows,
+            token_multiple=1 if are_equal else padded,
+            label_multiple=128 if are_equal else multiple_of_labels(padded),
+            is_deterministic=self._is_deterministic,
+        )
         return self._embedded(in_buckets(batch)).pinned()
 
     def _embedded(self, batch: PackedBatch) -> PackedBatch:
