@@ -97,9 +97,12 @@ def test_gradient_may_replace_the_logits_or_lie_in_their_upper_half(name):
     function, device = implementation(name)
     for num_classes, stride in ((96, 96), (2305, 2312), (9000, 9008)):
         logits, targets = inputs(4, num_classes, torch.float32, device=device)
-        want, want_16 = (poisoned(4, num_classes, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
-        losses = call(function, logits, targets, out=want)
-        losses_16 = call(function, logits, targets, out=want_16)
+        # How rows are aligned, read or written, decides the order of sums: bits are compared where they lie alike.
+        beside = strided(logits, row_stride=stride)
+        want = poisoned(4, num_classes, dtype=torch.float32, device=device, row_stride=stride)
+        want_16 = poisoned(4, num_classes, dtype=torch.bfloat16, device=device, row_stride=2 * stride)
+        losses = call(function, beside, targets, out=want)
+        losses_16 = call(function, beside, targets, out=want_16)
 
         rows = strided(logits, row_stride=stride)
         assert torch.equal(call(function, rows, targets, out=rows), losses)
@@ -112,6 +115,7 @@ def test_gradient_may_replace_the_logits_or_lie_in_their_upper_half(name):
         assert torch.equal(upper, want_16)
 
         narrow = logits.to(torch.bfloat16)
+        want_16 = poisoned(4, num_classes, dtype=torch.bfloat16, device=device)
         call(function, narrow.clone(), targets, out=want_16)
         call(function, narrow, targets, out=narrow)
         assert torch.equal(narrow, want_16)
@@ -124,7 +128,8 @@ def test_rows_may_lie_apart_and_the_gaps_are_left_alone(name):
     want = poisoned(4, 300, dtype=torch.float32, device=device)
     losses = call(function, logits, targets, out=want)
     out = poisoned(4, 300, dtype=torch.float32, device=device, row_stride=333)
-    assert torch.equal(call(function, strided(logits, row_stride=320), targets, out=out), losses)
+    # No stride here is a multiple of 16, so sums are taken in one order.
+    assert torch.equal(call(function, strided(logits, row_stride=312), targets, out=out), losses)
     assert torch.equal(out, want)
     assert_padding_untouched(out)
 
@@ -312,7 +317,7 @@ def test_large_vocabularies_on_a_gpu(num_classes, logits_dtype, softcap):
     assert_within_budget(got, losses, plain_losses, factor=3, name="loss")
     assert_within_budget(out, gradient, plain_gradient.to(torch.bfloat16), factor=1.01, name="gradient")
     if logits_dtype == torch.float32:
-        # How rows are aligned, read or written, decides the order of sums: gradients over the logits and beside them lie alike.
+        # Bits are compared where rows lie alike, as above.
         row_stride = (num_classes + 15) // 16 * 16
         aligned = strided(logits, row_stride=row_stride)
         beside = poisoned(70, num_classes, dtype=torch.bfloat16, device="cuda", row_stride=2 * row_stride)
