@@ -9,6 +9,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError
 from finery_common.spec import LoraSpec, TrainingSpec
@@ -17,6 +19,7 @@ from finery_trainer.engine import distributed
 from finery_trainer.engine.data import TokenDataset
 from finery_trainer.engine.distributed import ReplicaLostError, shares
 from finery_trainer.engine.loop import Action, StepReport
+from finery_trainer.engine.passes import most_tokens
 from finery_trainer.worker import Inputs, _method_of
 
 CPU = torch.device("cpu")
@@ -68,6 +71,15 @@ def test_rows_go_to_whoever_has_the_fewest_tokens():
     assert sorted(index for indices in given for index in indices) == list(range(64))
     loads = [sum(lengths[index] for index in indices) for indices in given]
     assert max(loads) - min(loads) <= max(lengths)
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), num_replicas=st.integers(1, 8))
+def test_no_replica_is_given_more_tokens_than_are_planned_for(lengths, num_replicas):
+    most = most_tokens(lengths, num_replicas=num_replicas)
+    given_lengths = [[lengths[index] for index in share] for share in shares(lengths, num_replicas=num_replicas)]
+    assert max(map(sum, given_lengths)) <= most
+    assert most <= most_tokens([max(lengths)] * len(lengths), num_replicas=num_replicas)
+    assert most_tokens([7] * 16, num_replicas=2) == 56
 
 
 def test_two_replicas_take_the_steps_of_one_and_resume_to_the_bit(case, tmp_path):

@@ -25,7 +25,7 @@ from finery_trainer.engine.architecture import ModelShape, decoder_of, describe
 from finery_trainer.engine.generic import without_budget
 from finery_trainer.engine.host_embedding import GENERIC, TIED, not_offloaded
 from finery_trainer.engine.model import dtype_of
-from finery_trainer.engine.passes import RESERVE_BYTES, is_capturable
+from finery_trainer.engine.passes import RESERVE_BYTES, is_capturable, most_tokens
 from finery_trainer.engine.planner import Plan, Ranks, Workload, plan_step
 from finery_trainer.engine.weights import PROJECTIONS
 
@@ -160,10 +160,9 @@ def _is_plain(spec: TrainingSpec, model: PreTrainedModel) -> bool:
 
 def _workload(spec: TrainingSpec, model: PreTrainedModel) -> Workload:
     """One step of the longest rows that the spec allows, on one of its GPUs."""
-    num_tokens = spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps * spec.max_sequence_length
+    rows = [spec.max_sequence_length] * (spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps)
     return Workload(
-        # What `distributed.shares` gives to one GPU at the most.
-        num_tokens=min(num_tokens, num_tokens // spec.gpus + spec.max_sequence_length),
+        num_tokens=most_tokens(rows, num_replicas=spec.gpus),
         longest_row=spec.max_sequence_length,
         mean_row=spec.max_sequence_length,
         ranks=Ranks() if spec.method is MethodType.FULL else _ranks(spec.lora, model),

@@ -256,9 +256,17 @@ def packed_passes(model: PeftModel | PreTrainedModel, spec: TrainingSpec, data: 
     """The engine's own layers, with memory for the longest steps of `data`, whose rows `num_replicas` share."""
     rows_per_step = spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps
     longest = sorted((int(length) for length in data.row_lengths), reverse=True)[:rows_per_step]
-    # What `distributed.shares` gives to one of them at the most.
-    num_tokens = min(sum(longest), sum(longest) // num_replicas + longest[0])
+    num_tokens = most_tokens(longest, num_replicas=num_replicas)
     return PackedPasses(model, spec, longest_row=longest[0], mean_row=float(data.row_lengths.mean()), num_tokens=num_tokens)
+
+
+def most_tokens(lengths: Sequence[int], *, num_replicas: int) -> int:
+    """The most tokens that `distributed.shares` gives to one replica of a step of rows that are no longer than `lengths`.
+
+    A row goes to whoever has least: at most the mean of the others, and no more rows than an even share (Graham 1969).
+    """
+    longest = max(lengths)
+    return min((sum(lengths) + (num_replicas - 1) * longest) // num_replicas, -(-len(lengths) // num_replicas) * longest)
 
 
 def _card_bytes(spec: TrainingSpec, device: torch.device, *, is_fixed: bool) -> int:
