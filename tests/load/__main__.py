@@ -2,9 +2,10 @@
 
     make bench-serving FORM=swaps MODEL=DIR [BENCH_ARGS="--streams 64 --swaps 1000"]
     make bench-serving FORM=zipf MODEL=DIR [BENCH_ARGS="--streams 64 --adapters 64 --seconds 60"]
+    make bench-serving FORM="zipf swaps" MODEL=DIR
 
 The model's folder needs weights, trained or random (`kernels/benchmarks/train.py make-model`), and a tokenizer.
-FINERY_VLLM_PYTHON names the vLLM. Prints one JSON object.
+FINERY_VLLM_PYTHON names the vLLM. Prints one JSON object for each form; several share a vLLM.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from load.client import Client
@@ -38,7 +40,10 @@ async def _swaps(options: argparse.Namespace, stack: Stack, folder: Path) -> dic
             client, base_model=stack.place.base_model, aliases=[ALIAS], num_tokens=8, num_beside=options.streams
         )
         async with streaming(client, ALIAS, swaps, num_streams=options.streams):
+            ends_s = time.monotonic() + options.limit_s
             for number in range(1, options.swaps + 1):
+                if time.monotonic() > ends_s:
+                    break
                 await swap(installation, ALIAS, versions[number % words], swaps)
             bare = await measure_bare(installation, versions[0].folder, count=options.bare)
         await installation.drained(ALIAS)
@@ -65,13 +70,14 @@ async def _zipf(options: argparse.Namespace, stack: Stack, folder: Path) -> dict
 
 
 def main() -> None:
-    """Runs one form and prints what came out."""
+    """Runs the forms and prints what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("form", choices=("swaps", "zipf"))
+    parser.add_argument("forms", nargs="+", choices=("swaps", "zipf"))
     parser.add_argument("--model", type=lambda text: Path(text).resolve(), required=True)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128, help="of each answer")
     parser.add_argument("--swaps", type=int, default=1000)
+    parser.add_argument("--limit-s", type=float, default=3600.0, help="no swap begins after so many seconds")
     parser.add_argument("--words", type=int, default=24, help="versions that take turns")
     parser.add_argument("--bare", type=int, default=20, help="loads past the agent")
     parser.add_argument("--adapters", type=int, default=64)
@@ -81,12 +87,14 @@ def main() -> None:
     python = Path(os.environ.get("FINERY_VLLM_PYTHON", ".venv-vllm/bin/python")).absolute()
     serving: dict[str, object] = {"MAX_LORAS": 8, "MAX_CPU_LORAS": 16, "MAX_LORA_RANK": 16}
     with tempfile.TemporaryDirectory() as folder:
-        (adapters := Path(folder) / "adapters").mkdir()
+        adapters = Path(folder) / "adapters"
         with running_stack(
             Path(folder), model=options.model, vllm_python=python, max_model_len=options.max_model_len, serving=serving
         ) as stack:
-            run = {"swaps": _swaps, "zipf": _zipf}[options.form]
-            sys.stdout.write(json.dumps({"form": options.form, **asyncio.run(run(options, stack, adapters))}) + "\n")
+            for form in options.forms:
+                run = {"swaps": _swaps, "zipf": _zipf}[form]
+                sys.stdout.write(json.dumps({"form": form, **asyncio.run(run(options, stack, adapters / form))}) + "\n")
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":

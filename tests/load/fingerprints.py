@@ -103,7 +103,8 @@ def _margins(
 
 
 def write_adapter(base: BaseFolder, folder: Path, fingerprint: Fingerprint, *, seed: int = 0, everywhere: bool = False) -> Path:
-    """PEFT's two files in `folder`. `everywhere` adds small random weights for all other linear layers, for an adapter of common size."""
+    """PEFT's two files in `folder`. `everywhere` adds small random weights for all other linear layers, for an adapter of common size
+    and, as is common, in bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     if everywhere:
@@ -131,6 +132,8 @@ def write_adapter(base: BaseFolder, folder: Path, fingerprint: Fingerprint, *, s
     targets = sorted({name.split(".")[-3] for name in tensors})
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none", "target_modules": targets}
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    if everywhere:
+        tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 

@@ -122,8 +122,9 @@ class Residency:
 
     @contextmanager
     def pinned(self, version: str) -> Iterator[None]:
-        """Keeps `version` from having to make room while the block runs."""
+        """Keeps `version` from having to make room, and from being dropped, while the block runs."""
         self._pins[version] += 1
+        self._draining.discard(version)
         try:
             yield
         finally:
@@ -148,7 +149,7 @@ class Residency:
                 await asyncio.sleep(_POLL_S)
 
     async def drop(self, version: str) -> None:
-        """Lets no request in, waits until the last one in flight has ended, then unloads; given up where `ensure` wants it back meanwhile.
+        """Lets no request in, waits until the last one in flight has ended, then unloads; given up where somebody pins it meanwhile.
 
         Raises UnavailableError where vLLM dies, and the version with it.
         """
@@ -165,7 +166,7 @@ class Residency:
 
     async def _try_drop(self, version: str) -> bool:
         async with self._lock:
-            if version not in self._draining or version not in self.versions:
+            if self._pins[version] or version not in self._draining or version not in self.versions:
                 return True
             if await self._retire(version):
                 return False
@@ -179,7 +180,6 @@ class Residency:
                 raise UnavailableError("vLLM is starting; repeat later.", retry_after_s=RETRY_AFTER_S)
             if self._generation != self._process.generation:
                 self._generation, self._resident = self._process.generation, {}
-            self._draining.discard(version)
             if self.serves(version):
                 return True
             is_new = version not in self._resident

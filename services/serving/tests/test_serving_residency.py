@@ -165,6 +165,34 @@ async def test_a_draining_version_that_is_wanted_again_stays_loaded(vllm, reside
     assert vllm.loads == ["a"]
 
 
+async def test_a_version_that_is_being_rolled_out_again_is_not_dropped(vllm, residency):
+    await ensure(residency, "a")
+    with residency.pinned("a"):
+        await residency.drop("a")
+        assert vllm.admitted == {"a"}
+    loading, was_loading = asyncio.Event(), vllm.load
+
+    async def load(version, *, path):
+        await loading.wait()
+        await was_loading(version, path=path)
+
+    vllm.load = load
+    other = asyncio.create_task(ensure(residency, "b"))
+    while not residency._lock.locked():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    dropping = asyncio.create_task(residency.drop("a"))
+    while not residency._draining:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    with residency.pinned("a"):
+        # The whole rollout while the drop waits for its turn.
+        assert residency.serves("a")
+    loading.set()
+    await asyncio.gather(other, dropping)
+    assert vllm.admitted == {"a", "b"}
+    await residency.drop("a")
+    assert vllm.admitted == {"b"}
+
+
 async def test_a_refused_version_is_failed_and_nothing_else_is_touched(vllm, residency):
     await ensure(residency, "a")
     vllm.refuses.add("bad")
