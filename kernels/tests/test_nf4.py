@@ -25,7 +25,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 # Large weights and tiny ones. In fp16 none overflows, which leaves a NaN that a CPU and a GPU write differently, and none is below its
 # least number, which some CPUs' bitsandbytes takes for zero.
-SCALES = {torch.bfloat16: (1.0, 3e4, 1e-7), torch.float16: (1.0, 1e4, 1e-5), torch.float32: (1.0, 3e4, 1e-7)}
+SCALES = {torch.bfloat16: (1.0, 3e4, 1e-7), torch.float16: (1.0, 1e4, 3e-4), torch.float32: (1.0, 3e4, 1e-7)}
 # Whole words and blocks; blocks across rows; rows from the middle of a byte; several tiles a row; an odd number of elements; a single one.
 SHAPES = [(6, 128), (5, 40), (4, 33), (2, 2056), (3, 33), (1, 1)]
 
