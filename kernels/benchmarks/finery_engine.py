@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from benchmarks.measure import GIB
@@ -120,7 +119,7 @@ def estimate_gib(workload: Workload, model_dir: Path) -> float | None:
         spec_of(workload),
         config,
         device_memory_bytes=_free_bytes(),
-        host_memory_bytes=psutil.virtual_memory().available,
+        host_bytes=importlib.import_module("finery_trainer.engine.passes").host_bytes(spec_of(workload)),
     )
     return round(estimated.total_bytes / GIB, 2)
 

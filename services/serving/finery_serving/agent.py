@@ -95,7 +95,7 @@ class Agent:
         staging = Staging(store, folder=cache_dir)
         residency = Residency(self.process, client=self.client, max_resident=config.max_cpu_loras, changes=changes)
         registry = Registry(database, process=self.process, residency=residency, client=self.client, changes=changes)
-        placement = Placement(aliases, registry=registry)
+        placement = Placement(registry=registry)
         runner = RolloutRunner(
             aliases,
             staging=staging,

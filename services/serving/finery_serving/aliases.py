@@ -242,12 +242,6 @@ class AliasStore:
             query = sa.select(RolloutRow).where(RolloutRow.state.in_(_AT_WORK)).order_by(RolloutRow.number)
             return tuple(_rollout(row) for row in await session.scalars(query))
 
-    async def is_before_flip(self, rollout: Rollout) -> bool:
-        """Whether the alias may still change by it."""
-        async with self._db.read() as session:
-            state = await session.scalar(sa.select(RolloutRow.state).where(RolloutRow.number == rollout.number))
-        return state is not None and RolloutState(state).is_before_flip
-
     async def advance(self, rollout: Rollout, to: RolloutState) -> None:
         """Notes how far the rollout is. Raises AbortedError where it has ended meanwhile: rolled back, or its alias was deleted."""
         await self._update(rollout, states=BEFORE_FLIP, state=to)

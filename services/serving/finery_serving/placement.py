@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from finery_serving.aliases import Alias, AliasStore, Rollout
+from finery_serving.aliases import Alias, Rollout
 from finery_serving.registry import Registry
 
 
@@ -63,18 +63,11 @@ def _precedence(item: Wanted, *, copies: int) -> tuple[bool, bool, float]:
 class Placement:
     """The rule over what the database wants and the replicas whose vLLM answers."""
 
-    def __init__(self, store: AliasStore, *, registry: Registry) -> None:
-        self._store = store
+    def __init__(self, *, registry: Registry) -> None:
         self._registry = registry
 
-    async def now(self) -> dict[str, tuple[str, ...]]:
-        """The ids of replicas for each version that is wanted, on its way or serving."""
-        # In this order: a rollout that ends in between is counted.
-        rollouts = await self._store.active_rollouts()
-        return self.of(await self._store.desired(), rollouts)
-
     def of(self, aliases: Sequence[Alias], rollouts: Sequence[Rollout]) -> dict[str, tuple[str, ...]]:
-        """The same for what the caller has read already."""
+        """The ids of replicas for each version that is wanted, on its way or serving."""
         rates = {(alias.project, alias.alias): self._registry.rate(alias.version) for alias in aliases}
         wanted: dict[str, Wanted] = {}
         for rollout in rollouts:

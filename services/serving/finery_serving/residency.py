@@ -193,26 +193,26 @@ class Residency:
         started_s = time.perf_counter()
         self._failed.discard(version)
         try:
-            adapter_id = await self._register(version, path=path)
-            resident = self._resident[version] = _Resident(adapter_id, path, time.monotonic())
-            await self._client.admit(version)
+            if version not in self._resident:
+                await self._register(version, path=path)
+            known = await self._client.admit(version)
         except FineryError:
             self._failed.add(version)
             raise
-        resident.is_admitted = True
+        assert Path(known.path) == path, "a version has one folder for good"
+        self._resident[version] = _Resident(known.id, path, time.monotonic(), is_admitted=True)
         load_s = time.perf_counter() - started_s
         LOAD_SECONDS.observe(load_s)
         log.info("adapter loaded", version=version, load_s=round(load_s, 3))
         self._changes.notify()
 
-    async def _register(self, version: str, *, path: Path) -> int:
-        """vLLM's number of the adapter, which it may have already: where an answer of its was lost."""
-        known = (await self._client.state()).adapters.get(version)
-        if known is None:
+    async def _register(self, version: str, *, path: Path) -> None:
+        """Loads the adapter into vLLM, which may have it already: where an answer of its was lost."""
+        try:
             await self._client.load(version, path=path)
-            known = (await self._client.state()).adapters[version]
-        assert Path(known.path) == path, "a version has one folder for good"
-        return known.id
+        except FineryError:
+            if version not in (await self._client.state()).adapters:
+                raise
 
     async def _make_room(self) -> bool:
         """Unloads the version that was used longest ago among those that are idle."""

@@ -104,9 +104,11 @@ class RolloutRunner:
     async def _turn(self, work: _Work) -> bool:
         """Looks at where the rollout is and does what can be done; waits for a change where that is nothing. True when it is over."""
         seen, rollout = self._changes.count, work.rollout
-        if not await self._store.is_before_flip(rollout):
+        # In this order: a rollout that ends in between is counted.
+        rollouts = await self._store.active_rollouts()
+        if not any(other.number == rollout.number and other.state.is_before_flip for other in rollouts):
             return True
-        placed = (await self._placement.now()).get(rollout.version, ())
+        placed = self._placement.of(await self._store.desired(), rollouts).get(rollout.version, ())
         if self._registry.own.id in placed and self._has_work(rollout):
             await self._prepare(work)
         elif self._registry.leads and placed and await self._end(work, placed):
@@ -123,12 +125,16 @@ class RolloutRunner:
         rollout = work.rollout
         try:
             for name, state, step in self._steps:
-                await self._advance(work, state)
+                # Beside the step, which need not wait for the disk; a rollout that has ended meanwhile stops after it.
+                noted = asyncio.create_task(self._advance(work, state))
                 log.info("rollout", step=name, alias=rollout.alias, version=rollout.version)
                 # Below the request that asked for it; without one it is no trace's part.
                 traced = span(f"rollout: {name}", parent=rollout.traceparent, version=rollout.version)
-                with traced if rollout.traceparent else nullcontext():
-                    await step(work)
+                try:
+                    with traced if rollout.traceparent else nullcontext():
+                        await step(work)
+                finally:
+                    await noted
             self._changes.notify()
         except AbortedError:
             # Ended meanwhile, which the next look sees.

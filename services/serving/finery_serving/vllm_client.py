@@ -96,9 +96,9 @@ class VllmClient:
             await self._call("POST", "/v1/unload_lora_adapter", json={"lora_name": version})
         await self._call("POST", "/finery/remove", json={"adapter_id": adapter_id})
 
-    async def admit(self, version: str) -> None:
-        """Lets requests for `version` in."""
-        await self._call("POST", "/finery/admit", json={"version": version})
+    async def admit(self, version: str) -> LoadedAdapter:
+        """Lets requests for `version` in; answers what vLLM has under that name. Raises FailedPreconditionError where it has nothing."""
+        return LoadedAdapter(**(await self._call("POST", "/finery/admit", json={"version": version})).json()["adapter"])
 
     async def retire(self, version: str) -> int:
         """Lets none in any more; answers how many are still in flight."""

@@ -354,6 +354,14 @@ async def test_the_state_shows_vllms_numbers_and_remove_frees_one():
     assert engine.removed == (7,)
 
 
+async def test_admitting_says_what_vllm_has_under_the_name():
+    middleware = FineryMiddleware(App(b"{}"), CONFIG)
+    adapter = {"id": 7, "path": "/state/cache/x"}
+    assert await admin(middleware, "POST", "/finery/admit", {"version": VERSION}) == (200, {"adapter": adapter})
+    assert (await admin(middleware, "POST", "/finery/admit", {"version": "unknown"}))[0] == 400
+    assert (await admin(middleware, "GET", "/finery/state"))[1]["admitted"] == sorted([BASE, VERSION])
+
+
 @pytest.mark.parametrize("body", [{}, {"version": ["x"]}, []])
 async def test_a_malformed_control_call_is_refused(body):
     status, answer = await admin(FineryMiddleware(App(b"{}"), CONFIG), "POST", "/finery/admit", body)

@@ -36,7 +36,8 @@ class Vllm:
             raise UnavailableError("gone")
         if version in self.refuses:
             raise FailedPreconditionError("no")
-        assert version not in self.adapters
+        if version in self.adapters:
+            raise FailedPreconditionError("already loaded")
         self.loads.append(version)
         self.adapters[version] = LoadedAdapter(len(self.loads), str(path))
         self.engine.add(len(self.loads))
@@ -49,6 +50,7 @@ class Vllm:
 
     async def admit(self, version):
         self.admitted.add(version)
+        return self.adapters[version]
 
     async def retire(self, version):
         self.admitted.discard(version)

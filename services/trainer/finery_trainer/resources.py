@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from finery_common.artifacts import ArtifactStore
 from finery_common.catalogue import Catalogue, read_config
 from finery_common.errors import InvalidArgumentError
@@ -60,11 +58,12 @@ class ResourceEstimates:
 
 def _estimated(spec: TrainingSpec, config: Mapping[str, object], gpus: tuple[Gpu, ...], asked_bytes: int | None) -> ResourceEstimate:
     from finery_trainer.engine.estimate import allocatable_bytes, estimate
+    from finery_trainer.engine.passes import host_bytes
 
-    host_bytes = psutil.virtual_memory().available
+    pinned_bytes = host_bytes(spec)
 
     def of(free_bytes: int) -> Estimate:
-        return estimate(spec, config, device_memory_bytes=free_bytes, host_memory_bytes=host_bytes)
+        return estimate(spec, config, device_memory_bytes=free_bytes, host_bytes=pinned_bytes)
 
     def fits(free_bytes: int) -> bool:
         return of(free_bytes).total_bytes <= allocatable_bytes(spec, free_bytes)

@@ -91,7 +91,8 @@ def test_activations_of_transformers_own_modules_grow_with_the_tokens_of_a_pass(
 
 def planned(gib: float, **fields) -> Estimate:
     spec = TrainingSpec.parse({"base_model": "m", "lora": {"rank": 32}, **fields})
-    return estimate(spec, LLAMA_8B, device_memory_bytes=int(gib * GIB), host_memory_bytes=120 * GIB)
+    pinned_bytes = 60 * GIB if spec.memory.host_budget_bytes is None else spec.memory.host_budget_bytes
+    return estimate(spec, LLAMA_8B, device_memory_bytes=int(gib * GIB), host_bytes=pinned_bytes)
 
 
 MEASURED = {

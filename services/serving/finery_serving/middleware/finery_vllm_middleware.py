@@ -34,7 +34,7 @@ The agent's contract (header `x-finery-admin-token`)
 
     GET  /finery/state                  {"admitted": [...], "in_flight": {version: n}, "adapters": {version: {"id", "path"}},
                                          "requests": {version: {"count", "idle_s"}}}: how many came, and the seconds since the latest
-    POST /finery/admit   {"version"}    lets requests for it in
+    POST /finery/admit   {"version"}    lets requests for it in; answers {"adapter": {"id", "path"}}, 400 where none is registered so
     POST /finery/retire  {"version"}    lets none in any more; answers {"in_flight"}: 0 means that vLLM is done with it
     POST /finery/remove  {"adapter_id"} drops an unloaded adapter from the engine's caches; answers {"removed"}
 
@@ -165,8 +165,8 @@ class FineryMiddleware:
             if action == ("GET", "/finery/state"):
                 answer = self._state(scope)
             elif action == ("POST", "/finery/admit"):
+                answer = {"adapter": _registered(scope)[body["version"]]}
                 self._admitted.add(body["version"])
-                answer = {}
             elif action == ("POST", "/finery/retire"):
                 answer = {"in_flight": self._retire(body["version"])}
             elif action == ("POST", "/finery/remove"):
@@ -180,11 +180,9 @@ class FineryMiddleware:
         await _answer(send, 200, answer)
 
     def _state(self, scope: Scope) -> dict[str, Any]:
-        registered = scope["app"].state.openai_serving_models.lora_requests
-        adapters = {name: {"id": item.lora_int_id, "path": item.lora_path} for name, item in registered.items()}
         now_s = time.monotonic()
         requests = {version: {"count": count, "idle_s": now_s - at_s} for version, (count, at_s) in self._requests.items()}
-        return {"admitted": sorted(self._admitted), "in_flight": self._in_flight, "adapters": adapters, "requests": requests}
+        return {"admitted": sorted(self._admitted), "in_flight": self._in_flight, "adapters": _registered(scope), "requests": requests}
 
     def _retire(self, version: str) -> int:
         if version == self._base_model:
@@ -194,6 +192,12 @@ class FineryMiddleware:
         if not in_flight:
             self._requests.pop(version, None)
         return in_flight
+
+
+def _registered(scope: Scope) -> dict[str, dict[str, Any]]:
+    """The adapters that vLLM knows."""
+    registered = scope["app"].state.openai_serving_models.lora_requests
+    return {name: {"id": item.lora_int_id, "path": item.lora_path} for name, item in registered.items()}
 
 
 class _Renamed:

@@ -89,16 +89,16 @@ class Parameters:
     """Elements of each of the others."""
 
 
-def estimate(spec: TrainingSpec, config: Mapping[str, Any], *, device_memory_bytes: int, host_memory_bytes: int = 0) -> Estimate:
+def estimate(spec: TrainingSpec, config: Mapping[str, Any], *, device_memory_bytes: int, host_bytes: int = 0) -> Estimate:
     """What a run of `spec` needs. `config` is the base model's `config.json`.
 
     `device_memory_bytes` is what the GPU has free for the run, of which `spec.memory.budget` says how much it may take; with 0, and where
-    that is too little, the answer is the least that the run gets by with. `host_memory_bytes` is what the host has free: half of it may
-    be pinned unless `spec.memory.host_budget_bytes` says how much.
+    that is too little, the answer is the least that the run gets by with. `host_bytes` of the host's memory may
+    be pinned (`passes.host_bytes`), of all GPUs together.
     Raises FailedPreconditionError where the configuration is of no causal language model, its embeddings cannot be offloaded or its budget
     cannot be kept, InvalidArgumentError where a target module is not in it.
     """
-    assert min(device_memory_bytes, host_memory_bytes) >= 0
+    assert min(device_memory_bytes, host_bytes) >= 0
     whole = configs.read(config)
     read, model = whole.get_text_config(decoder=True), _without_memory(whole)
     parameters = count_parameters(spec, model)
@@ -115,7 +115,6 @@ def estimate(spec: TrainingSpec, config: Mapping[str, Any], *, device_memory_byt
         )
     if spec.memory.offload_embeddings and shape.is_tied:
         raise not_offloaded(TIED)
-    host_bytes = host_memory_bytes // 2 if spec.memory.host_budget_bytes is None else spec.memory.host_budget_bytes
     work = _workload(spec, model)
     kept = _kept(spec, parameters, copies_bytes=_copies_bytes(spec, shape, work.ranks))
     card_bytes = allocatable_bytes(spec, device_memory_bytes) - kept.total_bytes

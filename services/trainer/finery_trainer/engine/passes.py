@@ -10,7 +10,6 @@ Owns which rows go through the model together, the memory plan of a run, and whe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -183,8 +182,9 @@ class PackedPasses:
 
 
 def is_capturable(shape: ModelShape, *, capability: tuple[int, int], dtype: torch.dtype, is_deterministic: bool) -> bool:
-    """Whether CUDA graphs can be made of passes: no layer's attention waits for the device."""
-    return all(
+    """Whether passes are captured in CUDA graphs: no layer's attention waits for the device, and a run that goes on from a checkpoint need
+    not launch to the bit what was replayed before."""
+    return not is_deterministic and all(
         choose_backend(
             capability=capability,
             dtype=dtype,
@@ -282,7 +282,11 @@ def _card_bytes(spec: TrainingSpec, device: torch.device, *, is_fixed: bool) -> 
 
 
 def host_bytes(spec: TrainingSpec) -> int:
-    """What of the host's memory a run may pin."""
+    """What of the host's memory a run may pin: half of what is free, unless its spec says how much.
+
+    A deterministic run counts on a quarter of all there is: what others hold must not change the plan.
+    """
     if spec.memory.host_budget_bytes is not None:
         return spec.memory.host_budget_bytes
-    return math.floor(psutil.virtual_memory().available / 2)
+    memory = psutil.virtual_memory()
+    return memory.total // 4 if spec.deterministic else memory.available // 2
