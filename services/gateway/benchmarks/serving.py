@@ -3,8 +3,9 @@
     make bench-serving MODEL=DIR [BENCH_ARGS="--streams 64 256 --rounds 2"]
 
 `--dummy` gives the model random weights, so that a folder with `config.json` and a tokenizer is enough. "Straight" speaks to vLLM's
-socket, our middleware inside it included. Prompts are random tokens, another for every request, so that no cache helps. Every stream
-starts at once and asks `--repeats` times; a round is one run each way, and the order changes from round to round.
+socket, our middleware inside it included. Prompts are random tokens, another for every request, so that no cache helps. Starts are spread
+over the length of an answer, as they are in a running system; --burst starts all at once. Every stream asks `--repeats` times; a round is
+one run each way, and the order changes from round to round.
 """
 
 from __future__ import annotations
@@ -102,17 +103,23 @@ def _bodies(arguments: argparse.Namespace, numbers: random.Random, *, num_stream
 
 def _compare(arguments: argparse.Namespace, targets: Sequence[Target], *, num_streams: int) -> dict[str, object]:
     numbers = random.Random(num_streams)
+    spread_s = 0.0
+    if not arguments.burst:
+        # How long an answer takes beside so many others.
+        bodies = [each[:1] for each in _bodies(arguments, numbers, num_streams=num_streams)]
+        spread_s = asyncio.run(run_streams(targets[0], PATH, bodies, spread_s=0)).wall_s
     runs: dict[str, list[Streams]] = {target.name: [] for target in targets}
     for number in range(arguments.rounds):
         for target in targets if number % 2 == 0 else targets[::-1]:
             bodies = _bodies(arguments, numbers, num_streams=num_streams)
-            runs[target.name].append(asyncio.run(run_streams(target, PATH, bodies, spread_s=0)))
+            runs[target.name].append(asyncio.run(run_streams(target, PATH, bodies, spread_s=spread_s)))
     merged = {name: _merged(each, num_tokens=arguments.output) for name, each in runs.items()}
     straight, gateway = merged["straight"], merged["gateway"]
     return {
         "streams": num_streams,
         "prompt_tokens": arguments.prompt,
         "output_tokens": arguments.output,
+        "spread_s": round(spread_s, 2),
         "requests_each": num_streams * arguments.repeats * arguments.rounds,
         **merged,
         "throughput_ratio": round(gateway["output_tokens_per_s"] / straight["output_tokens_per_s"], 4),
@@ -151,7 +158,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
     parser.add_argument("--output", type=int, default=128, help="tokens")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--burst", action="store_true", help="all streams start at once")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=max(1, min(4, (os.cpu_count() or 1) // 4)))
     return parser.parse_args()

@@ -29,11 +29,15 @@ MAX_DIMENSIONS = 65_536
 Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Identifier = Annotated[str, StringConstraints(max_length=512)]
+# What a prompt is not fails at its first element, not at each: every request would pay for that.
 Texts = (
     str
-    | Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_PROMPTS)]
-    | Annotated[tuple[int, ...], Field(min_length=1, max_length=MAX_TOKENS)]
-    | Annotated[tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[tuple[int, ...], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
+    | Annotated[
+        tuple[Annotated[tuple[int, ...], Field(min_length=1, fail_fast=True)], ...],
+        Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+    ]
 )
 
 
