@@ -38,7 +38,7 @@ class Row:
     loss: float | None = None
     """Of the last measured step; of a CPU's epoch, the mean."""
     first_loss: float | None = None
-    """Of the first warm-up step; of peers' short rows the mean of the first five."""
+    """Of the first warm-up step. Short rows have none, see `losses`."""
     context_tokens: int | None = None
     """The longest row that trained, of a context workload."""
     is_lower_bound: bool | None = None

@@ -13,10 +13,21 @@ from torch import Tensor
 from finery_kernels.errors import UnsupportedError
 
 
-def check_apart(name: str, out_TD: Tensor | None, other_name: str, other_TD: Tensor | None) -> None:
-    """Raises UnsupportedError where both are there and share memory; both have the same dtype and unit stride in the last dimension."""
-    if out_TD is not None and other_TD is not None and _overlap(out_TD, other_TD):
-        raise UnsupportedError(f"{name} overlaps {other_name}; wanted memory of its own")
+def check_apart(name: str, out_TD: Tensor | None, other_name: str, other_TD: Tensor | None, *, may_be_same: bool = False) -> None:
+    """Raises UnsupportedError where both are there and share memory; both have the same dtype and unit stride in the last dimension.
+
+    `may_be_same`: every element of the one may be the other's.
+    """
+    if out_TD is None or other_TD is None or (may_be_same and _is_same(out_TD, other_TD)):
+        return
+    if _overlap(out_TD, other_TD):
+        wanted = f"{other_name} itself or memory of its own" if may_be_same else "memory of its own"
+        raise UnsupportedError(f"{name} overlaps {other_name}; wanted {wanted}")
+
+
+def _is_same(a_TD: Tensor, b_TD: Tensor) -> bool:
+    has_same_rows = a_TD.shape[0] <= 1 or a_TD.stride(0) == b_TD.stride(0)
+    return a_TD.data_ptr() == b_TD.data_ptr() and a_TD.shape == b_TD.shape and has_same_rows
 
 
 def _overlap(a_TD: Tensor, b_TD: Tensor) -> bool:

@@ -314,6 +314,15 @@ def test_warm_up_steps_are_run_and_not_counted():
     assert measured.tok_s is not None
 
 
+def test_short_rows_have_no_first_loss_since_peers_log_no_single_step():
+    steps = measure.Steps([1.0, 1.0], [5.0, 4.0, 3.0], 1)
+    first_losses = [measure.row_of("hf", parse(name), steps, tokens_per_step=8).first_loss for name in ("qlora short 2x4", "qlora 1x8192")]
+    assert first_losses == [None, 5.0]
+    committed = [one for path in baselines.FOLDER.glob("*.json") for one in baselines.load(path) if " short " in one.workload]
+    assert committed
+    assert [one.first_loss for one in committed] == [None] * len(committed)
+
+
 @pytest.mark.parametrize("limit", [1500, 30_000, 77_000, 100_000, 131_072])
 def test_the_search_finds_the_longest_context(limit):
     best = measure.longest(lambda tokens: 1e-3 if tokens <= limit else None, start=78_475, budget_s=math.inf)

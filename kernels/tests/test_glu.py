@@ -196,6 +196,31 @@ def test_outputs_lie_beside_what_is_read_and_not_over_it():
         op.glu_backward(torch.zeros(3, 4), gate_up, activation="silu", out=gate_up, act_out=gate_up[:, 4:])
 
 
+def test_outputs_of_the_backward_pass_replace_their_inputs_whole_or_lie_apart():
+    buffer = random_normal(3, 32, seed=1)
+    gate_up, dact = buffer[:, 4:12], buffer[:, 12:16]
+    options = {"activation": "silu", "out": buffer[:, 16:24], "act_out": buffer[:, 24:28]}
+    want, want_act = op.glu_backward(dact, gate_up, activation="silu"), op.glu_forward(gate_up, activation="silu")
+    assert torch.equal(op.glu_backward(dact, gate_up, **options), want)
+    assert torch.equal(options["act_out"], want_act)
+    for change, message in [
+        ({"out": buffer[:, 3:11]}, "out overlaps gate_up_TN; wanted gate_up_TN itself or memory of its own"),
+        ({"out": buffer[:, 15:23]}, "out overlaps dact_TF; wanted memory of its own"),
+        ({"out": buffer[:, 12:20]}, "out overlaps dact_TF"),
+        ({"act_out": buffer[:, 13:17], "out": None}, "act_out overlaps dact_TF; wanted dact_TF itself or memory of its own"),
+        ({"act_out": buffer[:, 8:12]}, "act_out overlaps gate_up_TN; wanted memory of its own"),
+    ]:
+        with pytest.raises(UnsupportedError, match=message):
+            op.glu_backward(dact, gate_up, **{**options, **change})
+    with pytest.raises(UnsupportedError, match="out overlaps gate_up_TN"):
+        op.glu_backward(dact.clone(), gate_up, activation="silu", out=buffer.view(-1)[4:52].view(3, 16)[:, :8])
+    op.glu_backward(dact, gate_up, activation="silu", out=gate_up, act_out=dact)
+    assert torch.equal(gate_up, want)
+    assert torch.equal(dact, want_act)
+    row = random_normal(1, 8, seed=2)
+    assert op.glu_backward(random_normal(1, 4, seed=3), row, activation="silu", out=row.as_strided((1, 8), (9, 1))).shape == (1, 8)
+
+
 def test_the_public_function_refuses_scalars():
     with pytest.raises(UnsupportedError, match="gate_up is a scalar"):
         op.glu(torch.tensor(1.0))

@@ -228,8 +228,9 @@ def test_an_impossible_target_is_named_by_the_public_function():
         ({"h_TD": torch.zeros(8, 4).T}, "h_TD has strides"),
         ({"weight_VD": torch.zeros(5, 8, dtype=torch.bfloat16)}, "weight_VD is torch.bfloat16; wanted torch.float32"),
         ({"weight_VD": torch.zeros(5, 9)}, r"weight_VD has shape \(5, 9\); wanted \(5, 8\)"),
-        ({"targets_T": torch.zeros(3, dtype=torch.int64)}, r"targets_T is torch.int64 \(3,\); wanted contiguous int64 \(4,\)"),
-        ({"rows_L": torch.zeros(3, dtype=torch.int64)}, r"targets_T is torch.int64 \(4,\); wanted contiguous int64 \(3,\)"),
+        ({"targets_T": torch.zeros(3, dtype=torch.int64)}, r"targets_T is torch.int64 \(3,\); wanted int64 \(4,\)"),
+        ({"rows_L": torch.zeros(3, dtype=torch.int64)}, r"targets_T is torch.int64 \(4,\); wanted int64 \(3,\)"),
+        ({"targets_T": torch.zeros(8, dtype=torch.int64)[::2]}, "targets_T has stride 2; wanted 1"),
         ({"rows_L": torch.zeros(4, dtype=torch.int32)}, "rows_L is torch.int32"),
         ({"out_dh": torch.zeros(4, 7)}, "out_dh has shape"),
         ({"dweight_VD": torch.zeros(5, 8, dtype=torch.float16)}, "dweight_VD is torch.float16"),
@@ -244,6 +245,31 @@ def test_unsupported_inputs_are_named(change, message):
     positional = [arguments.pop(name) for name in ("h_TD", "weight_VD", "targets_T")]
     with pytest.raises(UnsupportedError, match=message):
         linear_cross_entropy_forward_backward(*positional, **{"grad_scale": torch.ones(1), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets_T": torch.arange(3)}, r"targets_T is torch.int64 \(3,\); wanted int64 \(4,\)"),
+        ({"targets_T": torch.arange(5)}, r"targets_T is torch.int64 \(5,\); wanted int64 \(4,\)"),
+        ({"targets_T": torch.zeros(2, 2, dtype=torch.int64)}, r"targets_T is torch.int64 \(2, 2\)"),
+        ({"targets_T": torch.tensor(9)}, r"targets_T is torch.int64 \(\)"),
+        ({"targets_T": torch.full((4,), 9, dtype=torch.int32)}, r"targets_T is torch.int32 \(4,\); wanted int64 \(4,\)"),
+        ({"targets_T": torch.zeros(4, dtype=torch.int64, device="meta")}, "targets_T is on meta; wanted cpu, where h_TD is"),
+        ({"h_TD": torch.tensor(1.0)}, r"h_TD has shape \(\); wanted two dimensions"),
+        ({"weight_VD": torch.zeros(5)}, r"weight_VD has shape \(5,\); wanted two dimensions"),
+    ],
+)
+def test_targets_that_do_not_go_with_the_rows_are_named_by_the_public_function(change, message):
+    arguments = {"h_TD": torch.zeros(4, 8), "weight_VD": torch.zeros(5, 8), "targets_T": torch.zeros(4, dtype=torch.int64), **change}
+    with pytest.raises(UnsupportedError, match=message):
+        linear_cross_entropy(*arguments.values())
+
+
+def test_the_public_function_takes_targets_with_gaps():
+    h, weight, targets = inputs(7, 8, 11, torch.float32)
+    apart = torch.stack((targets, targets), dim=1)[:, 0]
+    assert torch.equal(linear_cross_entropy(h, weight, apart), linear_cross_entropy(h, weight, targets))
 
 
 def test_kernel_compiles_for_ampere_and_hopper():

@@ -199,3 +199,69 @@ def test_operands_that_do_not_fit_are_named(spoil, text):
     x, weights, adapters, _ = operands("q/k/v", torch.float32)
     with pytest.raises(UnsupportedError, match=text):
         lora_projection(*spoil(x, weights, adapters))
+
+
+RAW_LAYOUT = StackedLayout(6, (5, 4), (2, 0))
+RAW = {
+    pack_adapters_: ("weight_ext", "layout", "adapters"),
+    lora_down: ("x_TK", "weight_ext", "layout", "out"),
+    lora_forward: ("x_ext", "weight_ext", "layout", "bias_N", "out"),
+    lora_backward_input: ("dy_ext", "weight_ext", "layout", "out"),
+    lora_backward_adapters: ("dy_ext", "x_TK", "xa_TR", "layout", "grads"),
+}
+
+
+def call_raw(function, **change):
+    """Calls it with tensors that fit 3 rows of `RAW_LAYOUT`, but for `change`."""
+    factors = [Adapter(torch.zeros(2, 6), torch.zeros(5, 2), SCALING), None]
+    num_outputs = {lora_down: 8, lora_forward: 9, lora_backward_input: 6}.get(function, 0)
+    tensors = {"x_TK": torch.zeros(3, 6), "xa_TR": torch.zeros(3, 8), "x_ext": torch.zeros(3, 14), "dy_ext": torch.zeros(3, 17)}
+    tensors |= {"weight_ext": torch.zeros(17, 14), "bias_N": torch.zeros(9), "out": torch.zeros(3, num_outputs)}
+    given = {**tensors, "layout": RAW_LAYOUT, "adapters": factors, "grads": factors, **change}
+    names = RAW[function]
+    split = names.index("layout") + 1 + (names[-1] in ("adapters", "grads"))
+    return function(*(given[name] for name in names[:split]), **{name: given[name] for name in names[split:]})
+
+
+def adapters_of(*, a=(2, 6), b=(5, 2), **options):
+    return [Adapter(torch.zeros(a, **options), torch.zeros(b, **options), SCALING), None]
+
+
+@pytest.mark.parametrize(
+    ("function", "change", "text"),
+    [
+        (pack_adapters_, {"weight_ext": torch.zeros(17, 13)}, r"weight_ext: got shape \(17, 13\), wanted \(17, 14\)"),
+        (pack_adapters_, {"adapters": adapters_of(a=(1, 6))}, r"adapters\[0\].a: got shape \(1, 6\), wanted \(2, 6\)"),
+        (pack_adapters_, {"adapters": adapters_of(b=(5, 1))}, r"adapters\[0\].b: got shape \(5, 1\), wanted \(5, 2\)"),
+        (pack_adapters_, {"adapters": adapters_of(dtype=torch.int32)}, r"adapters\[0\].a: got torch.int32 on cpu, wanted a floating"),
+        (pack_adapters_, {"adapters": adapters_of(device="meta")}, r"adapters\[0\].a: got torch.float32 on meta, wanted .* on cpu"),
+        (pack_adapters_, {"adapters": adapters_of()[::-1]}, r"adapters\[1\].a: got shape \(2, 6\), wanted \(0, 6\)"),
+        (pack_adapters_, {"adapters": adapters_of()[:1]}, "adapters: got 1, wanted 2, one or None for every member"),
+        (lora_down, {"x_TK": torch.zeros(3, 7)}, r"x_TK: got shape \(3, 7\), wanted 6 columns"),
+        (lora_down, {"x_TK": torch.zeros(6)}, r"x_TK: got shape \(6,\), wanted two dimensions"),
+        (lora_down, {"weight_ext": torch.zeros(17, 14).double()}, "weight_ext: got torch.float64 on cpu, wanted torch.float32 on cpu"),
+        (lora_down, {"out": torch.empty(2, 8)}, r"out: got shape \(2, 8\), wanted \(3, 8\)"),
+        (lora_forward, {"x_ext": torch.zeros(3, 15)}, r"x_ext: got shape \(3, 15\), wanted 14 columns"),
+        (lora_forward, {"weight_ext": torch.zeros(18, 14)}, r"weight_ext: got shape \(18, 14\), wanted \(17, 14\)"),
+        (lora_forward, {"bias_N": torch.ones(1)}, r"bias_N: got shape \(1,\), wanted \(9,\)"),
+        (lora_forward, {"bias_N": torch.ones(9).int()}, "bias_N: got torch.int32 on cpu, wanted a floating dtype on cpu"),
+        (lora_forward, {"out": torch.zeros(4, 9)}, r"out: got shape \(4, 9\), wanted \(3, 9\)"),
+        (lora_forward, {"out": torch.zeros(3, 9).half()}, "out: got torch.float16 on cpu, wanted torch.float32"),
+        (lora_backward_input, {"dy_ext": torch.zeros(3, 18)}, r"dy_ext: got shape \(3, 18\), wanted 17 columns"),
+        (lora_backward_input, {"weight_ext": torch.zeros(17, 14, device="meta")}, "weight_ext: got torch.float32 on meta"),
+        (lora_backward_input, {"out": torch.zeros(3, 5)}, r"out: got shape \(3, 5\), wanted \(3, 6\)"),
+        (lora_backward_adapters, {"dy_ext": torch.zeros(3, 16)}, r"dy_ext: got shape \(3, 16\), wanted 17 columns or more"),
+        (lora_backward_adapters, {"x_TK": torch.zeros(2, 6)}, r"x_TK: got shape \(2, 6\), wanted \(3, 6\)"),
+        (lora_backward_adapters, {"xa_TR": torch.zeros(3, 2)}, r"xa_TR: got shape \(3, 2\), wanted \(3, 8\)"),
+        (lora_backward_adapters, {"grads": adapters_of(a=(1, 6))}, r"grads\[0\].a: got shape \(1, 6\), wanted \(2, 6\)"),
+    ],
+)
+def test_operands_of_the_raw_functions_that_do_not_fit_are_named(function, change, text):
+    call_raw(function)
+    with pytest.raises(UnsupportedError, match=text):
+        call_raw(function, **change)
+
+
+def test_gradients_wider_than_the_layout_and_biases_of_another_dtype_fit():
+    call_raw(lora_backward_adapters, dy_ext=torch.zeros(3, 25))
+    assert torch.equal(call_raw(lora_forward, bias_N=torch.ones(9).double()), torch.ones(3, 9))

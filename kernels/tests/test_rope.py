@@ -346,6 +346,18 @@ def test_unsupported_forward_inputs_are_named(change, message):
         op.rope_qkv_forward_(*positional, **arguments)
 
 
+def test_what_was_before_the_norm_is_kept_beside_the_rows_and_not_over_them():
+    options = {**FORWARD, "q_norm": torch.ones(8), "k_norm": torch.ones(8), "eps": EPS}
+    buffer = random_normal(3, 80, seed=1)
+    rows, beside = buffer[:, 24:56], buffer[:, 56:]
+    before = rows.clone()
+    op.rope_qkv_forward_(rows, None, None, None, pre_out=beside, **options)
+    assert torch.equal(beside, before[:, :24])
+    for first in (1, 24, 32, 55):
+        with pytest.raises(UnsupportedError, match="pre_out overlaps qkv_TN; wanted memory of its own"):
+            op.rope_qkv_forward_(rows, None, None, None, pre_out=buffer[:, first : first + 24], **options)
+
+
 NORMS = {"q_norm": torch.ones(8), "k_norm": torch.ones(8)}
 
 

@@ -37,7 +37,7 @@ def glu_forward(gate_up_TN: Tensor, *, activation: Activation, out: Tensor | Non
         act_TF, which is `out` where given.
 
     Raises:
-        UnsupportedError: a shape, dtype, device, stride or activation that is not taken.
+        UnsupportedError: a shape, dtype, device, stride, overlap or activation that is not taken.
     """
     num_rows, width = _check_inputs(gate_up_TN, activation)
     if out is None:
@@ -60,14 +60,14 @@ def glu_backward(
         dact_TF: [T, F], dtype and device of `gate_up_TN`, unit stride in the last dimension, any row stride >= F.
         gate_up_TN: [T, 2F], what the forward pass was given.
         activation: as in the forward pass.
-        out: [T, 2F] for [dgate | dup]; may be `gate_up_TN` itself, which is then overwritten. Allocated if None.
-        act_out: [T, F] for the recomputed `f(gate) * up`; may be `dact_TF` itself, may not overlap `out`. Not written if None.
+        out: [T, 2F] for [dgate | dup]; may be `gate_up_TN` itself, which is then overwritten, and overlaps nothing else. Allocated if None.
+        act_out: [T, F] for the recomputed `f(gate) * up`; may be `dact_TF` itself and overlaps nothing else. Not written if None.
 
     Returns:
         dgate_up_TN, which is `out` where given.
 
     Raises:
-        UnsupportedError: a shape, dtype, device, stride or activation that is not taken.
+        UnsupportedError: a shape, dtype, device, stride, overlap or activation that is not taken.
     """
     num_rows, width = _check_inputs(gate_up_TN, activation)
     _check_rows("dact_TF", dact_TF, shape=(num_rows, width), like=gate_up_TN)
@@ -75,9 +75,13 @@ def glu_backward(
         out = torch.empty((num_rows, 2 * width), dtype=gate_up_TN.dtype, device=gate_up_TN.device)
     else:
         _check_rows("out", out, shape=(num_rows, 2 * width), like=gate_up_TN)
+        check_apart("out", out, "dact_TF", dact_TF)
+        check_apart("out", out, "gate_up_TN", gate_up_TN, may_be_same=True)
     if act_out is not None:
         _check_rows("act_out", act_out, shape=(num_rows, width), like=gate_up_TN)
         check_apart("act_out", act_out, "out", out)
+        check_apart("act_out", act_out, "gate_up_TN", gate_up_TN)
+        check_apart("act_out", act_out, "dact_TF", dact_TF, may_be_same=True)
     if not gate_up_TN.is_cuda:
         return reference.glu_backward(dact_TF, gate_up_TN, activation=activation, out=out, act_out=act_out)
     with torch.cuda.device(gate_up_TN.device):

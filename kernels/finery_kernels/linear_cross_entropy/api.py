@@ -129,10 +129,11 @@ def linear_cross_entropy(
         A 0-dim tensor, fp32 (fp64 for fp64 inputs).
 
     Raises:
-        UnsupportedError: an input is not supported, a target lies outside of the vocabulary, or there is no label to take the mean of.
+        UnsupportedError: an input is not supported or does not fit the others, a target lies outside of the vocabulary, or there is no
+            label to take the mean of.
     """
-    if weight_VD.dim() != 2:
-        raise UnsupportedError(f"weight_VD has shape {tuple(weight_VD.shape)}; wanted [V, D]")
+    _check_dimensions(h_TD, weight_VD)
+    _check_indices("targets_T", targets_T, num_rows=h_TD.shape[0], device=h_TD.device)
     check_targets(targets_T, num_classes=weight_VD.shape[0], ignore_index=ignore_index, reduction=reduction)
     tile_rows = default_tile_rows(weight_VD.shape[0]) if tile_rows is None else tile_rows
     loss: torch.Tensor = _LinearCrossEntropy.apply(h_TD, weight_VD, targets_T, softcap, scale, reduction, tile_rows, ignore_index)
@@ -196,9 +197,7 @@ def _check(h_TD: torch.Tensor, weight_VD: torch.Tensor, *, out_dh: torch.Tensor,
     dtypes = _CUDA_DTYPES if h_TD.device.type == "cuda" else _ANY_DTYPES
     if h_TD.dtype not in dtypes:
         raise UnsupportedError(f"h_TD is {h_TD.dtype}; wanted one of {', '.join(str(dtype) for dtype in dtypes)}")
-    for name, tensor in (("h_TD", h_TD), ("weight_VD", weight_VD)):
-        if tensor.dim() != 2:
-            raise UnsupportedError(f"{name} has shape {tuple(tensor.shape)}; wanted two dimensions")
+    _check_dimensions(h_TD, weight_VD)
     (num_rows, hidden), num_classes = h_TD.shape, weight_VD.shape[0]
     if not 1 <= num_classes <= MAX_CLASSES:
         raise UnsupportedError(f"weight_VD has {num_classes} rows; wanted 1 to {MAX_CLASSES}")
@@ -208,6 +207,12 @@ def _check(h_TD: torch.Tensor, weight_VD: torch.Tensor, *, out_dh: torch.Tensor,
     if dweight_VD is not None:
         dtypes = (torch.promote_types(h_TD.dtype, torch.float32), h_TD.dtype)
         _check_matrix("dweight_VD", dweight_VD, shape=(num_classes, hidden), dtypes=dtypes, device=h_TD.device)
+
+
+def _check_dimensions(h_TD: torch.Tensor, weight_VD: torch.Tensor) -> None:
+    for name, tensor in (("h_TD", h_TD), ("weight_VD", weight_VD)):
+        if tensor.dim() != 2:
+            raise UnsupportedError(f"{name} has shape {tuple(tensor.shape)}; wanted two dimensions")
 
 
 def _check_matrix(name: str, x: torch.Tensor, *, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
@@ -226,10 +231,16 @@ def _check_rows(h_TD: torch.Tensor, targets_L: torch.Tensor, *, rows_L: torch.Te
     for name, tensor in (("targets_T", targets_L), ("rows_L", rows_L)):
         if tensor is None:
             continue
-        if tensor.shape != (num_rows,) or tensor.dtype != torch.int64 or (num_rows > 1 and tensor.stride(0) != 1):
-            raise UnsupportedError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; wanted contiguous int64 ({num_rows},)")
-        if tensor.device != h_TD.device:
-            raise UnsupportedError(f"{name} is on {tensor.device}; wanted {h_TD.device}, where h_TD is")
+        _check_indices(name, tensor, num_rows=num_rows, device=h_TD.device)
+        if num_rows > 1 and tensor.stride(0) != 1:
+            raise UnsupportedError(f"{name} has stride {tensor.stride(0)}; wanted 1")
+
+
+def _check_indices(name: str, tensor: torch.Tensor, *, num_rows: int, device: torch.device) -> None:
+    if tensor.shape != (num_rows,) or tensor.dtype != torch.int64:
+        raise UnsupportedError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; wanted int64 ({num_rows},)")
+    if tensor.device != device:
+        raise UnsupportedError(f"{name} is on {tensor.device}; wanted {device}, where h_TD is")
 
 
 def _check_numbers(h_TD: torch.Tensor, *, grad_scale: torch.Tensor, softcap: float | None, scale: float, tile_rows: int) -> None:

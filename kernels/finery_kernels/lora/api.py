@@ -9,6 +9,8 @@ An input with R spare columns then needs two GEMMs for all members: `x·Aᵀ` in
 the same form, `dy·(s·B)` goes into the spare columns of dy, and dx = `[dy, dy·s·B]·[W; A]`. The sums over inputs and ranks are one
 accumulation in fp32, where the plain form rounds the update and the output separately; nothing else differs. GEMMs are cuBLAS's.
 
+In every function that takes a layout, tensors that do not fit it or each other raise UnsupportedError. Nothing waits for the device.
+
 Owns the layout and the arithmetic; which buffers are reused, kept or made anew is the caller's. LoRA: arXiv:2106.09685.
 
 Shapes: T rows, K inputs, N outputs of all members, R ranks of all members padded to a multiple of 8, r one member's rank.
@@ -82,6 +84,8 @@ class StackedLayout:
 
 def pack_adapters_(weight_ext: torch.Tensor, layout: StackedLayout, adapters: Sequence[Adapter | None]) -> None:
     """Writes A and s·B of every adapter into `weight_ext`, rounded once to its dtype. What no adapter owns must have been zeroed before."""
+    _check_operand("weight_ext", weight_ext, layout.shape, like=weight_ext)
+    _check_adapters("adapters", adapters, layout, like=weight_ext)
     num_outputs, num_inputs = layout.num_outputs, layout.in_features
     for member, adapter in enumerate(adapters):
         if adapter is None:
@@ -94,6 +98,9 @@ def pack_adapters_(weight_ext: torch.Tensor, layout: StackedLayout, adapters: Se
 
 def lora_down(x_TK: torch.Tensor, weight_ext: torch.Tensor, layout: StackedLayout, *, out: torch.Tensor) -> None:
     """`x·Aᵀ` of all members into `out` [T, R]."""
+    _check_rows("x_TK", x_TK, layout.in_features)
+    _check_operand("weight_ext", weight_ext, layout.shape, like=x_TK)
+    _check_operand("out", out, (x_TK.shape[0], layout.num_ranks), like=x_TK)
     _clear_spare(out)
     torch.mm(x_TK, weight_ext[layout.num_outputs :, : layout.in_features].T, out=out)
 
@@ -108,8 +115,14 @@ def lora_forward(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`scale * ([x, x·Aᵀ] @ [W, s·B]ᵀ + bias)` [T, N], for `x_ext` [T, K + R] whose spare columns `lora_down` has filled."""
+    _check_rows("x_ext", x_ext, layout.shape[1])
+    _check_operand("weight_ext", weight_ext, layout.shape, like=x_ext)
+    if bias_N is not None:
+        _check_operand("bias_N", bias_N, (layout.num_outputs,), like=x_ext, has_any_dtype=True)
     if out is None:
         out = x_ext.new_empty(x_ext.shape[0], layout.num_outputs)
+    else:
+        _check_operand("out", out, (x_ext.shape[0], layout.num_outputs), like=x_ext)
     weight = weight_ext[: layout.num_outputs]
     if scale == 1.0:
         torch.mm(x_ext, weight.T, out=out)
@@ -125,6 +138,10 @@ def lora_backward_input(
 ) -> torch.Tensor:
     """dx [T, K] of `lora_forward` and of `lora_down` together; `dy_ext` [T, N + R] gets `dy·(s·B)` in its spare columns on the way."""
     num_outputs, num_inputs = layout.num_outputs, layout.in_features
+    _check_rows("dy_ext", dy_ext, layout.shape[0])
+    _check_operand("weight_ext", weight_ext, layout.shape, like=dy_ext)
+    if out is not None:
+        _check_operand("out", out, (dy_ext.shape[0], num_inputs), like=dy_ext)
     if layout.num_ranks:
         _clear_spare(dy_ext[:, num_outputs:])
         torch.mm(dy_ext[:, :num_outputs], weight_ext[:num_outputs, num_inputs:], out=dy_ext[:, num_outputs:])
@@ -157,7 +174,14 @@ def lora_backward_adapters(
     *,
     scale: float = 1.0,
 ) -> None:
-    """Adds dA [r, K] and dB [N, r] to the buffers in `grads`, in fp32; `lora_backward_input` has filled the spare columns of `dy_ext`."""
+    """Adds dA [r, K] and dB [N, r] to the buffers in `grads`, in fp32.
+
+    `lora_backward_input` has filled the spare columns of `dy_ext` [T, N + R], which may have more columns behind them.
+    """
+    _check_rows("dy_ext", dy_ext, layout.shape[0], may_be_wider=True)
+    _check_operand("x_TK", x_TK, (dy_ext.shape[0], layout.in_features), like=dy_ext)
+    _check_operand("xa_TR", xa_TR, (dy_ext.shape[0], layout.num_ranks), like=dy_ext)
+    _check_adapters("grads", grads, layout, like=dy_ext)
     for member, grad in enumerate(grads):
         if grad is None:
             continue
@@ -189,10 +213,10 @@ def lora_projection(
     Raises UnsupportedError for operands whose shapes, dtypes or devices do not fit.
     """
     biases_N = [None] * len(weights_NK) if biases_N is None else biases_N
-    _check(x_TK, weights_NK, adapters, biases_N)
+    layout = _checked_layout(x_TK, weights_NK, adapters, biases_N)
     factors = [factor for adapter in adapters if adapter is not None for factor in (adapter.a, adapter.b)]
     scalings = [None if adapter is None else adapter.scaling for adapter in adapters]
-    return _LoraProjection.apply(x_TK, list(weights_NK), list(biases_N), scalings, *factors)  # pyright: ignore[reportReturnType]
+    return _LoraProjection.apply(x_TK, layout, list(weights_NK), list(biases_N), scalings, *factors)  # pyright: ignore[reportReturnType]
 
 
 class _LoraProjection(torch.autograd.Function):
@@ -200,19 +224,16 @@ class _LoraProjection(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_TK: torch.Tensor,
+        layout: StackedLayout,
         weights_NK: list[torch.Tensor],
         biases_N: list[torch.Tensor | None],
         scalings: list[float | None],
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        adapters = _paired(factors, scalings)
-        layout = StackedLayout(
-            x_TK.shape[1], tuple(w.shape[0] for w in weights_NK), tuple(0 if a is None else a.a.shape[0] for a in adapters)
-        )
         weight_ext = x_TK.new_zeros(layout.shape)
         for member, weight_NK in enumerate(weights_NK):
             weight_ext[layout.rows(member), : layout.in_features] = weight_NK
-        pack_adapters_(weight_ext, layout, adapters)
+        pack_adapters_(weight_ext, layout, _paired(factors, scalings))
         x_ext = x_TK.new_empty(x_TK.shape[0], weight_ext.shape[1])
         x_ext[:, : layout.in_features] = x_TK
         lora_down(x_TK, weight_ext, layout, out=x_ext[:, layout.in_features :])
@@ -237,7 +258,7 @@ class _LoraProjection(torch.autograd.Function):
         totals = [torch.zeros_like(factor, dtype=None if factor.dtype == torch.float64 else torch.float32) for factor in factors]
         num_inputs = layout.in_features
         lora_backward_adapters(dy_ext, x_ext[:, :num_inputs], x_ext[:, num_inputs:], layout, _paired(totals, ctx.scalings))
-        return dx_TK, None, None, None, *(total.to(factor.dtype) for total, factor in zip(totals, factors, strict=True))
+        return dx_TK, None, None, None, None, *(total.to(factor.dtype) for total, factor in zip(totals, factors, strict=True))
 
 
 def _paired(factors: Sequence[torch.Tensor], scalings: Sequence[float | None]) -> list[Adapter | None]:
@@ -245,28 +266,30 @@ def _paired(factors: Sequence[torch.Tensor], scalings: Sequence[float | None]) -
     return [None if scaling is None else Adapter(next(remaining), next(remaining), scaling) for scaling in scalings]
 
 
-def _check(
+def _checked_layout(
     x_TK: torch.Tensor,
     weights_NK: Sequence[torch.Tensor],
     adapters: Sequence[Adapter | None],
     biases_N: Sequence[torch.Tensor | None],
-) -> None:
+) -> StackedLayout:
     if not len(weights_NK) == len(adapters) == len(biases_N) or not weights_NK:
         raise UnsupportedError(
             f"weights, adapters, biases: got {len(weights_NK)}, {len(adapters)} and {len(biases_N)}, wanted one of each for every member."
         )
     if x_TK.dim() != 2 or not x_TK.is_floating_point():
         raise UnsupportedError(f"x: got {x_TK.dtype} of {x_TK.dim()} dimensions, wanted 2, [rows, inputs], of floating point.")
-    for member, (weight, adapter, bias) in enumerate(zip(weights_NK, adapters, biases_N, strict=True)):
+    for member, (weight, adapter) in enumerate(zip(weights_NK, adapters, strict=True)):
         _check_matrix(f"weights[{member}]", weight)
-        _check_operand(f"weights[{member}]", weight, x_TK, shape=(weight.shape[0], x_TK.shape[1]), same_dtype=True)
-        if bias is not None:
-            _check_operand(f"biases[{member}]", bias, x_TK, shape=(weight.shape[0],), same_dtype=True)
         if adapter is not None:
             _check_matrix(f"adapters[{member}].a", adapter.a)
-            rank = adapter.a.shape[0]
-            _check_operand(f"adapters[{member}].a", adapter.a, x_TK, shape=(rank, x_TK.shape[1]), same_dtype=False)
-            _check_operand(f"adapters[{member}].b", adapter.b, x_TK, shape=(weight.shape[0], rank), same_dtype=False)
+    ranks = tuple(0 if adapter is None else adapter.a.shape[0] for adapter in adapters)
+    layout = StackedLayout(x_TK.shape[1], tuple(weight.shape[0] for weight in weights_NK), ranks)
+    for member, (num_outputs, weight, bias) in enumerate(zip(layout.out_features, weights_NK, biases_N, strict=True)):
+        _check_operand(f"weights[{member}]", weight, (num_outputs, layout.in_features), like=x_TK)
+        if bias is not None:
+            _check_operand(f"biases[{member}]", bias, (num_outputs,), like=x_TK)
+    _check_adapters("adapters", adapters, layout, like=x_TK)
+    return layout
 
 
 def _check_matrix(name: str, tensor: torch.Tensor) -> None:
@@ -274,8 +297,26 @@ def _check_matrix(name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedError(f"{name}: got shape {tuple(tensor.shape)}, wanted two dimensions.")
 
 
-def _check_operand(name: str, tensor: torch.Tensor, x: torch.Tensor, *, shape: tuple[int, ...], same_dtype: bool) -> None:
-    if tuple(tensor.shape) != shape:
+def _check_rows(name: str, x: torch.Tensor, num_columns: int, *, may_be_wider: bool = False) -> None:
+    _check_matrix(name, x)
+    if x.shape[1] < num_columns or (x.shape[1] > num_columns and not may_be_wider):
+        wanted = f"{num_columns} columns{' or more' if may_be_wider else ''}"
+        raise UnsupportedError(f"{name}: got shape {tuple(x.shape)}, wanted {wanted}.")
+
+
+def _check_adapters(name: str, adapters: Sequence[Adapter | None], layout: StackedLayout, *, like: torch.Tensor) -> None:
+    if len(adapters) != len(layout.ranks):
+        raise UnsupportedError(f"{name}: got {len(adapters)}, wanted {len(layout.ranks)}, one or None for every member.")
+    for member, (adapter, num_outputs, rank) in enumerate(zip(adapters, layout.out_features, layout.ranks, strict=True)):
+        if adapter is not None:
+            _check_operand(f"{name}[{member}].a", adapter.a, (rank, layout.in_features), like=like, has_any_dtype=True)
+            _check_operand(f"{name}[{member}].b", adapter.b, (num_outputs, rank), like=like, has_any_dtype=True)
+
+
+def _check_operand(name: str, tensor: torch.Tensor, shape: tuple[int, ...], *, like: torch.Tensor, has_any_dtype: bool = False) -> None:
+    """The device and, unless any floating one will do, the dtype are those of `like`."""
+    if tensor.shape != shape:
         raise UnsupportedError(f"{name}: got shape {tuple(tensor.shape)}, wanted {shape}.")
-    if tensor.device != x.device or (same_dtype and tensor.dtype != x.dtype) or not tensor.is_floating_point():
-        raise UnsupportedError(f"{name}: got {tensor.dtype} on {tensor.device}, wanted it to go with x, {x.dtype} on {x.device}.")
+    if tensor.device != like.device or not (tensor.is_floating_point() if has_any_dtype else tensor.dtype == like.dtype):
+        wanted = "a floating dtype" if has_any_dtype else like.dtype
+        raise UnsupportedError(f"{name}: got {tensor.dtype} on {tensor.device}, wanted {wanted} on {like.device}.")

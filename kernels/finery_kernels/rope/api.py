@@ -17,6 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from finery_kernels.errors import UnsupportedError
+from finery_kernels.overlap import check_apart
 from finery_kernels.rope import reference
 
 if TYPE_CHECKING:
@@ -56,13 +57,13 @@ def rope_qkv_forward_(
         eps, norm_offset: of that norm.
         rstd_out: [T, G] fp32, contiguous, for the reciprocal deviations; allocated if None.
         pre_out: [T, Gd], dtype of `qkv_TN`, any row stride: receives the queries and keys as they were, which the backward pass of the
-            norm needs. Not written if None. Only with the norm.
+            norm needs; may not overlap `qkv_TN`. Not written if None. Only with the norm.
 
     Returns:
         rstd_TG with the norm, query heads first; None without.
 
     Raises:
-        UnsupportedError: a shape, dtype, device, stride or combination that is not taken.
+        UnsupportedError: a shape, dtype, device, stride, overlap or combination that is not taken.
     """
     if head_dim < 2 or head_dim % 2:
         raise UnsupportedError(f"head_dim is {head_dim}; wanted an even number")
@@ -84,6 +85,7 @@ def rope_qkv_forward_(
     pre = None
     if pre_out is not None:
         _check_rows("pre_out", pre_out, shape=(qkv_TN.shape[0], (num_heads + num_kv_heads) * head_dim), like=qkv_TN)
+        check_apart("pre_out", pre_out, "qkv_TN", qkv_TN)
         pre = _parts(pre_out, num_heads, num_kv_heads, head_dim)[:2]
     rstd_TG = _checked_rstd("rstd_out", rstd_out, (q_THd, k_TKd))
     heads = (q_THd, k_TKd)

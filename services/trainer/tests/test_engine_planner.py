@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 
 from finery_common.errors import ResourceExhaustedError
+from finery_common.spec import TrainingSpec
 from finery_trainer.engine.architecture import describe
 from finery_trainer.engine.block import RECOMPUTABLE
+from finery_trainer.engine.passes import host_bytes, is_capturable
 from finery_trainer.engine.planner import Ranks, Workload, keep_all, plan_step
 
 GIB = 1 << 30
@@ -94,3 +99,16 @@ def test_the_longest_rows_train_on_cards_of_24_and_80_gigabytes(shape):
         room = card_gib - 0.75 - 0.5 - 6.1
         plan = plan_step(shape, work(num_tokens, num_tokens), card_bytes=int(room * GIB), host_bytes=80 * GIB)
         assert plan.card_bytes <= room * GIB
+
+
+def test_a_deterministic_plan_does_not_depend_on_what_others_hold_or_on_how_passes_were_launched(shape, monkeypatch):
+    def may_pin(available_gib, **fields):
+        memory = SimpleNamespace(total=128 * GIB, available=available_gib * GIB)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+        return host_bytes(TrainingSpec.parse({"base_model": "m", **fields}))
+
+    assert (may_pin(60), may_pin(90)) == (30 * GIB, 45 * GIB)
+    assert may_pin(60, deterministic=True) == may_pin(90, deterministic=True) == 32 * GIB
+    assert may_pin(60, deterministic=True, memory={"host_budget_bytes": 5}) == 5
+    captured = [is_capturable(shape, capability=(9, 0), dtype=torch.bfloat16, is_deterministic=each) for each in (False, True)]
+    assert captured == [True, False]
