@@ -294,9 +294,12 @@ def _engine() -> tuple[Panel, ...]:
         ),
         Panel(title="GPU memory in use", unit=_PERCENT, queries={"{{uuid}}": "finery:gpu_memory_used_ratio"}),
         Panel(
-            title="Answers",
+            title="vLLM answers, and was started anew",
             unit=_COUNT,
-            queries={"{{replica}}": f"finery_serving_vllm_ready{_REPLICA}", "starts of {{service}}": "finery_serving_vllm_starts_total"},
+            queries={
+                "{{replica}}": f"finery_serving_vllm_ready{_REPLICA}",
+                "starts of {{service}} in an hour": "increase(finery_serving_vllm_starts_total[1h])",
+            },
         ),
         Panel(title="Time to start", unit=_SECONDS, queries={"mean": mean("finery_serving_vllm_start_seconds", "service")}),
     )

@@ -18,6 +18,10 @@ from finery_common.spec import MethodType, TrainingSpec
 from finery_common.tracing import TRACEPARENT
 
 
+AWAITING_BASE = "waiting for the base model"
+"""A worker's phase, which has a limit of its own."""
+
+
 class DeploymentState(StrEnum):
     NONE = "NONE"
     PENDING = "PENDING"
@@ -161,8 +165,13 @@ def pace_after(job: Job, metrics: StepMetrics, *, epoch: int, now: datetime) -> 
     return {"epoch": epoch, "step": metrics.step, "at": now.isoformat(), "seconds_per_step": seconds}
 
 
-def last_progress_of(job: Job) -> datetime:
-    """When the running job's attempt did its last step, or when the job last changed where it has done none."""
+def last_progress_of(job: Job, *, now: datetime) -> datetime:
+    """When the running job's attempt did its last step, or when the job last changed where it has done none.
+
+    A worker that waits for its base model is not stalled: that is `now`.
+    """
+    if job.progress.get("phase") == {"phase": AWAITING_BASE, "epoch": job.epoch}:
+        return now
     pace = cast("dict[str, Any]", job.progress.get("pace") or {})
     return datetime.fromisoformat(pace["at"]) if pace.get("epoch") == job.epoch else job.updated_at
 

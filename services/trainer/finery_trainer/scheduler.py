@@ -107,9 +107,9 @@ class Scheduler:
 
     def _show_progress(self, running: Sequence[Job]) -> None:
         """A job that has just ended may still be in the list: its gauges go with the next round."""
-        called = {job.id: job for job in running if has_called(job)}
+        called, now = {job.id: job for job in running if has_called(job)}, datetime.now(UTC)
         for job in called.values():
-            metrics.LAST_PROGRESS.labels(job.id).set(last_progress_of(job).timestamp())
+            metrics.LAST_PROGRESS.labels(job.id).set(last_progress_of(job, now=now).timestamp())
         for job_id in self._shown - called.keys():
             metrics.forget_job(job_id)
         if called.keys() - self._shown:

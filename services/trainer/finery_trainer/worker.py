@@ -39,7 +39,7 @@ from finery_trainer.launchers import CONFIG_EXIT_CODE, STOPPED_EXIT_CODE, work_d
 from finery_trainer.link import AttemptOver, Link, ServerGone
 from finery_trainer.machine import check_this_machine, use_cpus
 from finery_trainer.publishing import MetricsTable, Publisher
-from finery_trainer.records import CheckpointReport, StepMetrics
+from finery_trainer.records import AWAITING_BASE, CheckpointReport, StepMetrics
 from finery_trainer.settings import WorkerSettings
 from finery_trainer.worker_metrics import VramCollector
 
@@ -147,7 +147,7 @@ class Worker:
         """Returns when it is there, or may not be awaited. Nothing is to be saved yet, so a pause ends the worker like a stop."""
         if folder.is_dir() or (wait_s := self._settings.worker_base_wait_s) == 0:
             return
-        self._enter("waiting for the base model")
+        self._enter(AWAITING_BASE)
         deadline_s = time.monotonic() + wait_s
         while not folder.is_dir():
             if time.monotonic() >= deadline_s:

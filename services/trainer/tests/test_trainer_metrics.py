@@ -10,7 +10,7 @@ from prometheus_client.registry import REGISTRY
 
 from finery_common.jobs import JobState
 from finery_trainer.client import WorkerClient
-from finery_trainer.records import StepMetrics
+from finery_trainer.records import AWAITING_BASE, StepMetrics
 from finery_trainer.worker_metrics import VramCollector
 
 STEP = StepMetrics(
@@ -103,11 +103,15 @@ async def test_a_job_that_waits_and_one_that_works_say_since_when(system, launch
     await system.create()
     await wait_until(is_waiting)
     before = shown(job_id)["last_progress_timestamp_seconds"]
-    await client.report_step(STEP)
 
     async def has_progressed() -> bool:
         return shown(job_id)["last_progress_timestamp_seconds"] > before
 
+    await client.heartbeat(AWAITING_BASE)
+    await wait_until(has_progressed)
+    await client.heartbeat("loading the base model")
+    before = shown(job_id)["last_progress_timestamp_seconds"]
+    await client.report_step(STEP)
     await wait_until(has_progressed)
     await client.finish(JobState.CANCELLED)
     await client.close()
