@@ -33,6 +33,8 @@ spec:
     spec:
       serviceAccountName: {{ .serviceAccount | default (include "finery.fullname" .root) }}
       automountServiceAccountToken: {{ eq .component "trainer" }}
+      # Process 1 is the sandbox then, which reaps what a killed process leaves behind.
+      shareProcessNamespace: true
       enableServiceLinks: false
       terminationGracePeriodSeconds: 45
       securityContext:

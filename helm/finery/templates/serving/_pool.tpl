@@ -62,6 +62,8 @@ metadata:
 spec:
   serviceAccountName: {{ include "finery.fullname" $root }}
   automountServiceAccountToken: false
+  # Process 1 is the sandbox then, which reaps what a killed process leaves behind.
+  shareProcessNamespace: true
   enableServiceLinks: false
   # 5 s until nobody asks this agent, the answers in flight, 8 s of gRPC calls, 10 s for vLLM's end, and some to spare.
   terminationGracePeriodSeconds: {{ add (int $root.Values.serving.drainSeconds) 40 }}

@@ -37,6 +37,8 @@ spec:
     spec:
       serviceAccountName: {{ $name }}
       automountServiceAccountToken: false
+      # Process 1 is the sandbox then, which reaps what a killed process leaves behind.
+      shareProcessNamespace: true
       enableServiceLinks: false
       restartPolicy: Never
       # A worker that is told to end saves its state first.
