@@ -105,6 +105,34 @@ POOL = {"name": "one"}
             {"objectStore": {"kind": "external", "external": {"endpoint": "https://s3.example.org", "existingSecret": "s"}}},
             'objectStore.external.endpoint: got "https://s3.example.org", wanted host:port without a scheme',
         ),
+        (
+            {"objectStore.external.endpoint": "s3.example.org"},
+            'objectStore.external: got values with kind "minio", which would go unused while data went to the bundled store',
+        ),
+        (
+            {"postgres.external.existingSecret": "rds"},
+            'postgres.external: got values with kind "bundled", which would go unused while data went to the bundled database',
+        ),
+        (
+            {"trainer.worker.gpu.resourceName": "nvidia.com/mig-2g.20gb"},
+            "trainer.worker.maxGpusPerJob: got 8 over nvidia.com/mig-2g.20gb, wanted 1",
+        ),
+        ({"trainer.worker.gpu.count": 4, "trainer.worker.maxGpusPerJob": 1}, "trainer.worker.gpu.count: got 4, wanted 1 at the most"),
+        ({"serving.pools": [POOL | {"maxLoras": 16}]}, "serving.pools[one].maxLoras: got 16, wanted 8 at the most, which is maxCpuLoras"),
+        ({"serving.pools": [POOL | {"maxModelLen": 10**6}]}, "serving.pools[one].maxModelLen: got 1000000, wanted "),
+        (
+            {
+                "monitoring.prometheusUrl": "http://prometheus:9090",
+                "serving.pools": [POOL | {"autoscaling": {"enabled": True, "minReplicas": 3, "maxReplicas": 2}}],
+            },
+            "serving.pools[one].autoscaling: got minReplicas 3 above maxReplicas 2",
+        ),
+        ({"image.registry": "https://harbor.example.org"}, 'image.registry: got "https://harbor.example.org", wanted a registry without'),
+        (
+            {"gateway.ingress.enabled": True, "gateway.ingress.hosts": ["https://f.example.org"]},
+            'gateway: got the host "https://f.example.org", wanted a name without scheme and path',
+        ),
+        ({"fullnameOverride": "Finery_Prod"}, "at '/fullnameOverride': 'Finery_Prod' does not match pattern"),
     ],
 )
 def test_wrong_values_are_refused_by_name(changes, message, chart):
