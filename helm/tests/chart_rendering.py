@@ -100,6 +100,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "the operator": {"monitoring.mode": "operator"},
     "no monitoring": {"monitoring.mode": "off"},
     "traces": {"monitoring.otlpEndpoint": "http://collector.tracing.svc:4317"},
+    "authorities of one's own": {"trustedCa.existingSecret": "company-ca"},
     "another CA": {"serving.tls.existingSecret": "own-tls"},
     "secrets of one's own": {
         "tokenSecret.existingSecret": "own-token",

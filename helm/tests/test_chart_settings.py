@@ -134,3 +134,16 @@ def test_the_catalogue_and_the_sources_are_ones_that_finery_reads(render, tmp_pa
         "Llama-3.1-8B-Instruct", "/models/Llama-3.1-8B-Instruct", 131072,
     )  # fmt: skip
     assert (source.name, source.s3_prefix) == (entry.name, "projects/base/models/llama-3.1-8b-instruct/")
+
+
+def test_authorities_of_ones_own_reach_every_pod(render):
+    manifests = render(CASES["authorities of one's own"])
+    for where, _, entries in environments(manifests):
+        assert entries["SSL_CERT_FILE"]["value"] == entries["GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"]["value"] == "/etc/finery/trusted-ca.crt", (
+            where
+        )
+    for where, template in manifests.pods:
+        if template["metadata"]["labels"]["app.kubernetes.io/component"] in SETTINGS:
+            volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+            wanted = {"secret": {"name": "company-ca", "items": [{"key": "ca.crt", "path": "trusted-ca.crt"}]}}
+            assert wanted in volumes["config"]["projected"]["sources"], where

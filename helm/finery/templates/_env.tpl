@@ -16,6 +16,13 @@
 - name: FINERY_OTLP_ENDPOINT
   value: {{ . | quote }}
 {{- end }}
+{{- if .Values.trustedCa.existingSecret }}
+# In place of the public authorities: Python and the S3 client go by the one, gRPC by the other.
+- name: SSL_CERT_FILE
+  value: /etc/finery/trusted-ca.crt
+- name: GRPC_DEFAULT_SSL_ROOTS_FILE_PATH
+  value: /etc/finery/trusted-ca.crt
+{{- end }}
 {{- end -}}
 
 {{- define "finery.env.store" -}}
@@ -77,6 +84,11 @@ dns:///{{ include "finery.fullname" . }}-serving:9000
 {{- define "finery.configSources" -}}
 {{- $minio := ne .root.Values.objectStore.kind "external" -}}
 {{- $external := .root.Values.objectStore.external -}}
+{{- with .root.Values.trustedCa.existingSecret }}
+- secret:
+    name: {{ . }}
+    items: [{key: {{ $.root.Values.trustedCa.key }}, path: trusted-ca.crt}]
+{{- end }}
 {{- if .token }}
 - secret:
     name: {{ include "finery.tokenSecretName" .root }}
