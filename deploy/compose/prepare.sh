@@ -20,8 +20,13 @@ random token_secret 32
 random grafana_password 16
 
 # An authority for vLLM's port alone: gateway and agent trust it, and its key is gone when this ends. They want that name in the
-# certificate, whatever the host is called.
-if [ ! -e secrets/vllm_tls_key ] || [ ! -e secrets/vllm_tls_cert ] || [ ! -e secrets/vllm_ca ]; then
+# certificate, whatever the host is called. So one file that is missing means all three anew.
+tls="secrets/vllm_ca secrets/vllm_tls_cert secrets/vllm_tls_key"
+missing=
+for file in $tls; do
+    [ -e "$file" ] || missing="$missing $file"
+done
+if [ -n "$missing" ]; then
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     new_key="-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes"
@@ -32,6 +37,12 @@ if [ ! -e secrets/vllm_tls_key ] || [ ! -e secrets/vllm_tls_cert ] || [ ! -e sec
     printf 'subjectAltName=DNS:finery-vllm\nextendedKeyUsage=serverAuth\n' >"$work/extensions"
     openssl x509 -req -in "$work/request" -CA "$work/ca.crt" -CAkey "$work/ca.key" -CAcreateserial -days 3650 \
         -extfile "$work/extensions" -out "$work/crt" 2>/dev/null
+    # Those that are there are read-only. All go first: a run that is cut off leaves one missing, and the next makes all of them.
+    for file in $tls; do
+        [ ! -e "$file" ] || echo "prepare.sh makes $file anew, because there is no$missing" >&2
+    done
+    # shellcheck disable=SC2086
+    rm -f $tls
     cp "$work/ca.crt" secrets/vllm_ca
     cp "$work/crt" secrets/vllm_tls_cert
     cp "$work/key" secrets/vllm_tls_key
