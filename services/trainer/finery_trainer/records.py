@@ -17,7 +17,6 @@ from finery_common.resource_names import model_alias
 from finery_common.spec import MethodType, TrainingSpec
 from finery_common.tracing import TRACEPARENT
 
-
 AWAITING_BASE = "waiting for the base model"
 """A worker's phase, which has a limit of its own."""
 
