@@ -16,7 +16,7 @@
 - name: FINERY_OTLP_ENDPOINT
   value: {{ . | quote }}
 {{- end }}
-{{- if .Values.trustedCa.existingSecret }}
+{{- if (.Values.trustedCa | default dict).existingSecret }}
 # In place of the public authorities: Python and the S3 client go by the one, gRPC by the other.
 - name: SSL_CERT_FILE
   value: /etc/finery/trusted-ca.crt
@@ -84,7 +84,7 @@ dns:///{{ include "finery.fullname" . }}-serving:9000
 {{- define "finery.configSources" -}}
 {{- $minio := ne .root.Values.objectStore.kind "external" -}}
 {{- $external := .root.Values.objectStore.external -}}
-{{- with .root.Values.trustedCa.existingSecret }}
+{{- with (.root.Values.trustedCa | default dict).existingSecret }}
 - secret:
     name: {{ . }}
     items: [{key: {{ $.root.Values.trustedCa.key }}, path: trusted-ca.crt}]

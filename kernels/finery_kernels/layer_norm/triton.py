@@ -46,7 +46,7 @@ def forward_kernel(
         rounded = s.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * sum_stride + columns, rounded, mask=inside)
         s = rounded.to(tl.float32)
-    mean = tl.div_rn(tl.sum(s, axis=0), D * 1.0)  # a constant row's is that constant
+    mean = tl.div_rn(tl.sum(s, axis=0), D * 1.0)  # rounded once where the sum is exact
     centred = tl.where(inside, s - mean, 0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, axis=0) * (1.0 / D) + eps))
     tl.store(mean_ptr + row, mean)

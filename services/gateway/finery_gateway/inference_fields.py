@@ -6,10 +6,10 @@ field that is not here is refused by name, never passed on. What OpenAI has and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, StringConstraints, Tag, model_validator
 
 from finery_gateway.json_bounds import check_schema, check_size
 
@@ -29,16 +29,25 @@ MAX_DIMENSIONS = 65_536
 Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Identifier = Annotated[str, StringConstraints(max_length=512)]
-# What a prompt is not fails at its first element, not at each: every request would pay for that.
-Texts = (
-    str
-    | Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    | Annotated[tuple[int, ...], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, list | tuple):
+        return "text"
+    first = cast("Sequence[object]", value)[0] if value else None
+    return "tokens" if isinstance(first, int) else "lists of tokens" if isinstance(first, list | tuple) else "texts"
+
+
+# Told by the first element: tried one after the other, what a prompt is not would fail at each of its elements, in every request.
+Texts = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_PROMPTS), Tag("texts")]
+    | Annotated[tuple[int, ...], Field(min_length=1, max_length=MAX_TOKENS), Tag("tokens")]
     | Annotated[
-        tuple[Annotated[tuple[int, ...], Field(min_length=1, fail_fast=True)], ...],
-        Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
-    ]
-)
+        tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...], Field(min_length=1, max_length=MAX_PROMPTS), Tag("lists of tokens")
+    ],
+    Discriminator(_kind),
+]
 
 
 def _refuse(reason: str) -> Callable[[object], None]:

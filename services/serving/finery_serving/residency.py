@@ -30,7 +30,8 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class _Resident:
-    adapter_id: int
+    adapter_id: int | None
+    """vLLM's number; None until it has told it."""
     path: Path
     last_used_s: float
     is_admitted: bool = False
@@ -48,7 +49,8 @@ class Residency:
         self._changes = changes
         self._generation = 0
         self._resident: dict[str, _Resident] = {}
-        self._draining: set[str] = set()
+        # The drop that is at each; another, or none, once somebody has pinned the version meanwhile.
+        self._draining: dict[str, object] = {}
         self._failed: set[str] = set()
         self._pins: Tally[str] = Tally()
         self._kept: frozenset[str] = frozenset()
@@ -124,7 +126,7 @@ class Residency:
     def pinned(self, version: str) -> Iterator[None]:
         """Keeps `version` from having to make room, and from being dropped, while the block runs."""
         self._pins[version] += 1
-        self._draining.discard(version)
+        self._draining.pop(version, None)
         try:
             yield
         finally:
@@ -155,18 +157,19 @@ class Residency:
         """
         while version in self._draining:
             await self._changes.wait_after(self._changes.count)
-        self._draining.add(version)
+        self._draining[version] = own = object()
         try:
             # The count of requests in flight is another process's.
-            while not await self._try_drop(version):  # noqa: ASYNC110
+            while not await self._try_drop(version, own):  # noqa: ASYNC110
                 await asyncio.sleep(_POLL_S)
         finally:
-            self._draining.discard(version)
+            if self._draining.get(version) is own:
+                del self._draining[version]
             self._changes.notify()
 
-    async def _try_drop(self, version: str) -> bool:
+    async def _try_drop(self, version: str, drop: object) -> bool:
         async with self._lock:
-            if self._pins[version] or version not in self._draining or version not in self.versions:
+            if self._pins[version] or self._draining.get(version) is not drop or version not in self.versions:
                 return True
             if await self._retire(version):
                 return False
@@ -195,7 +198,13 @@ class Residency:
         try:
             if version not in self._resident:
                 await self._register(version, path=path)
-            known = await self._client.admit(version)
+                self._resident[version] = _Resident(None, path, time.monotonic())
+            try:
+                known = await self._client.admit(version)
+            except FailedPreconditionError:
+                # What an unload that was cut short has left.
+                await self._register(version, path=path)
+                known = await self._client.admit(version)
         except FineryError:
             self._failed.add(version)
             raise
@@ -242,6 +251,9 @@ class Residency:
         return await self._client.retire(version)
 
     async def _unload(self, version: str) -> None:
-        await self._client.unload(version, adapter_id=self._resident[version].adapter_id)
+        adapter_id = self._resident[version].adapter_id
+        if adapter_id is None and (known := (await self._client.state()).adapters.get(version)):
+            adapter_id = known.id
+        await self._client.unload(version, adapter_id=adapter_id)
         del self._resident[version]
         log.info("adapter unloaded", version=version)

@@ -125,16 +125,20 @@ class RolloutRunner:
         rollout = work.rollout
         try:
             for name, state, step in self._steps:
-                # Beside the step, which need not wait for the disk; a rollout that has ended meanwhile stops after it.
                 noted = asyncio.create_task(self._advance(work, state))
+                if state == RolloutState.STAGING:
+                    await noted
                 log.info("rollout", step=name, alias=rollout.alias, version=rollout.version)
                 # Below the request that asked for it; without one it is no trace's part.
                 traced = span(f"rollout: {name}", parent=rollout.traceparent, version=rollout.version)
                 try:
                     with traced if rollout.traceparent else nullcontext():
                         await step(work)
-                finally:
-                    await noted
+                except BaseException:
+                    await asyncio.gather(noted, return_exceptions=True)
+                    raise
+                # From loading on the disk is waited for beside the step: what has ended meanwhile stops after it.
+                await noted
             self._changes.notify()
         except AbortedError:
             # Ended meanwhile, which the next look sees.

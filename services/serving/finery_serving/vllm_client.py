@@ -90,11 +90,12 @@ class VllmClient:
             message = error.message.replace(str(path), "its folder")
             raise FailedPreconditionError(f"vLLM could not load the adapter: {message}", code="adapter_not_loadable") from error
 
-    async def unload(self, version: str, *, adapter_id: int) -> None:
-        """Unregisters an adapter and frees its memory; one that is not registered is fine."""
+    async def unload(self, version: str, *, adapter_id: int | None) -> None:
+        """Unregisters an adapter and frees its memory, where its number is known; one that is not registered is fine."""
         with contextlib.suppress(NotFoundError):
             await self._call("POST", "/v1/unload_lora_adapter", json={"lora_name": version})
-        await self._call("POST", "/finery/remove", json={"adapter_id": adapter_id})
+        if adapter_id is not None:
+            await self._call("POST", "/finery/remove", json={"adapter_id": adapter_id})
 
     async def admit(self, version: str) -> LoadedAdapter:
         """Lets requests for `version` in; answers what vLLM has under that name. Raises FailedPreconditionError where it has nothing."""

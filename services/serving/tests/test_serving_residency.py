@@ -22,6 +22,7 @@ class Vllm:
         self.start()
         self.in_flight = Counter()
         self.loads, self.refuses = [], set()
+        self.answers_get_lost = False
 
     def start(self):
         self.generation = getattr(self, "generation", 0) + 1
@@ -45,11 +46,17 @@ class Vllm:
     async def unload(self, version, *, adapter_id):
         assert not self.in_flight[version]
         assert version not in self.admitted
-        self.adapters.pop(version)
-        self.engine.remove(adapter_id)
+        self.adapters.pop(version, None)
+        if self.answers_get_lost:
+            raise UnavailableError("the answer was lost")
+        self.engine.discard(adapter_id)
 
     async def admit(self, version):
+        if version not in self.adapters:
+            raise FailedPreconditionError("no adapter is registered so")
         self.admitted.add(version)
+        if self.answers_get_lost:
+            raise UnavailableError("the answer was lost")
         return self.adapters[version]
 
     async def retire(self, version):
@@ -222,3 +229,23 @@ async def test_an_adapter_whose_load_was_answered_to_nobody_is_taken_over(vllm, 
     assert vllm.loads == ["a"]
     await residency.drop("a")
     assert vllm.engine == set()
+
+
+async def test_an_adapter_whose_unload_was_cut_short_is_loaded_again(vllm, residency):
+    await ensure(residency, "a", "b")
+    vllm.answers_get_lost = True
+    with pytest.raises(UnavailableError):
+        await residency.drop("a")
+    vllm.answers_get_lost = False
+    await ensure(residency, "a")
+    assert (vllm.loads, vllm.admitted) == (["a", "b", "a"], {"a", "b"})
+
+
+async def test_an_adapter_whose_admission_was_answered_to_nobody_counts_and_can_be_dropped(vllm, residency):
+    vllm.answers_get_lost = True
+    with pytest.raises(UnavailableError):
+        await ensure(residency, "a")
+    vllm.answers_get_lost = False
+    assert (residency.versions, residency.serves("a")) == (("a",), False)
+    await residency.drop("a")
+    assert (vllm.adapters, vllm.engine, residency.versions) == ({}, set(), ())

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from finery_trainer.engine import loop
 
+_FETCHING_BASE = "fetching the base model"
 _BASE_POLL_S = 1.0
 
 log = structlog.get_logger(__name__)
@@ -133,7 +134,7 @@ class Worker:
         training_dir = store.fetch(assignment.training_dataset, cache_dir)
         validation_dir = None if assignment.validation_dataset is None else store.fetch(assignment.validation_dataset, cache_dir)
         checkpoint_dir = None if assignment.checkpoint is None else store.fetch(assignment.checkpoint, cache_dir)
-        self._enter("fetching the base model")
+        self._enter(_FETCHING_BASE)
         if self._settings.catalogue is None:
             raise FailedPreconditionError("FINERY_CATALOGUE is not set; set it to the YAML file of base models.")
         entry = Catalogue.load(self._settings.catalogue).get(assignment.spec.base_model)
@@ -159,6 +160,7 @@ class Worker:
                 raise Stopped
             self._obey()
             time.sleep(_BASE_POLL_S)
+        self._enter(_FETCHING_BASE)
 
     def _enter(self, phase: str) -> None:
         """Tells the server the phase, and ends here where it or the launcher wants an end."""
