@@ -47,7 +47,7 @@ class Engine:
         return True
 
 
-async def call(middleware, path="/v1/chat/completions", *, method="POST", headers=None, body=b"{}", engine=None):
+async def call(middleware, path="/v1/chat/completions", *, method="POST", headers=None, body=b"{}", engine=None, sent=None):
     if headers is None:
         headers = {"x-finery-replica-token": "r" * 8, "x-finery-version": VERSION, "x-finery-alias": ALIAS}
     loras = {VERSION: SimpleNamespace(lora_int_id=7, lora_path="/state/cache/x")}
@@ -59,7 +59,7 @@ async def call(middleware, path="/v1/chat/completions", *, method="POST", header
         "headers": [(key.encode(), value.encode()) for key, value in headers.items()],
         "app": SimpleNamespace(state=state),
     }
-    sent = []
+    sent = [] if sent is None else sent
 
     async def receive():
         return {"type": "http.request", "body": body, "more_body": False}
@@ -242,6 +242,22 @@ async def test_a_plain_text_fault_becomes_an_error_without_its_text():
     answer = await call(await admitted(App(b"Internal Server Error at /venv", status=500, content_type="text/plain")))
     assert json.loads(answer.body)["error"]["code"] == 500
     assert b"/venv" not in answer.body
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("cannot schedule new futures after shutdown"), 503), (ValueError("/state/cache/x is gone"), 500)]
+)
+async def test_a_fault_that_vllm_raises_is_answered_here_and_raised_on(error, status):
+    async def broken(scope, receive, send):
+        raise error
+
+    middleware, sent = await admitted(broken), []
+    with pytest.raises(type(error)):
+        await call(middleware, sent=sent)
+    assert sent[0]["status"] == status
+    assert json.loads(sent[1]["body"])["error"]["code"] == status
+    assert b"shutdown" not in sent[1]["body"]
+    assert b"/state" not in sent[1]["body"]
 
 
 async def test_an_error_within_a_stream_tells_nothing_of_the_inside():

@@ -43,6 +43,7 @@ A version counts as in flight from before vLLM sees the request until the last b
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import os
@@ -153,6 +154,10 @@ class FineryMiddleware:
         try:
             renamed = _Renamed(send, version=version, alias=alias, private_paths=self._private_paths, is_dead=lambda: _is_dead(scope))
             await self._app(scope, receive, renamed)
+        except Exception as error:
+            # Its handler stands outside of this middleware and would answer with the words as they are.
+            await renamed.fail(error)
+            raise
         finally:
             self._in_flight[version] -= 1
             if not self._in_flight[version]:
@@ -229,6 +234,16 @@ class _Renamed:
             await self._stream(message)
         else:
             await self._whole(message)
+
+    async def fail(self, error: Exception) -> None:
+        """Answers a fault that vLLM itself has not answered, unless an answer has begun."""
+        if self._streams:
+            return
+        self._held = b""
+        body = json.dumps({"error": {"message": str(error), "code": 500}}).encode()
+        with contextlib.suppress(Exception):
+            await self({"type": "http.response.start", "status": 500, "headers": [(b"content-type", b"application/json")]})
+            await self({"type": "http.response.body", "body": body})
 
     async def _stream(self, message: Message) -> None:
         """Passes on complete lines only: a name may lie across two messages, never across two lines."""
