@@ -151,8 +151,8 @@ class FineryMiddleware:
         # No await between the check above and this count: retiring and then seeing 0 means that nothing is or comes in.
         self._in_flight[version] = self._in_flight.get(version, 0) + 1
         self._requests[version] = (self._requests.get(version, (0, 0.0))[0] + 1, time.monotonic())
+        renamed = _Renamed(send, version=version, alias=alias, private_paths=self._private_paths, is_dead=lambda: _is_dead(scope))
         try:
-            renamed = _Renamed(send, version=version, alias=alias, private_paths=self._private_paths, is_dead=lambda: _is_dead(scope))
             await self._app(scope, receive, renamed)
         except Exception as error:
             # Its handler stands outside of this middleware and would answer with the words as they are.
