@@ -169,7 +169,7 @@ class PackedPasses:
         batch = pack(
             rows,
             token_multiple=1 if are_equal else padded,
-            label_multiple=128 if are_equal else multiple_of_labels(padded),
+            label_multiple=128 if are_equal or self._graphs is None else multiple_of_labels(padded),
             is_deterministic=self._is_deterministic,
         )
         return self._embedded(in_buckets(batch)).pinned()
@@ -284,9 +284,8 @@ def _card_bytes(spec: TrainingSpec, device: torch.device, *, is_fixed: bool) -> 
 def host_bytes(spec: TrainingSpec) -> int:
     """What of the host's memory a run may pin: half of what is free, unless its spec says how much.
 
-    A deterministic run counts on a quarter of all there is: what others hold must not change the plan.
+    A deterministic run pins nothing unless its spec says so: what others hold must not change the plan.
     """
     if spec.memory.host_budget_bytes is not None:
         return spec.memory.host_budget_bytes
-    memory = psutil.virtual_memory()
-    return memory.total // 4 if spec.deterministic else memory.available // 2
+    return 0 if spec.deterministic else psutil.virtual_memory().available // 2
