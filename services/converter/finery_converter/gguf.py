@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from finery_common.conversion_spec import OutputType
 from finery_common.errors import FailedPreconditionError, InternalError, ResourceExhaustedError, UnimplementedError
 from finery_common.leash import leashed
-from finery_common.spec import OutputType
 
 SCRIPT = "convert_hf_to_gguf.py"
 _PROGRESS = re.compile(r"^Writing:\s+(\d+)%")
