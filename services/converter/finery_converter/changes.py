@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from finery_converter.parameters import Parameters
 
 _PREFIX = "base_model.model."
-_UNSUPPORTED = ("use_dora", "fan_in_fan_out", "layer_replication", "trainable_token_indices", "target_parameters")
+_UNSUPPORTED = ("layer_replication", "trainable_token_indices", "target_parameters", "lora_bias")
+_HALVES = ("lora_A", "lora_B")
+_EMBEDDING_HALVES = ("lora_embedding_A", "lora_embedding_B")
+_MAGNITUDE = "lora_magnitude_vector"
 _SHOWN = 3
 
 
@@ -36,12 +39,29 @@ class LoraPair:
     """`scale` * B A is added to a matrix."""
 
     a: StoredTensor
+    """(R, I)"""
     b: StoredTensor
+    """(O, R)"""
     scale: float
+    is_transposed: bool = False
+    """The matrix is stored as (I, O): embeddings, and the convolutions that stand for linear layers in old models."""
+    magnitude: StoredTensor | None = None
+    """DoRA: the norm (O) that every row has in the end."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix as it is stored."""
+        num_out, num_in = self.b.shape[0], self.a.shape[-1]
+        return (num_in, num_out) if self.is_transposed else (num_out, num_in)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (rank, in) and B (out, rank) times `scale`, in float32."""
-        return in_float32(self.a.read()), in_float32(self.b.read()) * self.scale
+        """(rows, R) and (R, columns) in float32, whose product is what is added to the matrix as it is stored."""
+        a_RI, b_OR = in_float32(self.a.read()), in_float32(self.b.read()) * self.scale
+        return (a_RI.t(), b_OR.t()) if self.is_transposed else (b_OR, a_RI)
+
+    def norms(self) -> torch.Tensor | None:
+        """DoRA's (O) in float32."""
+        return None if self.magnitude is None else in_float32(self.magnitude.read()).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -55,29 +75,36 @@ class Changes:
 def read_adapter(folder: Path) -> Changes:
     """The changes in a folder of PEFT's files.
 
-    Raises UnimplementedError for adapters that are more than LoRA, InvalidArgumentError where half of a pair is missing.
+    Raises UnimplementedError for adapters that are more than LoRA and DoRA, InvalidArgumentError where half of a pair is missing.
     """
     config = json.loads((folder / "adapter_config.json").read_text())
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("peft_type") != "LORA" or used:
-        raise UnimplementedError(
-            f"adapter_config.json: {', '.join(used) or config.get('peft_type')} cannot be compared; wanted plain LoRA."
-        )
-    halves: dict[str, dict[str, StoredTensor]] = {}
+        found = ", ".join(used) or config.get("peft_type")
+        raise UnimplementedError(f"adapter_config.json: {found} cannot be compared with a merged model here; wanted plain LoRA.")
+    parts: dict[str, dict[str, StoredTensor]] = {}
     replaced: dict[str, StoredTensor] = {}
     for key, tensor in read_header(folder / "adapter_model.safetensors").items():
         name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        module, _, half = name.removesuffix(".weight").rpartition(".")
-        if half in ("lora_A", "lora_B"):
-            halves.setdefault(module, {})[half] = tensor
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        if part in (*_HALVES, *_EMBEDDING_HALVES, _MAGNITUDE):
+            parts.setdefault(module, {})[part] = tensor
         else:
             replaced[name] = tensor
-    pairs: dict[str, LoraPair] = {}
-    for module, both in halves.items():
-        if len(both) != len(("lora_A", "lora_B")):
-            raise InvalidArgumentError(f"The adapter has only one of lora_A and lora_B for {module}.", code="unmatched_adapter_tensor")
-        pairs[module] = LoraPair(both["lora_A"], both["lora_B"], _scale(config, module, rank=both["lora_A"].shape[0]))
-    return Changes(pairs, replaced)
+    return Changes({module: _pair(module, found, config) for module, found in parts.items()}, replaced)
+
+
+def _pair(module: str, found: Mapping[str, StoredTensor], config: Mapping[str, object]) -> LoraPair:
+    is_embedding = any(name in found for name in _EMBEDDING_HALVES)
+    a, b = (found.get(name) for name in (_EMBEDDING_HALVES if is_embedding else _HALVES))
+    magnitude = found.get(_MAGNITUDE)
+    if a is None or b is None or bool(magnitude) != bool(config.get("use_dora")):
+        raise InvalidArgumentError(f"The adapter has only {', '.join(sorted(found))} for {module}.", code="unmatched_adapter_tensor")
+    if a.shape[0] != b.shape[1]:
+        raise InvalidArgumentError(
+            f"The adapter's A {list(a.shape)} and B {list(b.shape)} for {module} have different ranks.", code="adapter_shape_mismatch"
+        )
+    return LoraPair(a, b, _scale(config, module, rank=a.shape[0]), is_embedding, magnitude)
 
 
 def _scale(config: Mapping[str, object], module: str, *, rank: int) -> float:
@@ -104,9 +131,14 @@ def place(changes: Changes, model: PreTrainedModel, parameters: Parameters) -> P
 
     Raises InvalidArgumentError (code `unmatched_adapter_tensor`) for a change that has no place.
     """
+    from transformers.pytorch_utils import Conv1D
+
     modules = dict(model.named_modules())
     known = parameters.weights.shapes
-    pairs = {parameters.direct.get(f"{name}.weight", f"{name}.weight"): pair for name, pair in changes.pairs.items()}
+    pairs: dict[str, LoraPair] = {}
+    for name, pair in changes.pairs.items():
+        stored_across = pair.is_transposed or isinstance(modules.get(name), Conv1D)
+        pairs[parameters.direct.get(f"{name}.weight", f"{name}.weight")] = replace(pair, is_transposed=stored_across)
     replaced = {parameters.direct.get(name, name): tensor for name, tensor in changes.replaced.items()}
     if unmatched := sorted(name for name in (*pairs, *replaced) if name not in known):
         raise InvalidArgumentError(
@@ -124,46 +156,43 @@ def place(changes: Changes, model: PreTrainedModel, parameters: Parameters) -> P
 
 
 class AdaptedWeights:
-    """`weights` after `changes`, both by checkpoint names: W + scale * B A, and replaced tensors, in float32."""
+    """`weights` after the changes of an adapter, in float32: what an exact merge holds."""
 
     def __init__(self, weights: Weights, *, pairs: Mapping[str, LoraPair], replaced: Mapping[str, StoredTensor]) -> None:
-        """`pairs` by the names of the tensors that they change. Raises InvalidArgumentError where a shape does not fit."""
+        """Both by the names of the tensors that they change. Raises InvalidArgumentError where a shape does not fit."""
         self._weights = weights
         self._pairs = pairs
         self._replaced = replaced
         self.shapes = weights.shapes
-        for name, pair in pairs.items():
-            num_out, num_in = weights.shapes[name] if len(weights.shapes[name]) == 2 else (-1, -1)
-            if pair.a.shape[1:] != (num_in,) or pair.b.shape[:1] != (num_out,) or pair.a.shape[0] != pair.b.shape[1]:
+        for name, change in (*pairs.items(), *replaced.items()):
+            if change.shape != tuple(weights.shapes[name]):
                 raise InvalidArgumentError(
-                    f"The adapter's A {list(pair.a.shape)} and B {list(pair.b.shape)} do not fit {name} {list(weights.shapes[name])}.",
-                    code="adapter_shape_mismatch",
-                )
-        for name, tensor in replaced.items():
-            if tensor.shape != weights.shapes[name]:
-                raise InvalidArgumentError(
-                    f"The adapter's {name} has shape {list(tensor.shape)}, wanted {list(weights.shapes[name])}.",
+                    f"The adapter's change of {name} has the shape {list(change.shape)}, wanted {list(weights.shapes[name])}.",
                     code="adapter_shape_mismatch",
                 )
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        if name in self._replaced:
-            yield from (in_float32(block) for block in self._replaced[name].blocks(BLOCK_BYTES))
-            return
+        blocks = self._replaced[name].blocks(BLOCK_BYTES) if name in self._replaced else self._weights.blocks(name)
         if name not in self._pairs:
-            yield from self._weights.blocks(name)
+            yield from (in_float32(block) for block in blocks)
             return
-        a_RI, b_OR = self._pairs[name].factors()
+        left, right = self._pairs[name].factors()
+        norms_O = self._pairs[name].norms()
         row = 0
-        for block in self._weights.blocks(name):
-            yield block + b_OR[row : row + len(block)] @ a_RI
+        for block in blocks:
+            rows = slice(row, row + len(block))
+            yield _changed(in_float32(block), left[rows] @ right, None if norms_O is None else norms_O[rows])
             row += len(block)
 
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
-        if name in self._replaced:
-            return in_float32(self._replaced[name].read())[indices]
-        rows = self._weights.rows(name, indices)
-        if name in self._pairs:
-            a_RI, b_OR = self._pairs[name].factors()
-            rows = rows + b_OR[indices] @ a_RI
-        return rows
+        rows = in_float32(self._replaced[name].read())[indices] if name in self._replaced else self._weights.rows(name, indices)
+        if name not in self._pairs:
+            return rows
+        left, right = self._pairs[name].factors()
+        norms_O = self._pairs[name].norms()
+        return _changed(rows, left[indices] @ right, None if norms_O is None else norms_O[indices])
+
+
+def _changed(rows: torch.Tensor, product: torch.Tensor, norms_O: torch.Tensor | None) -> torch.Tensor:
+    changed = rows + product
+    return changed if norms_O is None else changed * (norms_O / torch.linalg.vector_norm(changed, dim=1)).unsqueeze(1)

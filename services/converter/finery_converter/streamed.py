@@ -10,15 +10,17 @@ logits to `parity`.
     states = model.states([[1, 5, 7], [1, 9]])      # a walk through all weights for each `max_tokens`
     logits_NV = model.logits(states[0])             # reads the head only
 
-Memory: one block of rows in each type, activations of `max_tokens` tokens, and the largest parameter that is not of a linear layer
-or an embedding (fused experts: about twice that while they are put together). A walk reads every weight once.
+Memory: one block of rows in each type, activations of `max_tokens` tokens, and of one decoder layer what is neither linear layer nor
+embedding (norms; fused experts, which take twice their size while they are put together). A walk reads every weight once.
 
 Letters: N tokens, B sequences, T tokens of the longest, H hidden size, V vocabulary, I and O a linear layer's inputs and outputs, R rank.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -62,11 +64,11 @@ class StreamedModel:
         self._kept: torch.Tensor | None = None
         weights = weights or FolderWeights(folder)
         self.parameters = Parameters(self._model, weights)
-        linears = self._adapt(weights, adapter_dir) if adapter_dir else {}
+        self.adapted_weights: Weights = weights
+        """With everything that the adapter changes: what an exact merge would hold."""
+        pairs = self._adapt(weights, adapter_dir) if adapter_dir else {}
         self._fill_buffers()
-        self._stream_modules()
-        for name, pair in linears.items():
-            self._model.get_submodule(name).register_forward_hook(partial(_add_pair, pair))
+        self._stream_modules(pairs)
 
     @property
     def vocab_size(self) -> int:
@@ -104,6 +106,7 @@ class StreamedModel:
     def _adapt(self, weights: Weights, adapter_dir: Path) -> dict[str, LoraPair]:
         """Puts the adapter's changes in place but for the pairs of linear layers; answers those, by the layers' names."""
         placed = place(read_adapter(adapter_dir), self._model, self.parameters)
+        self.adapted_weights = AdaptedWeights(weights, pairs=placed.pairs, replaced=placed.replaced)
         elsewhere = {name: pair for name, pair in placed.pairs.items() if name not in placed.linears}
         if elsewhere or placed.replaced:
             self.parameters = Parameters(self._model, AdaptedWeights(weights, pairs=elsewhere, replaced=placed.replaced))
@@ -118,7 +121,7 @@ class StreamedModel:
         try:
             with torch.no_grad():
                 self._outputs = base(input_ids=ids_BT, use_cache=False)
-        except NotImplementedError as error:
+        except (NotImplementedError, AttributeError, TypeError, RuntimeError, StopIteration) as error:
             raise UnimplementedError(
                 f"{type(self._model).__name__} uses weights in a way that a streamed pass does not follow: {error}"
             ) from error
@@ -153,54 +156,85 @@ class StreamedModel:
             if name not in parameters:
                 self._model.get_buffer(name).copy_(self.parameters.read(name))
 
-    def _stream_modules(self) -> None:
+    def _stream_modules(self, pairs: Mapping[str, LoraPair]) -> None:
+        """Takes every parameter out of the model, and has it come back for as long as it is used.
+
+        What is no linear layer or embedding comes for a whole decoder layer: some use their parts' parameters themselves.
+        """
+        rest: dict[str, list[str]] = defaultdict(list)
         for name, module in list(self._model.named_modules()):
             own = [key for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
-            if not own:
-                continue
-            weight = f"{name}.weight"
-            if type(module) is nn.Linear and weight in self.parameters.direct:
-                self._model.set_submodule(name, _StreamedLinear(module, _LinearSource(name, self.parameters), self._observe))
-            elif isinstance(module, nn.Embedding) and own == ["weight"] and weight in self.parameters.direct:
+            weight = self.parameters.direct.get(f"{name}.weight")
+            if weight and type(module) is nn.Linear:
+                source = _LinearSource(name, self.parameters, pairs.get(name))
+                self._model.set_submodule(name, _StreamedLinear(module, source, self._observe))
+            elif weight and isinstance(module, nn.Embedding) and own == ["weight"]:
                 module.padding_idx = None
-                module.register_forward_pre_hook(partial(_take_rows, self.parameters.weights, self.parameters.direct[weight]))
-                module.register_forward_hook(partial(_release, ("weight",)))
-            else:
-                module.register_forward_pre_hook(partial(_fill, {key: f"{name}.{key}" if name else key for key in own}, self.parameters))
-                module.register_forward_hook(partial(_release, tuple(own)))
+                _release(self._model, (f"{name}.weight",))
+                module.register_forward_pre_hook(partial(_take_rows, self.parameters.weights, weight))
+                module.register_forward_hook(partial(_release, self._model, (f"{name}.weight",)))
+            elif own:
+                rest[_unit(name)] += [f"{name}.{key}".removeprefix(".") for key in own]
+        for unit, names in rest.items():
+            _release(self._model, names)
+            module = self._model.get_submodule(unit)
+            module.register_forward_pre_hook(partial(_fill, self._model, names, self.parameters))
+            module.register_forward_hook(partial(_release, self._model, names))
 
 
+@dataclass(frozen=True)
 class _LinearSource:
-    def __init__(self, module: str, parameters: Parameters) -> None:
-        self.name = module
-        self._parameters = parameters
+    """What a linear layer multiplies by."""
+
+    module: str
+    parameters: Parameters
+    pair: LoraPair | None
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        return self._parameters.weights.blocks(self._parameters.direct[f"{self.name}.weight"])
+        return self.parameters.weights.blocks(self.parameters.direct[f"{self.module}.weight"])
 
     def bias(self) -> torch.Tensor:
-        return self._parameters.read(f"{self.name}.bias")
+        return self.parameters.read(f"{self.module}.bias")
 
 
 class _StreamedLinear(nn.Linear):
-    """A linear layer that multiplies by the blocks of its weight as they come from the file."""
+    """A linear layer that multiplies by the blocks of its weight as they come from the file, and adds the adapter's product."""
 
     def __init__(self, like: nn.Linear, source: _LinearSource, observe: Observer) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = like.in_features, like.out_features
-        self.weight, self.bias = like.weight, like.bias
         self._has_bias = "bias" in dict(like.named_parameters(recurse=False))
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
         self._source = source
         self._observe = observe
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  the parent's name for it
-        self._observe(self._source.name, input)
+        self._observe(self._source.module, input)
         out = input.new_empty(*input.shape[:-1], self.out_features)
         row = 0
-        for block in self._source.blocks():
-            out[..., row : row + len(block)] = functional.linear(input, block)
+        for block, part in self._adapted_blocks(input):
+            out[..., row : row + len(block)] = part
             row += len(block)
         return out.add_(self._source.bias()) if self._has_bias else out
+
+    def _adapted_blocks(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(rows of the weight, their part of the output)"""
+        pair = self._source.pair
+        if pair is None:
+            yield from ((block, functional.linear(x, block)) for block in self._source.blocks())
+            return
+        b_OR, a_RI = pair.factors()
+        norms_O = pair.norms()
+        low = functional.linear(x, a_RI)
+        row = 0
+        for block in self._source.blocks():
+            rows = slice(row, row + len(block))
+            row = rows.stop
+            part = functional.linear(x, block) + functional.linear(low, b_OR[rows])
+            if norms_O is not None:
+                part = part * (norms_O[rows] / torch.linalg.vector_norm(block + b_OR[rows] @ a_RI, dim=1))
+            yield block, part
 
 
 class _Given(nn.Module):
@@ -214,7 +248,7 @@ class _Given(nn.Module):
     def forward(self, *_args: object, **_kwargs: object) -> object:
         return self._outputs
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> torch.Tensor | nn.Module:
         """What a head asks of its body beside outputs, such as a multiplier."""
         return getattr(vars(self)["_body"][0], name)
 
@@ -229,11 +263,6 @@ def _groups(sequences: Sequence[Sequence[int]], *, max_tokens: int) -> Iterator[
         start += size
 
 
-def _add_pair(pair: LoraPair, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    a_RI, b_OR = pair.factors()
-    return output + functional.linear(functional.linear(args[0], a_RI), b_OR)
-
-
 def _take_rows(weights: Weights, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Gives an embedding the rows that it is asked for, and asks for them by their new places."""
     indices, places = torch.unique(args[0], return_inverse=True)
@@ -241,11 +270,24 @@ def _take_rows(weights: Weights, name: str, module: nn.Module, args: tuple[torch
     return (places, *args[1:])
 
 
-def _fill(names: Mapping[str, str], parameters: Parameters, module: nn.Module, _args: tuple[object, ...]) -> None:
-    for key, parameter in names.items():
-        setattr(module, key, nn.Parameter(parameters.read(parameter), requires_grad=False))
+def _unit(name: str) -> str:
+    """The decoder layer that module `name` is in, which is what the first number in its name counts; itself outside of any."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else name
 
 
-def _release(names: Sequence[str], module: nn.Module, _args: tuple[object, ...], _output: object) -> None:
+def _fill(model: nn.Module, names: Sequence[str], parameters: Parameters, *_call: object) -> None:
     for name in names:
-        setattr(module, name, nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
+        _set(model, name, nn.Parameter(parameters.read(name), requires_grad=False))
+
+
+def _release(model: nn.Module, names: Sequence[str], *_call: object) -> None:
+    """Nothing in a parameter's place makes a use out of its turn an error."""
+    for name in names:
+        _set(model, name, None)
+
+
+def _set(model: nn.Module, name: str, value: nn.Parameter | None) -> None:
+    module, _, key = name.rpartition(".")
+    setattr(model.get_submodule(module), key, value)
