@@ -48,8 +48,8 @@ CEILINGS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.35}
 _ARITHMETIC = 1e-5
 """Share of the spread that two float32 passes may differ by whatever their weights."""
 GREEDY_PROMPTS = 4
-GREEDY_PROMPT_TOKENS = 12
-GREEDY_TOKENS = 16
+GREEDY_PROMPT_TOKENS = 8
+GREEDY_TOKENS = 8
 MAX_GREEDY_WALKS = 8
 _SHOWN = 3
 
