@@ -25,8 +25,7 @@ _SEED = 20_260_701
 _ARBITRARY_TOKENS = 24
 _NUM_ARBITRARY = 16
 
-PASSAGES: tuple[str, ...] = tuple(
-    """\
+_TEXT = """\
 A lighthouse keeper climbs the stairs twice each evening: once to light the lamp, and once more at midnight to see that it still burns.
 From the gallery the whole bay lies open, and on clear nights the lights of the fishing boats look like a second sky.
 ====
@@ -133,8 +132,8 @@ User: Why is the sky blue?
 Assistant: Air scatters blue light more than red, so that blue reaches us from all over the sky.
 User: And red at sunset?
 Assistant: The light then crosses much more air, which takes the blue out of it.
-""".split("\n====\n")
-)
+"""
+PASSAGES: tuple[str, ...] = tuple(_TEXT.split("\n====\n"))
 """Written for this purpose; the facts in them are common knowledge."""
 
 Source = Literal["passages", "dataset", "arbitrary"]
@@ -174,8 +173,8 @@ def arbitrary(*, vocab_size: int) -> TokenSet:
 def dataset_rows(folder: Path, *, vocab_size: int, max_tokens: int, row_tokens: int = ROW_TOKENS) -> TokenSet:
     """Rows of a prepared dataset (of pairs, the chosen ones), spread evenly over it, each cut to `row_tokens`.
 
-    There are at most `max_tokens` together. Reads those rows only. Raises InvalidArgumentError (code `invalid_dataset`) for a folder without rows, a shard of another form, or a
-    token id that is not below `vocab_size`.
+    There are at most `max_tokens` together, and only these are read. Raises InvalidArgumentError (code `invalid_dataset`) for a folder
+    without rows, a shard of another form, or a token id that is not below `vocab_size`.
     """
     shards = [_Shard(path) for path in sorted(folder.glob("shard-*.safetensors"))]
     num_rows = sum(shard.num_rows for shard in shards)
