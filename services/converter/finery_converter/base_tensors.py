@@ -138,17 +138,18 @@ class QuantizedTensor:
             yield lease
 
     def values(self, blocks: Iterator[Lease], scratch: Scratch) -> Iterator[torch.Tensor]:
-        num_rows, num_columns = self.shape
+        num_columns = self.shape[1]
         absmax_B, blocksize = self.weight.scales(), self.weight.blocksize
-        step = rows_at_once(self.shape, self.dtype.itemsize)
-        for row in range(0, num_rows, step):
-            rows, first = min(step, num_rows - row), row * num_columns
-            if first % blocksize:
+        row = 0
+        for lease in blocks:
+            if row * num_columns % blocksize:
                 raise UnimplementedError(f"The base model's {self.name} has blocks of {blocksize} across its rows of {num_columns}.")
+            rows = min(rows_at_once(self.shape, self.dtype.itemsize), self.shape[0] - row)
             values_RK = scratch.rows(rows, num_columns)
-            lease = next(blocks)
-            _dequantize(lease.data, absmax_B[first // blocksize :], blocksize=blocksize, dtype=self.dtype, out=values_RK.view(-1))
+            block = row * num_columns // blocksize
+            _dequantize(lease.data, absmax_B[block:], blocksize=blocksize, dtype=self.dtype, out=values_RK.view(-1))
             lease.release()
+            row += rows
             yield values_RK
 
 

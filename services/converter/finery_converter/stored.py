@@ -155,9 +155,11 @@ class Fp8:
     def specs(self, name: str, shape: tuple[int, ...]) -> list[TensorSpec]:
         num_rows, num_columns = shape
         module = name.removesuffix(".weight")
-        if self.is_block and num_rows % FP8_BLOCK and not module.endswith(_LAST_OR_ALONE):
+        is_whole = num_rows % FP8_BLOCK == 0 or module.endswith(_LAST_OR_ALONE)
+        if self.is_block and (num_columns % FP8_BLOCK or not is_whole):
             raise InvalidArgumentError(
-                f"type: fp8_block wants a multiple of {FP8_BLOCK} rows, and {name} has {num_rows}, which vLLM fuses with others; use fp8.",
+                f"type: fp8_block wants sizes that are multiples of {FP8_BLOCK}, and {name} is {list(shape)}: activations are quantized in "
+                "blocks of columns, and vLLM fuses layers by blocks of rows; use fp8.",
                 param="type",
                 code="unsupported_type",
             )

@@ -69,15 +69,15 @@ class StoredTensor:
         self.read_into(data, start=0)
         return data.view(self.dtype).reshape(self.shape)
 
-    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[torch.Tensor]:
-        """The tensor as (rows, columns) in order, about `block_bytes` at a time; 0-d and 1-d as one column."""
+    def blocks(self, block_bytes: int | None = None) -> Iterator[torch.Tensor]:
+        """The tensor as (rows, columns) in order, about `block_bytes` (none: BLOCK_BYTES) at a time; 0-d and 1-d as one column."""
         num_columns = rows_and_columns(self.shape)[1]
         for start, num_bytes in self.spans(block_bytes):
             data = torch.empty(num_bytes, dtype=torch.uint8)
             self.read_into(data, start=start)
             yield data.view(self.dtype).reshape(-1, num_columns)
 
-    def spans(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+    def spans(self, block_bytes: int | None = None) -> Iterator[tuple[int, int]]:
         """(start, length) in bytes of blocks of whole rows, a multiple of ROW_MULTIPLE but for the last."""
         if not self.num_elements:
             return
@@ -104,10 +104,10 @@ def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1]
 
 
-def rows_at_once(shape: Sequence[int], itemsize: int, block_bytes: int = BLOCK_BYTES) -> int:
+def rows_at_once(shape: Sequence[int], itemsize: int, block_bytes: int | None = None) -> int:
     """How many rows a block has."""
     row_bytes = max(1, rows_and_columns(shape)[1] * itemsize)
-    return max(ROW_MULTIPLE, block_bytes // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
+    return max(ROW_MULTIPLE, (block_bytes or BLOCK_BYTES) // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
