@@ -95,21 +95,23 @@ async def _until_healthy(runtime: Runtime, process: subprocess.Popen[bytes], log
         await client.close()
 
 
-def _bodies(arguments: argparse.Namespace, numbers: random.Random, *, num_streams: int) -> list[list[bytes]]:
+def _bodies(arguments: argparse.Namespace, numbers: random.Random, *, num_streams: int, model: str = MODEL) -> list[list[bytes]]:
     def body() -> bytes:
         # Small ids are in every vocabulary; the first hundred or so may be special.
         prompt = [numbers.randrange(200, 20_000) for _ in range(arguments.prompt)]
-        fields = {"model": MODEL, "prompt": prompt, "max_tokens": arguments.output, "ignore_eos": True, "temperature": 0, "stream": True}
+        fields = {"model": model, "prompt": prompt, "max_tokens": arguments.output, "ignore_eos": True, "temperature": 0, "stream": True}
         return json.dumps(fields).encode()
 
     return [[body() for _ in range(arguments.repeats)] for _ in range(num_streams)]
 
 
-def _compare(arguments: argparse.Namespace, targets: Sequence[Target], *, num_streams: int) -> dict[str, object]:
+def compare(arguments: argparse.Namespace, targets: Sequence[Target], *, num_streams: int, model: str = MODEL) -> dict[str, object]:
+    """What came of `num_streams` streams at `targets`, straight and through the gateway. Of `arguments`: prompt, output, repeats, rounds,
+    burst."""
     numbers = random.Random(num_streams)
 
     def run(targets: Sequence[Target], *, repeats: int, spread_s: float) -> dict[str, Streams]:
-        bodies = [row[:repeats] for row in _bodies(arguments, numbers, num_streams=num_streams)]
+        bodies = [row[:repeats] for row in _bodies(arguments, numbers, num_streams=num_streams, model=model)]
         pause_s, seed = 0.0 if arguments.burst else _PAUSE_S, numbers.randrange(1 << 30)
         return asyncio.run(run_streams(targets, PATH, bodies, spread_s=spread_s, pause_s=pause_s, seed=seed))
 
@@ -193,7 +195,7 @@ def main() -> None:
             about = {"device": arguments.device, "cores": os.cpu_count(), "workers": arguments.workers, "dummy": arguments.dummy}
             sys.stdout.write(json.dumps({**about, "model": arguments.model.name, "load": os.getloadavg()[0]}) + "\n")
             for num_streams in arguments.streams:
-                sys.stdout.write(json.dumps(_compare(arguments, targets, num_streams=num_streams)) + "\n")
+                sys.stdout.write(json.dumps(compare(arguments, targets, num_streams=num_streams)) + "\n")
                 sys.stdout.flush()
         finally:
             gateways.close()
