@@ -72,12 +72,10 @@ async def _serve(settings: ServingSettings) -> None:
         REGISTRY.register(ReplicaCollector(runtime.endpoint, replica=runtime.replica_id, admin_token=runtime.admin_token))
         servicer = ServingServicer(
             services.aliases,
+            deployments=services.deployments,
             releases=services.releases,
             routes=services.routes,
-            process=agent.process,
-            residency=services.residency,
             registry=services.registry,
-            base=base,
             changes=agent.changes,
         )
         server = RpcServer(address=settings.grpc_address, servicers=[servicer_of(servicer)], authenticate=token_authenticator(signer))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -75,6 +75,7 @@ class Rollout:
     version: str
     job_id: str
     adapter: ArtifactRef
+    base_model: str
     state: RolloutState
     error: Mapping[str, object] | None
     swap_s: float | None
@@ -91,13 +92,15 @@ class Served:
     version: str
     job_id: str
     adapter: ArtifactRef
+    base_model: str
 
 
 @dataclass(frozen=True)
 class Alias:
     """A public model name of a project. `version` and `adapter` are empty before the first flip; `epoch` counts what changes routes.
 
-    `canary` answers `canary_weight` percent of the requests; `previous` served before `version`.
+    `canary` answers `canary_weight` percent of the requests; `previous` served before `version`. `base_model` is that of the version and
+    of its canary.
     """
 
     project: str
@@ -121,7 +124,7 @@ class Alias:
         """What answers requests: the version, then its canary."""
         if self.adapter is None:
             return ()
-        return Served(self.version, self.job_id, self.adapter), *([] if self.canary is None else [self.canary])
+        return Served(self.version, self.job_id, self.adapter, self.base_model), *([] if self.canary is None else [self.canary])
 
 
 def version_of(adapter: ArtifactRef) -> tuple[str, str]:
@@ -152,17 +155,21 @@ class AliasStore:
         *,
         adapter: ArtifactRef,
         base_model: str,
+        served: Collection[str],
         request_id: str,
         etag: str = "",
         canary_weight: int | None = None,
     ) -> Alias:
-        """Records that `adapter` shall serve under `alias`, which is made where it does not exist, or be its canary.
+        """Records that `adapter` of `base_model` shall serve under `alias`, which is made where it does not exist, or be its canary;
+        `served` are the base models that there are replicas of.
 
         The same request id and body answer the same rollout's alias. Raises InvalidArgumentError, AlreadyExistsError (the request id was
         used for something else), NotFoundError (repeated after the alias was deleted; or another project's adapter), AbortedError
-        (`etag`), FailedPreconditionError (a canary beside nothing or beside itself).
+        (`etag`), FailedPreconditionError (a base model that is not served; a canary beside nothing, beside itself or beside another base
+        model).
         """
-        _check_deploy(project, alias, adapter=adapter, base_model=base_model, request_id=request_id)
+        check_owned(adapter, project=project)
+        _check_deploy(alias, served=served, request_id=request_id)
         version, job_id = version_of(adapter)
         body: list[object] = [alias, adapter.model_dump(mode="json"), etag]
         if canary_weight is not None:
@@ -175,11 +182,12 @@ class AliasStore:
                     known := await self._known_request(session, project, alias, request_id=request_id, body_sha256=body_sha256)
                 ) is not None:
                     return known
+                check_served(base_model, served=served)
                 now = datetime.now(UTC)
                 rollout = RolloutRow(
                     project=project, alias=alias, request_id=request_id, body_sha256=body_sha256, version=version, job_id=job_id,
-                    adapter=adapter.model_dump(mode="json"), state=RolloutState.PENDING, canary_weight=canary_weight or 0, replaced="",
-                    traceparent=traceparent(), created_at=now, updated_at=now,
+                    adapter=adapter.model_dump(mode="json"), base_model=base_model, state=RolloutState.PENDING,
+                    canary_weight=canary_weight or 0, replaced="", traceparent=traceparent(), created_at=now, updated_at=now,
                 )  # fmt: skip
                 row = await session.get(AliasRow, (project, alias), with_for_update=True)
                 check_etag(row, etag=etag, alias=alias)
@@ -190,6 +198,8 @@ class AliasStore:
                 if row is None:
                     row = _new_alias(project, alias, base_model=base_model, now=now)
                     session.add(row)
+                if not row.version and row.base_model != base_model:
+                    row.base_model, row.pinned = base_model, False
                 row.rollout_number = rollout.number
                 row.updated_at = now
                 made = _alias(row, rollout)
@@ -238,9 +248,11 @@ class AliasStore:
 
     async def active_rollouts(self) -> tuple[Rollout, ...]:
         """Rollouts that want work, in the order they came in: not those which are done, nor canaries, which wait for somebody's word."""
+        # With their alias, which every one of them has.
+        of_alias = sa.and_(AliasRow.project == RolloutRow.project, AliasRow.alias == RolloutRow.alias)
+        query = sa.select(RolloutRow, AliasRow.base_model).join(AliasRow, of_alias).where(RolloutRow.state.in_(_AT_WORK))
         async with self._db.read() as session:
-            query = sa.select(RolloutRow).where(RolloutRow.state.in_(_AT_WORK)).order_by(RolloutRow.number)
-            return tuple(_rollout(row) for row in await session.scalars(query))
+            return tuple(_rollout(row, of_alias=base) for row, base in await session.execute(query.order_by(RolloutRow.number)))
 
     async def advance(self, rollout: Rollout, to: RolloutState) -> None:
         """Notes how far the rollout is. Raises AbortedError where it has ended meanwhile: rolled back, or its alias was deleted."""
@@ -249,25 +261,27 @@ class AliasStore:
     async def flip(self, rollout: Rollout, *, etag: str, swap_s: float) -> None:
         """Puts the rollout's version under its alias if that still has `etag`; the rollout is DRAINING then. Raises AbortedError if not.
 
-        A canary is dropped: the version has the whole alias.
+        A canary is dropped: the version has the whole alias. Where its base model is another than before, a pin ends: it was for a place
+        among the versions of that one.
         """
         async with changing(self._db) as session:
             row = await _unchanged(session, rollout, etag=etag)
             values: dict[str, object] = {"state": RolloutState.DRAINING, "swap_s": swap_s, "replaced": row.version}
             await _update_rollout(session, rollout, states=BEFORE_FLIP, values=values)
             await drop_canary(session, row)
-            serve(row, Served(rollout.version, rollout.job_id, rollout.adapter))
+            row.pinned = row.pinned and row.base_model == rollout.base_model
+            serve(row, Served(rollout.version, rollout.job_id, rollout.adapter, rollout.base_model))
         self._changes.notify()
 
     async def start_canary(self, rollout: Rollout, *, etag: str, swap_s: float) -> None:
         """Makes the rollout's version its alias' canary if that still has `etag`; the rollout is CANARY then. Raises AbortedError if not,
-        FailedPreconditionError where it is the version that serves, or nothing serves.
+        FailedPreconditionError where it is the version that serves, or nothing serves, or a version of another base model.
 
         It takes the place of an earlier canary.
         """
         async with changing(self._db) as session:
             row = await _unchanged(session, rollout, etag=etag)
-            _check_canary(row, alias=rollout.alias, version=rollout.version)
+            _check_canary(row, alias=rollout.alias, version=rollout.version, base_model=rollout.base_model)
             await drop_canary(session, row)
             await _update_rollout(session, rollout, states=BEFORE_FLIP, values={"state": RolloutState.CANARY, "swap_s": swap_s})
             row.canary_version, row.canary_job_id = rollout.version, rollout.job_id
@@ -314,7 +328,9 @@ def serve(row: AliasRow, served: Served) -> None:
     """Puts `served` under the alias, and remembers what it takes the place of."""
     if row.version and row.version != served.version:
         row.previous_version, row.previous_job_id, row.previous_adapter = row.version, row.job_id, row.adapter
+        row.previous_base_model = row.base_model
     row.version, row.job_id, row.adapter = served.version, served.job_id, served.adapter.model_dump(mode="json")
+    row.base_model = served.base_model
     mark_changed(row)
 
 
@@ -335,12 +351,28 @@ def mark_changed(row: AliasRow) -> None:
 _SELECT = sa.select(AliasRow, RolloutRow).join(RolloutRow, RolloutRow.number == AliasRow.rollout_number)
 
 
-def _check_deploy(project: str, alias: str, *, adapter: ArtifactRef, base_model: str, request_id: str) -> None:
+def _check_deploy(alias: str, *, served: Collection[str], request_id: str) -> None:
     if not _ALIAS.fullmatch(alias):
         raise InvalidArgumentError(f"alias: got {alias!r}, wanted 1 to 256 letters, digits and ._:-", param="alias")
-    if alias == base_model:
-        raise InvalidArgumentError(f"alias: {alias!r} is the base model's own name; choose another", param="alias")
+    if alias in served:
+        raise InvalidArgumentError(f"alias: {alias!r} is a base model's own name; choose another", param="alias")
     check_request_id(request_id)
+
+
+def check_served(base_model: str, *, served: Collection[str]) -> None:
+    """Raises FailedPreconditionError unless `base_model` is one of `served`."""
+    if base_model not in served:
+        known = ", ".join(sorted(served)) or "none"
+        raise FailedPreconditionError(
+            f"The adapter was trained on {base_model!r}, which is not served here; served are: {known}. Deploy an adapter of one of these, "
+            "or have the operator add replicas that serve its base model.",
+            code="base_model_not_served",
+            param="adapter",
+        )
+
+
+def check_owned(adapter: ArtifactRef, *, project: str) -> None:
+    """Raises NotFoundError for another project's adapter, as for one that is not there."""
     if not adapter.prefix.startswith(f"projects/{project}/"):
         raise NotFoundError(f"There is no artifact {adapter.prefix} in project {project}.", param="adapter")
 
@@ -365,10 +397,10 @@ async def _check_canary_early(session: AsyncSession, row: AliasRow | None, rollo
         RolloutRow.project == rollout.project, RolloutRow.alias == rollout.alias, RolloutRow.state.in_(BEFORE_FLIP)
     )
     if row is None or await session.scalar(under_way.limit(1)) is None:
-        _check_canary(row, alias=rollout.alias, version=rollout.version)
+        _check_canary(row, alias=rollout.alias, version=rollout.version, base_model=rollout.base_model)
 
 
-def _check_canary(row: AliasRow | None, *, alias: str, version: str) -> None:
+def _check_canary(row: AliasRow | None, *, alias: str, version: str, base_model: str) -> None:
     if row is None or not row.version:
         raise FailedPreconditionError(
             f"Nothing serves under {alias} yet, so there is nothing to split with a canary; deploy without a canary weight.",
@@ -376,6 +408,12 @@ def _check_canary(row: AliasRow | None, *, alias: str, version: str) -> None:
         )
     if row.version == version:
         raise FailedPreconditionError(f"{version} serves {alias} already; a canary must be another version.", code="already_serving")
+    if row.base_model != base_model:
+        raise FailedPreconditionError(
+            f"{version} was trained on {base_model!r}, but what serves {alias} on {row.base_model!r}; a canary must be of the same base "
+            "model. Deploy it without a canary weight, or under another alias.",
+            code="canary_of_other_base_model",
+        )
 
 
 def check_etag(row: AliasRow | None, *, etag: str, alias: str) -> None:
@@ -402,7 +440,8 @@ async def _unchanged(session: AsyncSession, rollout: Rollout, *, etag: str) -> A
 def _new_alias(project: str, alias: str, *, base_model: str, now: datetime) -> AliasRow:
     return AliasRow(
         project=project, alias=alias, base_model=base_model, version="", job_id="", etag=new_etag(), epoch=0, created_at=now,
-        canary_version="", canary_job_id="", canary_weight=0, previous_version="", previous_job_id="", pinned=False,
+        canary_version="", canary_job_id="", canary_weight=0, previous_version="", previous_job_id="", previous_base_model="",
+        pinned=False,
     )  # fmt: skip
 
 
@@ -423,16 +462,17 @@ def alias_not_found(project: str, alias: str) -> NotFoundError:
     )
 
 
-def _rollout(row: RolloutRow) -> Rollout:
+def _rollout(row: RolloutRow, *, of_alias: str) -> Rollout:
+    """`of_alias` is the alias' base model."""
     adapter = ArtifactRef.model_validate(row.adapter)
     return Rollout(
-        row.number, row.project, row.alias, row.version, row.job_id, adapter,
+        row.number, row.project, row.alias, row.version, row.job_id, adapter, row.base_model or of_alias,
         RolloutState(row.state), row.error, row.swap_s, row.canary_weight, row.replaced, row.traceparent,
     )  # fmt: skip
 
 
-def _served(version: str, job_id: str, adapter: Mapping[str, object] | None) -> Served | None:
-    return Served(version, job_id, ArtifactRef.model_validate(adapter)) if version else None
+def _served(version: str, job_id: str, adapter: Mapping[str, object] | None, *, base_model: str) -> Served | None:
+    return Served(version, job_id, ArtifactRef.model_validate(adapter), base_model) if version else None
 
 
 def _alias(row: AliasRow, rollout: RolloutRow) -> Alias:
@@ -445,10 +485,12 @@ def _alias(row: AliasRow, rollout: RolloutRow) -> Alias:
         adapter=None if row.adapter is None else ArtifactRef.model_validate(row.adapter),
         etag=row.etag,
         epoch=row.epoch,
-        rollout=_rollout(rollout),
-        canary=_served(row.canary_version, row.canary_job_id, row.canary_adapter),
+        rollout=_rollout(rollout, of_alias=row.base_model),
+        canary=_served(row.canary_version, row.canary_job_id, row.canary_adapter, base_model=row.base_model),
         canary_weight=row.canary_weight,
-        previous=_served(row.previous_version, row.previous_job_id, row.previous_adapter),
+        previous=_served(
+            row.previous_version, row.previous_job_id, row.previous_adapter, base_model=row.previous_base_model or row.base_model
+        ),
         pinned=row.pinned,
         created_at=row.created_at,
         updated_at=row.updated_at,

@@ -207,7 +207,7 @@ class VllmProcess:
         """Starts vLLM, and again after every end with growing pauses, until cancelled; then stops it."""
         await asyncio.to_thread(self._prepare)
         # A vLLM that never comes up is to be seen as well.
-        VLLM_READY.labels(self.runtime.replica_id).set(0)
+        VLLM_READY.labels(self.runtime.replica_id, self.config.base_model).set(0)
         backoff_s = _FIRST_BACKOFF_S
         try:
             while True:
@@ -319,7 +319,7 @@ class VllmProcess:
     def _set_ready(self, *, ready: bool) -> None:
         if self.ready != ready:
             self.ready = ready
-            VLLM_READY.labels(self.runtime.replica_id).set(int(ready))
+            VLLM_READY.labels(self.runtime.replica_id, self.config.base_model).set(int(ready))
             self.on_change()
 
     async def _stop(self) -> None:

@@ -25,7 +25,7 @@ BASE = "base"
 
 
 async def deploy(store, project, ref, alias="m"):
-    return await store.deploy(project, alias, adapter=ref, base_model=BASE, request_id=secrets.token_hex(4))
+    return await store.deploy(project, alias, adapter=ref, base_model=BASE, served=(BASE,), request_id=secrets.token_hex(4))
 
 
 async def until(here, project, alias, *states):

@@ -25,7 +25,9 @@ def adapter(step=20, *, project="alpha", job="ftjob-1", digit="a") -> ArtifactRe
 
 
 async def deploy(store, alias="m", *, project="alpha", request_id="r1", ref=None, etag=""):
-    return await store.deploy(project, alias, adapter=ref or adapter(project=project), base_model=BASE, request_id=request_id, etag=etag)
+    return await store.deploy(
+        project, alias, adapter=ref or adapter(project=project), base_model=BASE, served=(BASE,), request_id=request_id, etag=etag
+    )
 
 
 async def flip(store, deployed):

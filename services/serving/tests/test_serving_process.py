@@ -230,7 +230,7 @@ async def test_a_vllm_that_hangs_is_started_again(config, process):
     process.config = replace(config, hang_timeout_s=2.0)
     running = asyncio.create_task(process.run())
     async with asyncio.timeout(60):
-        while (shown := REGISTRY.get_sample_value("finery_serving_vllm_ready", {"replica": "r"})) is None:  # noqa: ASYNC110
+        while (shown := REGISTRY.get_sample_value("finery_serving_vllm_ready", {"replica": "r", "base_model": "base"})) is None:  # noqa: ASYNC110
             await asyncio.sleep(0)
     assert shown == 0
     async with asyncio.timeout(60):

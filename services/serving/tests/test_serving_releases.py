@@ -42,7 +42,14 @@ def version(step: int) -> str:
 async def deploy(store, step, *, alias="m", weight=None, etag="", project="alpha"):
     request_id = secrets.token_hex(8)
     return await store.deploy(
-        project, alias, adapter=adapter(step, project=project), base_model=BASE, request_id=request_id, etag=etag, canary_weight=weight
+        project,
+        alias,
+        adapter=adapter(step, project=project),
+        base_model=BASE,
+        served=(BASE,),
+        request_id=request_id,
+        etag=etag,
+        canary_weight=weight,
     )
 
 
@@ -65,7 +72,7 @@ def promote(releases, *, request_id="p", etag="", project="alpha"):
 
 
 def roll_back(releases, *, request_id="b", etag="", project="alpha"):
-    return releases.roll_back(project, "m", request_id=request_id, etag=etag)
+    return releases.roll_back(project, "m", served=(BASE,), request_id=request_id, etag=etag)
 
 
 async def at_once(releases, first, second, *, have_etags=False):
@@ -130,7 +137,7 @@ async def test_a_weight_that_is_no_share_is_refused(store, releases, weight):
 
 async def test_the_weight_is_part_of_the_request(store):
     await serving(store, 1)
-    ask = partial(store.deploy, "alpha", "m", adapter=adapter(2), base_model=BASE, request_id="r")
+    ask = partial(store.deploy, "alpha", "m", adapter=adapter(2), base_model=BASE, served=(BASE,), request_id="r")
     first = await ask(canary_weight=10)
     assert (await ask(canary_weight=10)).rollout.number == first.rollout.number
     for other in (20, None):
