@@ -1,12 +1,14 @@
 """Aliases and rollouts on SQLite and PostgreSQL: idempotent deploys, flips by compare-and-swap, projects apart."""
 
 import asyncio
+from functools import partial
 
 import pytest
+import sqlalchemy as sa
 
 from finery_common.artifacts import ArtifactRef
 from finery_common.database import Database
-from finery_common.errors import AbortedError, AlreadyExistsError, InvalidArgumentError, NotFoundError
+from finery_common.errors import AbortedError, AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from finery_serving.aliases import AliasStore, RolloutState, version_of
 from finery_serving.changes import Changes
 
@@ -164,6 +166,22 @@ async def test_a_bad_alias_is_refused(store, alias):
 async def test_what_is_no_adapter_is_refused(store, ref):
     with pytest.raises(InvalidArgumentError):
         await deploy(store, ref=ref)
+
+
+async def test_a_base_model_must_be_served_when_a_deploy_comes_in_and_not_when_it_is_repeated(store):
+    ask = partial(store.deploy, "alpha", "m", adapter=adapter(), base_model=BASE, request_id="r")
+    with pytest.raises(FailedPreconditionError, match="trained on 'SmolLM2', which is not served here; served are: none"):
+        await ask(served=())
+    made = await ask(served=(BASE,))
+    assert await ask(served=()) == made
+
+
+async def test_a_rollout_of_an_earlier_release_is_of_its_alias_base_model(store, database):
+    made = await deploy(store)
+    async with database.begin() as session:
+        await session.execute(sa.text("UPDATE rollouts SET base_model = ''"))
+    assert [rollout.base_model for rollout in await store.active_rollouts()] == [BASE]
+    assert (await store.get("alpha", "m")).rollout == made.rollout
 
 
 @pytest.mark.parametrize("request_id", ["", "x" * 129])
