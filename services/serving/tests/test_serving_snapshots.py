@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-import sqlalchemy as sa
+from sqlalchemy import event
 
 from finery_common.artifacts import ArtifactRef
 from finery_common.database import Database
@@ -34,17 +34,17 @@ async def store(database: Database, changes: Changes) -> AliasStore:
 def counted_reads(database: Database):
     """The SELECTs that are sent while it lasts."""
     seen: list[str] = []
-    engine = database._engine.sync_engine  # noqa: SLF001  what is sent is not to be seen elsewhere
+    engine = database._engine.sync_engine
 
     def note(_connection, _cursor, statement, *_):
         if statement.startswith("SELECT"):
             seen.append(statement)
 
-    sa.event.listen(engine, "before_cursor_execute", note)
+    event.listen(engine, "before_cursor_execute", note)
     try:
         yield seen
     finally:
-        sa.event.remove(engine, "before_cursor_execute", note)
+        event.remove(engine, "before_cursor_execute", note)
 
 
 async def deploy(store, step, *, alias="m", weight=None):
