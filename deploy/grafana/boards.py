@@ -25,7 +25,12 @@ def fleet() -> Board:
 def _fleet_now() -> tuple[Panel, ...]:
     return (
         Panel(title="Processes down", unit=_COUNT, queries={"down": 'count(up{job="finery"} == 0) or vector(0)'}, is_number=True),
-        Panel(title="vLLMs that answer", unit=_COUNT, queries={"ready": "sum(finery_serving_vllm_ready)"}, is_number=True),
+        Panel(
+            title="vLLMs that answer",
+            unit=_COUNT,
+            queries={"{{base_model}}": "sum by (base_model) (finery_serving_vllm_ready)"},
+            is_number=True,
+        ),
         Panel(title="Jobs that train", unit=_COUNT, queries={"running": 'sum(finery_trainer_jobs{state="RUNNING"})'}, is_number=True),
         Panel(
             title="Tokens answered per second",
@@ -297,7 +302,7 @@ def _engine() -> tuple[Panel, ...]:
             title="vLLM answers, and was started anew",
             unit=_COUNT,
             queries={
-                "{{replica}}": f"finery_serving_vllm_ready{_REPLICA}",
+                "{{base_model}} {{replica}}": f"finery_serving_vllm_ready{_REPLICA}",
                 "starts of {{service}} in an hour": "increase(finery_serving_vllm_starts_total[1h])",
             },
         ),

@@ -99,7 +99,7 @@ def test_a_queue_is_a_label_of_the_workers_job(render):
 def test_serving_scales_by_what_waits_in_vllm(render):
     spec = render(CASES["external"]).one("ScaledObject", "demo-finery-serving-h100")["spec"]
     (trigger,) = spec["triggers"]
-    assert trigger["metadata"]["query"] == 'sum(vllm:num_requests_waiting{namespace="ml",pod=~"demo-finery-serving-h100-[0-9]+(-[0-9]+)?"})'
+    assert trigger["metadata"]["query"] == 'sum(vllm:num_requests_waiting{namespace="ml",pod=~"demo-finery-serving-h100-[0-9]+"})'
     assert (spec["scaleTargetRef"]["kind"], spec["maxReplicaCount"]) == ("StatefulSet", 4)
 
 

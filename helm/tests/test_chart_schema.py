@@ -95,13 +95,6 @@ POOL = {"name": "one"}
             "serving.pools[one].autoscaling: KEDA asks Prometheus; set monitoring.prometheusUrl",
         ),
         (
-            {
-                "baseModels.models": [{"name": name, "maxSequenceLength": 64, "hubId": f"o/{name}"} for name in ("a", "b")],
-                "serving.pools": [{"name": name, "baseModel": name} for name in ("a", "b")],
-            },
-            "serving.pools: got pools of several base models (a, b), but the agents of one installation serve one",
-        ),
-        (
             {"objectStore": {"kind": "external", "external": {"endpoint": "https://s3.example.org", "existingSecret": "s"}}},
             'objectStore.external.endpoint: got "https://s3.example.org", wanted host:port without a scheme',
         ),
@@ -200,6 +193,6 @@ def test_the_readme_has_every_value():
     assert {name for name in pool if name not in rows and f"serving.pools[].{name}" not in rows} == set()
 
 
-@pytest.mark.parametrize("name", ["one-gpu", "eight-gpus", "mig", "time-slicing", "cpu", "air-gapped", "external"])
+@pytest.mark.parametrize("name", ["one-gpu", "eight-gpus", "two-models", "mig", "time-slicing", "cpu", "air-gapped", "external"])
 def test_there_is_an_example_for_it(name):
     assert example(name)

@@ -6,7 +6,6 @@
 {{- fail (printf "baseModels.models: got a name twice (%s); give each model a name of its own" (join ", " $known)) -}}
 {{- end -}}
 {{- $pools := list -}}
-{{- $bases := list -}}
 {{- range .Values.serving.pools -}}
 {{- $pool := . -}}
 {{- $base := include "finery.poolBase" (dict "root" $ "pool" .) -}}
@@ -35,16 +34,12 @@
 {{- end -}}
 {{- end -}}
 {{- $pools = append $pools .name -}}
-{{- $bases = append $bases $base -}}
 {{- if and .autoscaling .autoscaling.enabled (not $.Values.monitoring.prometheusUrl) -}}
 {{- fail (printf "serving.pools[%s].autoscaling: KEDA asks Prometheus; set monitoring.prometheusUrl to its address" .name) -}}
 {{- end -}}
 {{- end -}}
 {{- if ne (len $pools) (len (uniq $pools)) -}}
 {{- fail (printf "serving.pools: got a name twice (%s); give each pool a name of its own" (join ", " $pools)) -}}
-{{- end -}}
-{{- if gt (len (uniq $bases)) 1 -}}
-{{- fail (printf "serving.pools: got pools of several base models (%s), but the agents of one installation serve one; let all pools have the same baseModel, on as many kinds of GPU as you like, and install another release for each further base model" (join ", " (uniq $bases))) -}}
 {{- end -}}
 {{- if contains "://" .Values.image.registry -}}
 {{- fail (printf "image.registry: got %q, wanted a registry without a scheme, such as registry.example.org/finery" .Values.image.registry) -}}

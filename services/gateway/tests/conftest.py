@@ -170,6 +170,8 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
     def __init__(self, address: str) -> None:
         self.address = address
         self.more_addresses: list[str] = []
+        # The vLLM of each further base model, by name.
+        self.more_bases: dict[str, str] = {}
         self.aliases: dict[str, serving_pb2.Alias] = {}
         self.resolved: list[str] = []
         self.cold: set[str] = set()
@@ -205,8 +207,11 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
 
     async def ListDeployments(self, request, context):
         replica = serving_pb2.Replica(id="r0", ready=True, start_time=_now())
-        base = serving_pb2.Deployment(base_model=BASE, base_model_sha256="a" * 64, replicas=[replica], max_lora_rank=16, max_model_len=8192)
-        return serving_pb2.ListDeploymentsResponse(deployments=[base])
+        bases = [
+            serving_pb2.Deployment(base_model=name, base_model_sha256="a" * 64, replicas=[replica], max_lora_rank=16, max_model_len=8192)
+            for name in (BASE, *self.more_bases)
+        ]
+        return serving_pb2.ListDeploymentsResponse(deployments=bases)
 
     async def DeployAdapter(self, request, context):
         name = f"projects/{require_project()}/aliases/{request.alias}"
@@ -281,6 +286,10 @@ class FakeServing(serving_pb2_grpc.ServingServiceServicer):
             raise DeadlineExceededError("still loading")
         if request.model == BASE:
             return serving_pb2.Route(version=BASE, base_model=BASE, targets=[self._target(BASE, 100)])
+        if request.model in self.more_bases:
+            replica = serving_pb2.RouteReplica(address=self.more_bases[request.model], token=REPLICA_TOKEN)
+            target = serving_pb2.RouteTarget(version=request.model, weight=100, replicas=[replica])
+            return serving_pb2.Route(version=request.model, base_model=request.model, targets=[target])
         alias = self._find(f"{request.parent}/aliases/{request.model}")
         targets = [self._target(alias.version, 100 - alias.canary.weight)]
         if alias.HasField("canary"):

@@ -301,6 +301,14 @@ async def test_a_replica_that_does_not_answer_is_left_out_and_its_requests_go_to
     assert RETRIED.labels("connection")._value.get() - before <= 1
 
 
+async def test_a_base_model_whose_vllm_is_gone_takes_no_other_with_it(client, world):
+    world.serving.more_bases["other-base"] = "unix:///nowhere/v.sock"
+    with pytest.raises(openai.InternalServerError) as caught:
+        await _chat(client, "other-base")
+    assert caught.value.status_code == 503
+    assert (await _chat(client)).model == BASE
+
+
 async def test_requests_go_to_the_replica_with_the_fewest_in_flight(world):
     proxy = world.gateway.proxy
     replicas = [RouteReplica(address=f"unix:///{name}", token="t") for name in "ab"]

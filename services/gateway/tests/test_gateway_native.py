@@ -187,6 +187,15 @@ async def test_models_are_the_bases_and_the_projects_aliases_with_their_lineage(
     assert [model.id async for model in client.models.list()] == [BASE]
 
 
+async def test_every_base_model_that_is_served_is_a_model(client, native, world):
+    world.serving.more_bases["other-base"] = "unix:///nowhere"
+    assert [model.id async for model in client.models.list()] == [BASE, "other-base"]
+    assert (await client.models.retrieve("other-base")).id == "other-base"
+    with pytest.raises(openai.ConflictError, match="other-base is a base model"):
+        await client.models.delete("other-base")
+    assert [item["base_model"] for item in (await native.get("/replicas")).json()] == [BASE, "other-base"]
+
+
 async def test_a_service_that_is_gone_is_503_without_addresses():
     channel = ServiceChannel("127.0.0.1:1", signer=TokenSigner("s" * 40), caller="gateway")
     with pytest.raises(UnavailableError, match="training service cannot be reached") as caught:

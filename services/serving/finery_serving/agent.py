@@ -19,6 +19,7 @@ from finery_common.database import Database
 from finery_common.errors import FineryError
 from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
+from finery_serving.deployments import Deployments
 from finery_serving.placement import Placement
 from finery_serving.preflight import BaseModel
 from finery_serving.reconcile import Reconciler
@@ -42,6 +43,7 @@ class Services:
     """What the gRPC face calls, and the tasks behind it, which never end by themselves."""
 
     aliases: AliasStore
+    deployments: Deployments
     releases: Releases
     routes: Routes
     residency: Residency
@@ -94,7 +96,7 @@ class Agent:
         aliases = AliasStore(database, changes=changes)
         staging = Staging(store, folder=cache_dir)
         residency = Residency(self.process, client=self.client, max_resident=config.max_cpu_loras, changes=changes)
-        registry = Registry(database, process=self.process, residency=residency, client=self.client, changes=changes)
+        registry = Registry(database, base=base, process=self.process, residency=residency, client=self.client, changes=changes)
         placement = Placement(registry=registry)
         runner = RolloutRunner(
             aliases,
@@ -110,11 +112,10 @@ class Agent:
         reconciler = Reconciler(
             aliases, runner=runner, residency=residency, registry=registry, placement=placement, staging=staging, changes=changes
         )
-        routes = Routes(
-            aliases, process=self.process, residency=residency, registry=registry, staging=staging, client=self.client, changes=changes
-        )
+        deployments = Deployments(aliases, registry=registry, staging=staging)
+        routes = Routes(aliases, residency=residency, registry=registry, staging=staging, client=self.client, changes=changes)
         async with _background(registry.run(), name="registry") as telling, _background(reconciler.run(), name="reconciler") as reconciling:
-            yield Services(aliases, Releases(database, changes=changes), routes, residency, registry, (telling, reconciling))
+            yield Services(aliases, deployments, Releases(database, changes=changes), routes, residency, registry, (telling, reconciling))
 
 
 @asynccontextmanager

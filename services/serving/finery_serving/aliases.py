@@ -10,10 +10,8 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
-from enum import StrEnum
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
@@ -24,6 +22,8 @@ from finery_common.database import Database
 from finery_common.errors import AbortedError, AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from finery_common.tracing import traceparent
 from finery_serving.changes import Changes
+from finery_serving.records import ACTIVE, BEFORE_FLIP, SELECT_ALIAS, Alias, Rollout, RolloutState, Served, alias_of
+from finery_serving.snapshots import Snapshot, Snapshots
 from finery_serving.tables import AliasRow, RolloutRow, changing
 
 _ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,256}")
@@ -31,97 +31,6 @@ _ADAPTER_PREFIX = re.compile(r"projects/(?P<project>[^/]+)/adapters/(?P<job_id>[
 _MAX_REQUEST_ID = 128
 _MAX_PAGE_SIZE = 1000
 _MAX_CANARY_WEIGHT = 99
-
-
-class RolloutState(StrEnum):
-    """How far a rollout is; the names are those of the wire."""
-
-    PENDING = "PENDING"
-    STAGING = "STAGING"
-    LOADING = "LOADING"
-    PROBING = "PROBING"
-    DRAINING = "DRAINING"
-    READY = "READY"
-    FAILED = "FAILED"
-    CANARY = "CANARY"
-    ROLLED_BACK = "ROLLED_BACK"
-
-    @property
-    def is_final(self) -> bool:
-        """Nothing follows."""
-        return self in (RolloutState.READY, RolloutState.FAILED, RolloutState.ROLLED_BACK)
-
-    @property
-    def is_before_flip(self) -> bool:
-        """The alias may still change by it, without anybody's word."""
-        return not self.is_final and self not in (RolloutState.DRAINING, RolloutState.CANARY)
-
-
-BEFORE_FLIP = [state.value for state in RolloutState if state.is_before_flip]
-_ACTIVE = [state.value for state in RolloutState if not state.is_final]
-_AT_WORK = [state for state in _ACTIVE if state != RolloutState.CANARY]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A version on its way to an alias. `swap_s` is from staged to flipped, in seconds.
-
-    `canary_weight` is the share that it asks for in percent, 0 for the whole alias; `replaced` what it took the alias from, or "".
-    """
-
-    number: int
-    project: str
-    alias: str
-    version: str
-    job_id: str
-    adapter: ArtifactRef
-    state: RolloutState
-    error: Mapping[str, object] | None
-    swap_s: float | None
-    canary_weight: int
-    replaced: str
-    traceparent: str
-    """The trace of the request that asked for it; empty where there is none."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """A version that an alias serves, or has served, and where it comes from."""
-
-    version: str
-    job_id: str
-    adapter: ArtifactRef
-
-
-@dataclass(frozen=True)
-class Alias:
-    """A public model name of a project. `version` and `adapter` are empty before the first flip; `epoch` counts what changes routes.
-
-    `canary` answers `canary_weight` percent of the requests; `previous` served before `version`.
-    """
-
-    project: str
-    alias: str
-    base_model: str
-    version: str
-    job_id: str
-    adapter: ArtifactRef | None
-    etag: str
-    epoch: int
-    rollout: Rollout
-    canary: Served | None
-    canary_weight: int
-    previous: Served | None
-    pinned: bool
-    created_at: datetime
-    updated_at: datetime
-
-    @property
-    def serving(self) -> tuple[Served, ...]:
-        """What answers requests: the version, then its canary."""
-        if self.adapter is None:
-            return ()
-        return Served(self.version, self.job_id, self.adapter), *([] if self.canary is None else [self.canary])
 
 
 def version_of(adapter: ArtifactRef) -> tuple[str, str]:
@@ -144,6 +53,11 @@ class AliasStore:
     def __init__(self, database: Database, *, changes: Changes) -> None:
         self._db = database
         self._changes = changes
+        self._snapshots = Snapshots(database, changes=changes)
+
+    async def snapshot(self) -> Snapshot:
+        """All aliases of all projects and the rollouts at work, no older than the latest change that this agent knows of."""
+        return await self._snapshots.latest()
 
     async def deploy(
         self,
@@ -152,17 +66,21 @@ class AliasStore:
         *,
         adapter: ArtifactRef,
         base_model: str,
+        served: Collection[str],
         request_id: str,
         etag: str = "",
         canary_weight: int | None = None,
     ) -> Alias:
-        """Records that `adapter` shall serve under `alias`, which is made where it does not exist, or be its canary.
+        """Records that `adapter` of `base_model` shall serve under `alias`, which is made where it does not exist, or be its canary;
+        `served` are the base models that there are replicas of.
 
         The same request id and body answer the same rollout's alias. Raises InvalidArgumentError, AlreadyExistsError (the request id was
         used for something else), NotFoundError (repeated after the alias was deleted; or another project's adapter), AbortedError
-        (`etag`), FailedPreconditionError (a canary beside nothing or beside itself).
+        (`etag`), FailedPreconditionError (a base model that is not served; a canary beside nothing, beside itself or beside another base
+        model).
         """
-        _check_deploy(project, alias, adapter=adapter, base_model=base_model, request_id=request_id)
+        check_owned(adapter, project=project)
+        _check_deploy(alias, served=served, request_id=request_id)
         version, job_id = version_of(adapter)
         body: list[object] = [alias, adapter.model_dump(mode="json"), etag]
         if canary_weight is not None:
@@ -175,11 +93,12 @@ class AliasStore:
                     known := await self._known_request(session, project, alias, request_id=request_id, body_sha256=body_sha256)
                 ) is not None:
                     return known
+                check_served(base_model, served=served)
                 now = datetime.now(UTC)
                 rollout = RolloutRow(
                     project=project, alias=alias, request_id=request_id, body_sha256=body_sha256, version=version, job_id=job_id,
-                    adapter=adapter.model_dump(mode="json"), state=RolloutState.PENDING, canary_weight=canary_weight or 0, replaced="",
-                    traceparent=traceparent(), created_at=now, updated_at=now,
+                    adapter=adapter.model_dump(mode="json"), base_model=base_model, state=RolloutState.PENDING,
+                    canary_weight=canary_weight or 0, replaced="", traceparent=traceparent(), created_at=now, updated_at=now,
                 )  # fmt: skip
                 row = await session.get(AliasRow, (project, alias), with_for_update=True)
                 check_etag(row, etag=etag, alias=alias)
@@ -190,9 +109,11 @@ class AliasStore:
                 if row is None:
                     row = _new_alias(project, alias, base_model=base_model, now=now)
                     session.add(row)
+                if not row.version and row.base_model != base_model:
+                    row.base_model, row.pinned = base_model, False
                 row.rollout_number = rollout.number
                 row.updated_at = now
-                made = _alias(row, rollout)
+                made = alias_of(row, rollout)
         except IntegrityError as error:
             raise AbortedError(f"Another request changed {alias} at the same moment; repeat this one.") from error
         self._changes.notify()
@@ -211,9 +132,9 @@ class AliasStore:
         if page_size < 0:
             raise InvalidArgumentError(f"page_size: got {page_size}, wanted 0 to {_MAX_PAGE_SIZE}", param="page_size")
         size = min(page_size or _MAX_PAGE_SIZE, _MAX_PAGE_SIZE)
-        query = _SELECT.where(AliasRow.project == project, AliasRow.alias > page_token).order_by(AliasRow.alias).limit(size + 1)
+        query = SELECT_ALIAS.where(AliasRow.project == project, AliasRow.alias > page_token).order_by(AliasRow.alias).limit(size + 1)
         async with self._db.read() as session:
-            found = [_alias(*row) for row in (await session.execute(query))]
+            found = [alias_of(*row) for row in (await session.execute(query))]
         return tuple(found[:size]), found[size - 1].alias if len(found) > size else ""
 
     async def delete(self, project: str, alias: str, *, etag: str = "") -> None:
@@ -226,21 +147,9 @@ class AliasStore:
             await session.delete(row)
             await session.flush()
             error = {"code": "alias_deleted", "message": f"{alias} was deleted before its rollout was done."}
-            ended = sa.update(RolloutRow).where(RolloutRow.project == project, RolloutRow.alias == alias, RolloutRow.state.in_(_ACTIVE))
+            ended = sa.update(RolloutRow).where(RolloutRow.project == project, RolloutRow.alias == alias, RolloutRow.state.in_(ACTIVE))
             await session.execute(ended.values(state=RolloutState.FAILED, error=error, updated_at=datetime.now(UTC)))
         self._changes.notify()
-
-    async def desired(self) -> tuple[Alias, ...]:
-        """Every alias of every project that serves something, newest change first."""
-        async with self._db.read() as session:
-            rows = (await session.execute(_SELECT.where(AliasRow.version != "").order_by(AliasRow.updated_at.desc()))).all()
-        return tuple(_alias(*row) for row in rows)
-
-    async def active_rollouts(self) -> tuple[Rollout, ...]:
-        """Rollouts that want work, in the order they came in: not those which are done, nor canaries, which wait for somebody's word."""
-        async with self._db.read() as session:
-            query = sa.select(RolloutRow).where(RolloutRow.state.in_(_AT_WORK)).order_by(RolloutRow.number)
-            return tuple(_rollout(row) for row in await session.scalars(query))
 
     async def advance(self, rollout: Rollout, to: RolloutState) -> None:
         """Notes how far the rollout is. Raises AbortedError where it has ended meanwhile: rolled back, or its alias was deleted."""
@@ -249,25 +158,27 @@ class AliasStore:
     async def flip(self, rollout: Rollout, *, etag: str, swap_s: float) -> None:
         """Puts the rollout's version under its alias if that still has `etag`; the rollout is DRAINING then. Raises AbortedError if not.
 
-        A canary is dropped: the version has the whole alias.
+        A canary is dropped: the version has the whole alias. Where its base model is another than before, a pin ends: it was for a place
+        among the versions of that one.
         """
         async with changing(self._db) as session:
             row = await _unchanged(session, rollout, etag=etag)
             values: dict[str, object] = {"state": RolloutState.DRAINING, "swap_s": swap_s, "replaced": row.version}
             await _update_rollout(session, rollout, states=BEFORE_FLIP, values=values)
             await drop_canary(session, row)
-            serve(row, Served(rollout.version, rollout.job_id, rollout.adapter))
+            row.pinned = row.pinned and row.base_model == rollout.base_model
+            serve(row, Served(rollout.version, rollout.job_id, rollout.adapter, rollout.base_model))
         self._changes.notify()
 
     async def start_canary(self, rollout: Rollout, *, etag: str, swap_s: float) -> None:
         """Makes the rollout's version its alias' canary if that still has `etag`; the rollout is CANARY then. Raises AbortedError if not,
-        FailedPreconditionError where it is the version that serves, or nothing serves.
+        FailedPreconditionError where it is the version that serves, or nothing serves, or a version of another base model.
 
         It takes the place of an earlier canary.
         """
         async with changing(self._db) as session:
             row = await _unchanged(session, rollout, etag=etag)
-            _check_canary(row, alias=rollout.alias, version=rollout.version)
+            _check_canary(row, alias=rollout.alias, version=rollout.version, base_model=rollout.base_model)
             await drop_canary(session, row)
             await _update_rollout(session, rollout, states=BEFORE_FLIP, values={"state": RolloutState.CANARY, "swap_s": swap_s})
             row.canary_version, row.canary_job_id = rollout.version, rollout.job_id
@@ -306,15 +217,17 @@ class AliasStore:
 
 async def find_alias(session: AsyncSession, project: str, alias: str) -> Alias | None:
     """The alias as `session` sees it."""
-    row = (await session.execute(_SELECT.where(AliasRow.project == project, AliasRow.alias == alias))).one_or_none()
-    return None if row is None else _alias(*row)
+    row = (await session.execute(SELECT_ALIAS.where(AliasRow.project == project, AliasRow.alias == alias))).one_or_none()
+    return None if row is None else alias_of(*row)
 
 
 def serve(row: AliasRow, served: Served) -> None:
     """Puts `served` under the alias, and remembers what it takes the place of."""
     if row.version and row.version != served.version:
         row.previous_version, row.previous_job_id, row.previous_adapter = row.version, row.job_id, row.adapter
+        row.previous_base_model = row.base_model
     row.version, row.job_id, row.adapter = served.version, served.job_id, served.adapter.model_dump(mode="json")
+    row.base_model = served.base_model
     mark_changed(row)
 
 
@@ -332,15 +245,28 @@ def mark_changed(row: AliasRow) -> None:
     row.etag, row.epoch, row.updated_at = new_etag(), row.epoch + 1, datetime.now(UTC)
 
 
-_SELECT = sa.select(AliasRow, RolloutRow).join(RolloutRow, RolloutRow.number == AliasRow.rollout_number)
-
-
-def _check_deploy(project: str, alias: str, *, adapter: ArtifactRef, base_model: str, request_id: str) -> None:
+def _check_deploy(alias: str, *, served: Collection[str], request_id: str) -> None:
     if not _ALIAS.fullmatch(alias):
         raise InvalidArgumentError(f"alias: got {alias!r}, wanted 1 to 256 letters, digits and ._:-", param="alias")
-    if alias == base_model:
-        raise InvalidArgumentError(f"alias: {alias!r} is the base model's own name; choose another", param="alias")
+    if alias in served:
+        raise InvalidArgumentError(f"alias: {alias!r} is a base model's own name; choose another", param="alias")
     check_request_id(request_id)
+
+
+def check_served(base_model: str, *, served: Collection[str]) -> None:
+    """Raises FailedPreconditionError unless `base_model` is one of `served`."""
+    if base_model not in served:
+        known = ", ".join(sorted(served)) or "none"
+        raise FailedPreconditionError(
+            f"The adapter was trained on {base_model!r}, which is not served here; served are: {known}. Deploy an adapter of one of these, "
+            "or have the operator add replicas that serve its base model.",
+            code="base_model_not_served",
+            param="adapter",
+        )
+
+
+def check_owned(adapter: ArtifactRef, *, project: str) -> None:
+    """Raises NotFoundError for another project's adapter, as for one that is not there."""
     if not adapter.prefix.startswith(f"projects/{project}/"):
         raise NotFoundError(f"There is no artifact {adapter.prefix} in project {project}.", param="adapter")
 
@@ -365,10 +291,10 @@ async def _check_canary_early(session: AsyncSession, row: AliasRow | None, rollo
         RolloutRow.project == rollout.project, RolloutRow.alias == rollout.alias, RolloutRow.state.in_(BEFORE_FLIP)
     )
     if row is None or await session.scalar(under_way.limit(1)) is None:
-        _check_canary(row, alias=rollout.alias, version=rollout.version)
+        _check_canary(row, alias=rollout.alias, version=rollout.version, base_model=rollout.base_model)
 
 
-def _check_canary(row: AliasRow | None, *, alias: str, version: str) -> None:
+def _check_canary(row: AliasRow | None, *, alias: str, version: str, base_model: str) -> None:
     if row is None or not row.version:
         raise FailedPreconditionError(
             f"Nothing serves under {alias} yet, so there is nothing to split with a canary; deploy without a canary weight.",
@@ -376,6 +302,12 @@ def _check_canary(row: AliasRow | None, *, alias: str, version: str) -> None:
         )
     if row.version == version:
         raise FailedPreconditionError(f"{version} serves {alias} already; a canary must be another version.", code="already_serving")
+    if row.base_model != base_model:
+        raise FailedPreconditionError(
+            f"{version} was trained on {base_model!r}, but what serves {alias} on {row.base_model!r}; a canary must be of the same base "
+            "model. Deploy it without a canary weight, or under another alias.",
+            code="canary_of_other_base_model",
+        )
 
 
 def check_etag(row: AliasRow | None, *, etag: str, alias: str) -> None:
@@ -402,7 +334,8 @@ async def _unchanged(session: AsyncSession, rollout: Rollout, *, etag: str) -> A
 def _new_alias(project: str, alias: str, *, base_model: str, now: datetime) -> AliasRow:
     return AliasRow(
         project=project, alias=alias, base_model=base_model, version="", job_id="", etag=new_etag(), epoch=0, created_at=now,
-        canary_version="", canary_job_id="", canary_weight=0, previous_version="", previous_job_id="", pinned=False,
+        canary_version="", canary_job_id="", canary_weight=0, previous_version="", previous_job_id="", previous_base_model="",
+        pinned=False,
     )  # fmt: skip
 
 
@@ -420,36 +353,4 @@ def alias_not_found(project: str, alias: str) -> NotFoundError:
     """For an alias that the project does not have."""
     return NotFoundError(
         f"There is no model {alias!r} in project {project}; list the models to see what there is.", code="model_not_found", param="model"
-    )
-
-
-def _rollout(row: RolloutRow) -> Rollout:
-    adapter = ArtifactRef.model_validate(row.adapter)
-    return Rollout(
-        row.number, row.project, row.alias, row.version, row.job_id, adapter,
-        RolloutState(row.state), row.error, row.swap_s, row.canary_weight, row.replaced, row.traceparent,
-    )  # fmt: skip
-
-
-def _served(version: str, job_id: str, adapter: Mapping[str, object] | None) -> Served | None:
-    return Served(version, job_id, ArtifactRef.model_validate(adapter)) if version else None
-
-
-def _alias(row: AliasRow, rollout: RolloutRow) -> Alias:
-    return Alias(
-        project=row.project,
-        alias=row.alias,
-        base_model=row.base_model,
-        version=row.version,
-        job_id=row.job_id,
-        adapter=None if row.adapter is None else ArtifactRef.model_validate(row.adapter),
-        etag=row.etag,
-        epoch=row.epoch,
-        rollout=_rollout(rollout),
-        canary=_served(row.canary_version, row.canary_job_id, row.canary_adapter),
-        canary_weight=row.canary_weight,
-        previous=_served(row.previous_version, row.previous_job_id, row.previous_adapter),
-        pinned=row.pinned,
-        created_at=row.created_at,
-        updated_at=row.updated_at,
     )

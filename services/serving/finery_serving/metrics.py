@@ -15,7 +15,7 @@ from finery_serving.vllm_endpoint import Endpoint
 ADAPTER_STATES = ("cold", "loaded", "draining", "failed")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 60.0)
 
-VLLM_READY = Gauge("finery_serving_vllm_ready", "1 while vLLM answers", ["replica"])
+VLLM_READY = Gauge("finery_serving_vllm_ready", "1 while vLLM answers", ["replica", "base_model"])
 VLLM_STARTS = Counter("finery_serving_vllm_starts_total", "Starts of vLLM")
 VLLM_START_SECONDS = Histogram(
     "finery_serving_vllm_start_seconds", "From the start of vLLM to its first answer", buckets=(10, 20, 40, 80, 160, 320, 640)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from finery_serving.aliases import Alias, Rollout
+from finery_serving.records import Alias, Rollout
 from finery_serving.registry import Registry
 
 
@@ -61,23 +61,24 @@ def _precedence(item: Wanted, *, copies: int) -> tuple[bool, bool, float]:
 
 
 class Placement:
-    """The rule over what the database wants and the replicas whose vLLM answers."""
+    """The rule over what the database wants of one base model and its replicas whose vLLM answers. Other base models' are left out."""
 
     def __init__(self, *, registry: Registry) -> None:
         self._registry = registry
 
     def of(self, aliases: Sequence[Alias], rollouts: Sequence[Rollout]) -> dict[str, tuple[str, ...]]:
-        """The ids of replicas for each version that is wanted, on its way or serving."""
-        rates = {(alias.project, alias.alias): self._registry.rate(alias.version) for alias in aliases}
+        """The ids of replicas for each version of the pool's base model that is wanted, on its way or serving."""
+        base_model, asked = self._registry.base_model, self._registry.rates
+        rates = {(alias.project, alias.alias): asked.get(alias.version, 0.0) for alias in aliases}
         wanted: dict[str, Wanted] = {}
         for rollout in rollouts:
-            if rollout.state.is_before_flip:
+            if rollout.state.is_before_flip and rollout.base_model == base_model:
                 key = (rollout.project, rollout.alias)
                 # Before all others: somebody waits for it, and what it takes the place of goes soon.
                 wanted.setdefault(rollout.version, Wanted(rollout.version, "/".join(key), rates.get(key, 0.0), is_pinned=True))
         for alias in aliases:
-            for served in alias.serving:
-                rate, is_pinned = self._registry.rate(served.version), alias.pinned and served.version == alias.version
+            for served in alias.serving if alias.base_model == base_model else ():
+                rate, is_pinned = asked.get(served.version, 0.0), alias.pinned and served.version == alias.version
                 wanted.setdefault(served.version, Wanted(served.version, f"{alias.project}/{alias.alias}", rate, is_pinned))
         return place(list(wanted.values()), room={replica.id: replica.max_resident for replica in self._registry.ready})
 

@@ -13,10 +13,11 @@ from collections.abc import Coroutine, Mapping, Sequence
 import structlog
 
 from finery_common.errors import FineryError
-from finery_serving.aliases import Alias, AliasStore, Rollout, RolloutState, Served
+from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
 from finery_serving.metrics import ADAPTER_STATE, ADAPTER_STATES
 from finery_serving.placement import Placement
+from finery_serving.records import Alias, Rollout, RolloutState, Served
 from finery_serving.registry import Registry
 from finery_serving.residency import Residency
 from finery_serving.rollout import RolloutRunner
@@ -76,18 +77,18 @@ class Reconciler:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _pass(self) -> None:
-        # In this order: a rollout that ends in between is counted, and one that comes later is not begun before the next pass.
-        rollouts = await self._store.active_rollouts()
-        aliases = await self._store.desired()
+        now = await self._store.snapshot()
+        rollouts = now.rollouts
+        aliases = [alias for alias in now.desired if alias.base_model == self._registry.base_model]
         self._publish(aliases)
         self._residency.keep([alias.version for alias in aliases if alias.pinned])
-        for rollout in rollouts:
+        for rollout in _due(rollouts, base_model=self._registry.base_model):
             self._continue(rollout)
         if not self._residency.ready:
             return
         self._spawn_loads(aliases, placed=self._placement.of(aliases, rollouts))
         for version, adapter in self._registry.loads_asked.items():
-            self._spawn(f"load {version}", self._load_as_asked(Served(version, "", adapter)))
+            self._spawn(f"load {version}", self._load_as_asked(Served(version, "", adapter, self._registry.base_model)))
         wanted = _versions(aliases) | {rollout.version for rollout in rollouts}
         self._residency.forget_failures(but_of=wanted)
         for version in self._residency.versions:
@@ -125,7 +126,8 @@ class Reconciler:
             self._spawn(f"alias {rollout.project} {rollout.alias}", self._runner.run(rollout))
 
     async def _drain(self, rollout: Rollout) -> None:
-        """Drains what `rollout` replaced, beside the next rollout of the alias; the rollout is READY when that is done on every replica.
+        """Drains what `rollout` replaced, beside the next rollout of the alias; the rollout is READY when that is done on every replica,
+        whichever base model it is of.
 
         A vLLM that was started since holds nothing of it.
         """
@@ -133,14 +135,15 @@ class Reconciler:
             if rollout.replaced in self._residency.versions:
                 await self._residency.drop(rollout.replaced)
             seen = self._changes.count
-            if not any(replica.versions.get(rollout.replaced, "failed") != "failed" for replica in self._registry.ready):
+            answering = [replica for replica in self._registry.live if replica.is_ready]
+            if not any(replica.versions.get(rollout.replaced, "failed") != "failed" for replica in answering):
                 break
             await self._changes.wait_after(seen, timeout_s=_INTERVAL_S)
         await self._store.finish(rollout)
 
     async def _wants(self, version: str) -> bool:
-        wanted = _versions(await self._store.desired())
-        return version in wanted | {other.version for other in await self._store.active_rollouts() if other.state.is_before_flip}
+        now = await self._store.snapshot()
+        return version in _versions(now.desired) | {other.version for other in now.rollouts if other.state.is_before_flip}
 
     async def _load(self, served: Served, *, wait_s: float = 0.0) -> None:
         path = await self._staging.fetch(served.adapter)
@@ -183,6 +186,19 @@ class Reconciler:
         finally:
             del self._tasks[name]
             self._changes.notify()
+
+
+def _due(rollouts: Sequence[Rollout], *, base_model: str) -> list[Rollout]:
+    """What is worked at by replicas of `base_model`: what drains, and the first other rollout of each alias where it is theirs.
+
+    The next one of an alias may be another pool's, which sees to the order as well.
+    """
+    first: dict[tuple[str, str], int] = {}
+    for rollout in rollouts:
+        if rollout.state.is_before_flip:
+            first.setdefault((rollout.project, rollout.alias), rollout.number)
+    own = {rollout.number for rollout in rollouts if rollout.base_model == base_model} & set(first.values())
+    return [rollout for rollout in rollouts if rollout.state == RolloutState.DRAINING or rollout.number in own]
 
 
 def _distinct(aliases: Sequence[Alias]) -> dict[str, tuple[Served, bool]]:

@@ -1,6 +1,7 @@
-"""The replicas of one base model: what each holds and whether it lives, as every agent sees it through the database.
+"""The replicas of an installation: what each serves and holds and whether it lives, as every agent sees it through the database.
 
-Owns this replica's row, its view of all others, and what one asks another to load. Leaves what a replica ought to hold to `placement`.
+Those of one base model are a pool, in which one leads. Owns this replica's row, its view of all others, and what one asks another to
+load. Leaves what a replica ought to hold to `placement`.
 
 Clocks are compared with nobody's: a replica lives while its row's beat moves, by the reader's monotonic clock. A row that does not move is
 not believed, so that one of a killed agent leads nobody astray; one that has not moved for a minute is removed.
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 import structlog
@@ -21,8 +23,10 @@ from sqlalchemy.exc import IntegrityError
 
 from finery_common.artifacts import ArtifactRef
 from finery_common.database import Database
-from finery_common.errors import FineryError
+from finery_common.errors import FailedPreconditionError, FineryError
+from finery_serving.aliases import check_served
 from finery_serving.changes import Changes
+from finery_serving.preflight import BaseModel
 from finery_serving.residency import Residency
 from finery_serving.tables import LoadRequestRow, ReplicaRow, RevisionRow, changing
 from finery_serving.vllm_client import VllmClient
@@ -35,6 +39,8 @@ _POLL_S = 0.2
 _POLL_ALONE_S = 1.0
 _FORGOTTEN_S = 60.0
 _RATES_S = 10.0
+_REMEMBERED_S = 900.0
+"""A base model whose last replica has gone counts as served for this long: it may only be starting anew."""
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +51,12 @@ class Replica:
 
     id: str
     address: str
+    base_model: str = ""
+    base_model_sha256: str = ""
+    """Empty as an agent of an earlier release tells of itself, and so are the limits that follow."""
+    max_lora_rank: int = 0
+    max_model_len: int = 0
+    """In tokens."""
     is_ready: bool = False
     """vLLM answers."""
     max_resident: int = 0
@@ -66,6 +78,46 @@ class Replica:
 _REPLICA = TypeAdapter(Replica)
 
 
+@dataclass(frozen=True)
+class Pool:
+    """A base model that is served. Its limits are what every replica keeps to, for a version may be placed on any; `live` is empty while
+    none lives.
+    """
+
+    base_model: str
+    base_model_sha256: str
+    max_lora_rank: int
+    max_model_len: int
+    max_resident: int
+    live: tuple[Replica, ...]
+
+    @property
+    def max_pins(self) -> int:
+        """How many aliases may be pinned: one place stays free, for all other versions and for a pinned alias' next one."""
+        return self.max_resident - 1
+
+    def check_canary(self) -> None:
+        """Raises FailedPreconditionError where a version and its canary cannot be loaded at once."""
+        if self.max_resident < 2:
+            raise FailedPreconditionError(
+                "vLLM holds one adapter at a time, so that a version and its canary would take turns; raise FINERY_MAX_CPU_LORAS.",
+                code="no_room_for_canary",
+            )
+
+
+def pool_of(replicas: Sequence[Replica], *, live: Sequence[Replica]) -> Pool:
+    """The pool of `replicas`, at least one, as they tell of themselves."""
+    told = [replica for replica in replicas if replica.base_model_sha256] or replicas
+    return Pool(
+        told[0].base_model,
+        told[0].base_model_sha256,
+        min(replica.max_lora_rank for replica in told),
+        min(replica.max_model_len for replica in told),
+        min(replica.max_resident for replica in told),
+        tuple(live),
+    )
+
+
 @dataclass
 class _Seen:
     """Another's row at the latest look."""
@@ -81,13 +133,25 @@ class _Seen:
 class Registry:
     """The view of one agent. `run` keeps it up to date; changes of others are signalled as one's own are."""
 
-    def __init__(self, database: Database, *, process: VllmProcess, residency: Residency, client: VllmClient, changes: Changes) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        base: BaseModel,
+        process: VllmProcess,
+        residency: Residency,
+        client: VllmClient,
+        changes: Changes,
+    ) -> None:
         self._db = database
+        self._base = base
         self._process = process
         self._residency = residency
         self._client = client
         self._changes = changes
         self._others: dict[str, _Seen] = {}
+        # The latest of each other base model, believed or not, and when it was seen.
+        self._remembered: dict[str, tuple[Replica, float]] = {}
         self._rates: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._counted_s = 0.0
@@ -108,6 +172,10 @@ class Registry:
         return Replica(
             process.runtime.replica_id,
             process.runtime.endpoint.address,
+            self._base.name,
+            self._base.sha256,
+            process.config.max_lora_rank,
+            process.config.max_model_len,
             process.ready,
             process.config.max_cpu_loras,
             process.started_at,
@@ -119,23 +187,53 @@ class Registry:
 
     @property
     def live(self) -> tuple[Replica, ...]:
-        """Every replica whose agent lives, this one first."""
+        """Every replica of the installation whose agent lives, this one first."""
         oldest_s = time.monotonic() - HEALTH_INTERVAL_S
         return self.own, *(seen.replica for seen in self._others.values() if seen.is_believed and seen.changed_s >= oldest_s)
 
+    def ready_of(self, base_model: str) -> tuple[Replica, ...]:
+        """Those of them that serve `base_model` and whose vLLM answers."""
+        return tuple(replica for replica in self.live if replica.is_ready and replica.base_model == base_model)
+
     @property
     def ready(self) -> tuple[Replica, ...]:
-        """Those of them whose vLLM answers."""
-        return tuple(replica for replica in self.live if replica.is_ready)
+        """Those of this replica's own pool."""
+        return self.ready_of(self._base.name)
+
+    @property
+    def base_model(self) -> str:
+        """What this replica serves."""
+        return self._base.name
+
+    @property
+    def pools(self) -> dict[str, Pool]:
+        """What is served, by the base model's name, in its order."""
+        live: dict[str, list[Replica]] = {}
+        for replica in self.live:
+            live.setdefault(replica.base_model, []).append(replica)
+        pools = {base: pool_of(replicas, live=replicas) for base, replicas in live.items()}
+        for base, (replica, _) in self._remembered.items():
+            pools.setdefault(base, pool_of([replica], live=()))
+        return dict(sorted(pools.items()))
+
+    def pool(self, base_model: str) -> Pool:
+        """One of them. Raises FailedPreconditionError where there is none."""
+        pools = self.pools
+        check_served(base_model, served=pools)
+        return pools[base_model]
 
     @property
     def leads(self) -> bool:
-        """Whether this agent decides for all. For a moment two may think so: what they decide is compared with the database's state."""
+        """Whether this agent decides for its pool. For a moment two may think so: what they decide is compared with the database."""
         return min((replica.id for replica in self.ready), default="") == self._process.runtime.replica_id
 
-    def rate(self, version: str) -> float:
-        """Requests a second for `version` on all replicas."""
-        return sum(replica.rates.get(version, 0.0) for replica in self.live)
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Requests a second for each version on all replicas."""
+        rates: Counter[str] = Counter()
+        for replica in self.live:
+            rates.update(replica.rates)
+        return rates
 
     def token_of(self, replica: Replica) -> str:
         """What a request to `replica` has to carry."""
@@ -198,7 +296,7 @@ class Registry:
         self._beat += 1
         row = ReplicaRow(
             id=own.id,
-            base_model=self._process.config.base_model,
+            base_model=own.base_model,
             address=own.address,
             beat=self._beat,
             state=_REPLICA.dump_python(own, mode="json"),
@@ -211,10 +309,11 @@ class Registry:
         own_id = self._process.runtime.replica_id
         async with self._db.read() as session:
             revision = await session.scalar(select(RevisionRow.number)) or 0
-            rows = (await session.scalars(select(ReplicaRow).where(ReplicaRow.base_model == self._process.config.base_model))).all()
+            rows = (await session.scalars(select(ReplicaRow))).all()
             asked = (await session.scalars(select(LoadRequestRow).where(LoadRequestRow.replica_id == own_id))).all()
         now_s = time.monotonic()
         self._others = {row.id: self._seen(row, now_s) for row in rows if row.id != own_id}
+        self._remember(now_s)
         self.loads_asked = {row.version: ArtifactRef.model_validate(row.adapter) for row in asked}
         # Who has fallen silent since the last look is news as well.
         view = (revision, self.live[1:])
@@ -230,7 +329,13 @@ class Registry:
         known = self._others.get(row.id)
         if known is not None and known.beat == row.beat:
             return known
-        return _Seen(_REPLICA.validate_python(row.state), row.beat, now_s, is_believed=known is not None)
+        replica = replace(_REPLICA.validate_python(row.state), base_model=row.base_model)
+        return _Seen(replica, row.beat, now_s, is_believed=known is not None)
+
+    def _remember(self, now_s: float) -> None:
+        known = {base: item for base, item in self._remembered.items() if now_s - item[1] < _REMEMBERED_S}
+        seen = [item.replica for item in self._others.values() if item.replica.base_model != self.base_model]
+        self._remembered = known | {replica.base_model: (replica, now_s) for replica in seen}
 
     async def _forget(self, replica_id: str) -> None:
         async with changing(self._db) as session:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from datetime import UTC, datetime
+from functools import partial
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
@@ -19,14 +20,11 @@ from finery_common.artifacts import ArtifactRef
 from finery_common.database import Database
 from finery_common.errors import AbortedError, AlreadyExistsError, FailedPreconditionError
 from finery_serving.aliases import (
-    BEFORE_FLIP,
-    Alias,
-    RolloutState,
-    Served,
     alias_not_found,
     body_digest,
     check_etag,
     check_request_id,
+    check_served,
     check_weight,
     drop_canary,
     find_alias,
@@ -36,6 +34,7 @@ from finery_serving.aliases import (
 )
 from finery_serving.changes import Changes
 from finery_serving.metrics import SWAPS
+from finery_serving.records import BEFORE_FLIP, Alias, RolloutState, Served
 from finery_serving.tables import AliasRow, RequestRow, RevisionRow, RolloutRow, changing
 
 _Act = Callable[[AsyncSession, AliasRow], Awaitable[str]]
@@ -73,25 +72,27 @@ class Releases:
         """
         return await self._once(project, alias, action="promote", request_id=request_id, etag=etag, act=_promote)
 
-    async def roll_back(self, project: str, alias: str, *, request_id: str, etag: str = "") -> Alias:
+    async def roll_back(self, project: str, alias: str, *, served: Collection[str], request_id: str, etag: str = "") -> Alias:
         """Ends what is newer than the serving version, a canary or rollouts under way; else begins a rollout of the version before it.
 
-        The same request id and body roll back once. Raises as `promote` does, FailedPreconditionError where there was nothing before.
+        The same request id and body roll back once. Raises as `promote` does, FailedPreconditionError where there was nothing before, or
+        a version whose base model is not among `served` any more.
         """
-        return await self._once(project, alias, action="roll_back", request_id=request_id, etag=etag, act=_roll_back)
+        act = partial(_roll_back, served=served)
+        return await self._once(project, alias, action="roll_back", request_id=request_id, etag=etag, act=act)
 
     async def pin(self, project: str, alias: str, *, max_pins: int) -> Alias:
         """Keeps the alias' version loaded.
 
-        `max_pins` aliases can be pinned. Projects that have an alias may pin even shares of them; what a project pinned while others had
-        none stays. Raises NotFoundError, FailedPreconditionError where there are as many pins, or the project has its share.
+        `max_pins` aliases of its base model can be pinned. Projects that have one may pin even shares of them; what a project pinned while
+        others had none stays. Raises NotFoundError, FailedPreconditionError where there are as many pins, or the project has its share.
         """
         async with changing(self._db) as session:
             row = await _locked(session, project, alias)
             # Of two at once, at whichever agents, the second counts the first: both must not take the last room.
             await session.execute(sa.select(RevisionRow.number).with_for_update())
             if not row.pinned:
-                _check_pins(await _pins_by_project(session), project=project, max_pins=max_pins, alias=alias)
+                _check_pins(await _pins_by_project(session, row.base_model), project=project, max_pins=max_pins, alias=alias)
             row.pinned, row.updated_at = True, datetime.now(UTC)
             pinned = await _flushed(session, row)
         self._changes.notify()
@@ -170,7 +171,7 @@ async def _promote(session: AsyncSession, row: AliasRow) -> str:
     return "promoted"
 
 
-async def _roll_back(session: AsyncSession, row: AliasRow) -> str:
+async def _roll_back(session: AsyncSession, row: AliasRow, *, served: Collection[str]) -> str:
     under_way = sa.update(RolloutRow).where(
         RolloutRow.project == row.project, RolloutRow.alias == row.alias, RolloutRow.state.in_(BEFORE_FLIP)
     )
@@ -185,22 +186,24 @@ async def _roll_back(session: AsyncSession, row: AliasRow) -> str:
     elif rolled_back:
         row.etag, row.updated_at = new_etag(), datetime.now(UTC)
     else:
-        await _roll_out_previous(session, row)
+        await _roll_out_previous(session, row, served=served)
     return "rolled_back"
 
 
-async def _roll_out_previous(session: AsyncSession, row: AliasRow) -> None:
+async def _roll_out_previous(session: AsyncSession, row: AliasRow, *, served: Collection[str]) -> None:
     if not row.previous_version:
         raise FailedPreconditionError(
             f"{row.alias} has neither a canary nor a version that served before; there is nothing to roll back to.",
             code="no_previous_version",
         )
     assert row.previous_adapter is not None, "a version has an adapter"
+    base_model = row.previous_base_model or row.base_model
+    check_served(base_model, served=served)
     now = datetime.now(UTC)
     rollout = RolloutRow(
         project=row.project, alias=row.alias, request_id=f"roll-back-{secrets.token_hex(16)}", body_sha256="",
-        version=row.previous_version, job_id=row.previous_job_id, adapter=row.previous_adapter, state=RolloutState.PENDING,
-        rolls_back=True, canary_weight=0, replaced="", created_at=now, updated_at=now,
+        version=row.previous_version, job_id=row.previous_job_id, adapter=row.previous_adapter, base_model=base_model,
+        state=RolloutState.PENDING, rolls_back=True, canary_weight=0, replaced="", created_at=now, updated_at=now,
     )  # fmt: skip
     session.add(rollout)
     await session.flush()
@@ -211,13 +214,14 @@ async def _roll_out_previous(session: AsyncSession, row: AliasRow) -> None:
 def _canary(row: AliasRow) -> Served:
     if not row.canary_version:
         raise FailedPreconditionError(f"{row.alias} has no canary; deploy one with a canary weight first.", code="no_canary")
-    return Served(row.canary_version, row.canary_job_id, ArtifactRef.model_validate(row.canary_adapter))
+    return Served(row.canary_version, row.canary_job_id, ArtifactRef.model_validate(row.canary_adapter), row.base_model)
 
 
-async def _pins_by_project(session: AsyncSession) -> dict[str, int]:
-    """How many aliases each project has pinned; every project that has an alias is there."""
+async def _pins_by_project(session: AsyncSession, base_model: str) -> dict[str, int]:
+    """How many aliases of `base_model` each project has pinned; every project that has one is there."""
     num_pins = sa.func.count().filter(AliasRow.pinned).label("num_pins")
-    rows = await session.execute(sa.select(AliasRow.project, num_pins).group_by(AliasRow.project))
+    query = sa.select(AliasRow.project, num_pins).where(AliasRow.base_model == base_model).group_by(AliasRow.project)
+    rows = await session.execute(query)
     return {row.project: row.num_pins for row in rows}
 
 

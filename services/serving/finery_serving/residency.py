@@ -101,19 +101,6 @@ class Residency:
         """Whether `version` is let in and has answered a probe."""
         return self.state_of(version) == "loaded" and self._resident[version].is_probed
 
-    @property
-    def max_pins(self) -> int:
-        """How many aliases may be pinned: one place stays free, for all other versions and for a pinned alias' next one."""
-        return self._max_resident - 1
-
-    def check_canary(self) -> None:
-        """Raises FailedPreconditionError where a version and its canary cannot be loaded at once."""
-        if self._max_resident < 2:
-            raise FailedPreconditionError(
-                "vLLM holds one adapter at a time, so that a version and its canary would take turns; raise FINERY_MAX_CPU_LORAS.",
-                code="no_room_for_canary",
-            )
-
     def keep(self, versions: Collection[str]) -> None:
         """From now on `versions`, and no others, never make room. Loading them is the caller's business."""
         self._kept = frozenset(versions)

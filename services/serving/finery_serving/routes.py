@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 import structlog
 
 from finery_common.errors import FailedPreconditionError, FineryError, NotFoundError, ResourceExhaustedError, UnavailableError
-from finery_serving.aliases import Alias, AliasStore, RolloutState, Served
+from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
 from finery_serving.placement import Placement
+from finery_serving.records import Alias, RolloutState, Served
 from finery_serving.registry import Registry, Replica
 from finery_serving.residency import Residency
 from finery_serving.staging import Staging
 from finery_serving.vllm_client import RETRY_AFTER_S, VllmClient
-from finery_serving.vllm_process import VllmProcess
 
 # Left of the caller's deadline, so that it gets our reason and not its own timeout.
 _MARGIN_S = 0.25
@@ -46,7 +46,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Route:
-    """What requests for a model are split over, what serves first; `epoch` is 0 for the base model, `max_model_len` is in tokens."""
+    """What requests for a model are split over, what serves first; `epoch` is 0 for a base model, `max_model_len` is in tokens."""
 
     targets: tuple[Target, ...]
     epoch: int
@@ -66,7 +66,6 @@ class Routes:
         self,
         store: AliasStore,
         *,
-        process: VllmProcess,
         residency: Residency,
         registry: Registry,
         staging: Staging,
@@ -74,18 +73,16 @@ class Routes:
         changes: Changes,
     ) -> None:
         self._store = store
-        self._process = process
         self._residency = residency
         self._registry = registry
         self._staging = staging
         self._client = client
         self._changes = changes
-        self._max_model_len = 0
         # Canaries on their way to be loaded.
         self._warming: dict[str, asyncio.Task[None]] = {}
 
     async def resolve(self, project: str, *, model: str, after_epoch: int, timeout_s: float) -> Route:
-        """The route of an alias of `project`, newer than `after_epoch`, or of the base model.
+        """The route of an alias of `project`, newer than `after_epoch`, or of a base model that is served; whichever replicas they are on.
 
         Waits up to `timeout_s` for a rollout, for vLLM or for a cold version. Raises NotFoundError where nothing is deployed under that
         name, UnavailableError with `retry_after_s` when the time is over, FailedPreconditionError where a deployed version cannot be
@@ -102,8 +99,6 @@ class Routes:
                 route, reason = None, error.message
             if route is not None:
                 return route
-            if not self._registry.ready:
-                reason = f"vLLM is starting; repeat in {RETRY_AFTER_S:.0f} s."
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 raise UnavailableError(reason, retry_after_s=RETRY_AFTER_S)
@@ -111,31 +106,38 @@ class Routes:
 
     async def _look(self, project: str, model: str, *, after_epoch: int, deadline_s: float, asked: dict[str, float]) -> Route | None:
         """The route, or None while it has to be waited for; `asked` says when which replica was asked to load for it."""
-        ready = await self._answering()
-        if model == self._process.config.base_model:
-            return await self._route([Target(model, 100, self._addresses(ready))], epoch=0) if ready else None
+        if model in self._registry.pools:
+            ready = await self._answering(model)
+            return _route([Target(model, 100, self._addresses(ready))], epoch=0, over=ready)
         alias = await self._store.get(project, model)
-        if _awaits_flip(alias, after_epoch=after_epoch) or not ready:
+        awaits_flip = _awaits_flip(alias, after_epoch=after_epoch)
+        ready = await self._answering(alias.base_model)
+        if awaits_flip:
             return None
         served, *canaries = alias.serving
         holders = await self._holders(alias, served, ready=ready, deadline_s=deadline_s, asked=asked)
         if not holders:
             return None
-        targets = [Target(served.version, 100, self._addresses(holders))]
+        targets, over = [Target(served.version, 100, self._addresses(holders))], list(holders)
         for canary in canaries:
             if holders := await self._canary_holders(alias, canary, ready=ready):
                 targets = [replace(targets[0], weight=100 - alias.canary_weight)]
                 targets.append(Target(canary.version, alias.canary_weight, self._addresses(holders)))
-        return await self._route(targets, epoch=alias.epoch)
+                over += holders
+        return _route(targets, epoch=alias.epoch, over=over)
 
-    async def _answering(self) -> tuple[Replica, ...]:
-        """The replicas to send requests to. A killed vLLM takes a moment to be gone: who comes here after it failed must not be sent there
-        again.
+    async def _answering(self, base_model: str) -> tuple[Replica, ...]:
+        """The replicas of `base_model` to send requests to. A killed vLLM takes a moment to be gone: who comes here after it failed must
+        not be sent there again. Raises UnavailableError where there is none.
         """
-        ready = self._registry.ready
+        ready = self._registry.ready_of(base_model)
         own = self._registry.own.id
         if any(replica.id == own for replica in ready) and not await self._client.is_healthy():
-            return tuple(replica for replica in ready if replica.id != own)
+            ready = tuple(replica for replica in ready if replica.id != own)
+        if not ready:
+            is_starting = base_model in self._registry.pools
+            reason = "vLLM is starting" if is_starting else f"No vLLM serves {base_model}, its base model, at the moment"
+            raise UnavailableError(f"{reason}; repeat in {RETRY_AFTER_S:.0f} s.", retry_after_s=RETRY_AFTER_S)
         return ready
 
     def _serves(self, replica: Replica, version: str) -> bool:
@@ -196,10 +198,11 @@ class Routes:
     def _addresses(self, replicas: Sequence[Replica]) -> tuple[tuple[str, str], ...]:
         return tuple((replica.address, self._registry.token_of(replica)) for replica in replicas)
 
-    async def _route(self, targets: Sequence[Target], *, epoch: int) -> Route:
-        if not self._max_model_len and self._process.ready:
-            self._max_model_len = await self._client.max_model_len()
-        return Route(tuple(targets), epoch, self._process.config.base_model, self._max_model_len or self._process.config.max_model_len)
+
+def _route(targets: Sequence[Target], *, epoch: int, over: Sequence[Replica]) -> Route:
+    """`over` are the replicas of all targets, of one base model."""
+    lengths = [replica.max_model_len for replica in over if replica.max_model_len]
+    return Route(tuple(targets), epoch, over[0].base_model, min(lengths, default=0))
 
 
 def _awaits_flip(alias: Alias, *, after_epoch: int) -> bool:

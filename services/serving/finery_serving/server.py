@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from functools import partial
 from typing import cast
 
@@ -15,14 +15,13 @@ from finery_common.resource_names import parse_name, parse_parent
 from finery_common.rpc.messages import artifact_from_proto, artifact_to_proto, error_to_proto, timestamp
 from finery_common.rpc.server import UNARY_DEADLINE_S, Servicer
 from finery_common.rpc.tokens import require_project
-from finery_serving.aliases import Alias, AliasStore
+from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
-from finery_serving.preflight import BaseModel
-from finery_serving.registry import Registry
+from finery_serving.deployments import Deployments
+from finery_serving.records import Alias
+from finery_serving.registry import Pool, Registry
 from finery_serving.releases import Releases
-from finery_serving.residency import Residency
 from finery_serving.routes import Routes, Target
-from finery_serving.vllm_process import VllmProcess
 
 
 class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
@@ -32,21 +31,17 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         self,
         store: AliasStore,
         *,
+        deployments: Deployments,
         releases: Releases,
         routes: Routes,
-        process: VllmProcess,
-        residency: Residency,
         registry: Registry,
-        base: BaseModel,
         changes: Changes,
     ) -> None:
         self._store = store
+        self._deployments = deployments
         self._releases = releases
         self._routes = routes
-        self._process = process
-        self._residency = residency
         self._registry = registry
-        self._base = base
         self._changes = changes
         self._ending = False
 
@@ -58,37 +53,20 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
     async def ListDeployments(
         self, request: serving_pb2.ListDeploymentsRequest, context: grpc.aio.ServicerContext
     ) -> serving_pb2.ListDeploymentsResponse:
-        visible = {served.version for alias in (await self._all(require_project())).values() for served in alias.serving}
-        replicas = [
-            serving_pb2.Replica(
-                id=replica.id,
-                ready=replica.is_ready,
-                start_time=timestamp(replica.started_at),
-                loaded_versions=sorted(visible & {version for version, state in replica.versions.items() if state != "failed"}),
-            )
-            for replica in self._registry.live
-        ]
-        deployment = serving_pb2.Deployment(
-            base_model=self._base.name,
-            base_model_sha256=self._base.sha256,
-            replicas=replicas,
-            max_lora_rank=self._process.config.max_lora_rank,
-            max_model_len=self._process.config.max_model_len,
-        )
-        return serving_pb2.ListDeploymentsResponse(deployments=[deployment])
+        visible = {
+            served.version for alias in (await self._store.snapshot()).of_project(require_project()).values() for served in alias.serving
+        }
+        deployments = [_pool_to_proto(pool, visible=visible) for pool in self._registry.pools.values()]
+        return serving_pb2.ListDeploymentsResponse(deployments=deployments)
 
     async def DeployAdapter(self, request: serving_pb2.DeployAdapterRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
-        canary_weight = request.canary_weight if request.HasField("canary_weight") else None
-        if canary_weight is not None:
-            self._residency.check_canary()
-        alias = await self._store.deploy(
+        alias = await self._deployments.deploy(
             parse_parent(request.parent, project=require_project()),
             request.alias,
             adapter=artifact_from_proto(request.adapter),
-            base_model=self._base.name,
             request_id=request.request_id,
             etag=request.etag,
-            canary_weight=canary_weight,
+            canary_weight=request.canary_weight if request.HasField("canary_weight") else None,
         )
         return _alias_to_proto(alias)
 
@@ -120,13 +98,15 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
 
     async def RollBackAlias(self, request: serving_pb2.RollBackAliasRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
         name = parse_name(request.name, collection="aliases", project=require_project())
+        served = self._registry.pools
         return _alias_to_proto(
-            await self._releases.roll_back(name.project, name.id, request_id=request.request_id, etag=request.etag),
+            await self._releases.roll_back(name.project, name.id, served=served, request_id=request.request_id, etag=request.etag),
         )
 
     async def PinAlias(self, request: serving_pb2.PinAliasRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
         name = parse_name(request.name, collection="aliases", project=require_project())
-        return _alias_to_proto(await self._releases.pin(name.project, name.id, max_pins=self._residency.max_pins))
+        pool = self._registry.pool((await self._store.get(name.project, name.id)).base_model)
+        return _alias_to_proto(await self._releases.pin(name.project, name.id, max_pins=pool.max_pins))
 
     async def UnpinAlias(self, request: serving_pb2.UnpinAliasRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
         name = parse_name(request.name, collection="aliases", project=require_project())
@@ -139,7 +119,7 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         known: dict[str, Alias] = {}
         while not self._ending:
             seen = self._changes.count
-            current = await self._all(project)
+            current = (await self._store.snapshot()).of_project(project)
             for alias in current.values():
                 if known.get(alias.alias) != alias:
                     yield serving_pb2.AliasEvent(alias=_alias_to_proto(alias))
@@ -163,18 +143,30 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
             targets=[_target_to_proto(target) for target in route.targets],
         )
 
-    async def _all(self, project: str) -> dict[str, Alias]:
-        found, token = await self._store.list(project)
-        aliases = list(found)
-        while token:
-            found, token = await self._store.list(project, page_token=token)
-            aliases += found
-        return {alias.alias: alias for alias in aliases}
-
 
 def servicer_of(servicer: ServingServicer) -> Servicer:
     """The servicer for an RpcServer."""
     return Servicer("finery.serving.v1.ServingService", partial(serving_pb2_grpc.add_ServingServiceServicer_to_server, servicer))
+
+
+def _pool_to_proto(pool: Pool, *, visible: Set[str]) -> serving_pb2.Deployment:
+    """`visible` are the versions that the caller may know of."""
+    replicas = [
+        serving_pb2.Replica(
+            id=replica.id,
+            ready=replica.is_ready,
+            start_time=timestamp(replica.started_at),
+            loaded_versions=sorted(visible & {version for version, state in replica.versions.items() if state != "failed"}),
+        )
+        for replica in pool.live
+    ]
+    return serving_pb2.Deployment(
+        base_model=pool.base_model,
+        base_model_sha256=pool.base_model_sha256,
+        replicas=replicas,
+        max_lora_rank=pool.max_lora_rank,
+        max_model_len=pool.max_model_len,
+    )
 
 
 def _target_to_proto(target: Target) -> serving_pb2.RouteTarget:

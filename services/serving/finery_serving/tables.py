@@ -21,12 +21,16 @@ class Base(DeclarativeBase):
 
 
 class RolloutRow(Base):
-    """One request to put a version under an alias. Rows stay, so that a request id is never used twice."""
+    """One request to put a version under an alias. Rows stay, so that a request id is never used twice.
+
+    A `base_model` of "" is the alias' own: one that an agent of an earlier release has asked for.
+    """
 
     __tablename__ = "rollouts"
     __table_args__ = (
         sa.UniqueConstraint("project", "request_id"),
         sa.Index("rollouts_by_alias", "project", "alias", "number"),
+        sa.Index("rollouts_by_state", "state"),
         {"sqlite_autoincrement": True},
     )
 
@@ -38,6 +42,7 @@ class RolloutRow(Base):
     version: Mapped[str] = mapped_column(sa.String(256))
     job_id: Mapped[str] = mapped_column(sa.String(128))
     adapter: Mapped[dict[str, object]] = mapped_column(sa.JSON())
+    base_model: Mapped[str] = mapped_column(sa.String(256), default="")
     state: Mapped[str] = mapped_column(sa.String(16))
     error: Mapped[dict[str, object] | None] = mapped_column(sa.JSON(none_as_null=True))
     swap_s: Mapped[float | None]
@@ -61,7 +66,10 @@ class RequestRow(Base):
 
 
 class AliasRow(Base):
-    """A public model name and what serves under it; `rollout_number` is its newest rollout. A version that is "" is none."""
+    """A public model name and what serves under it; `rollout_number` is its newest rollout. A version that is "" is none.
+
+    `base_model` is that of what serves, of the newest rollout before the first flip; a `previous_base_model` of "" is the same.
+    """
 
     __tablename__ = "aliases"
 
@@ -81,6 +89,7 @@ class AliasRow(Base):
     previous_version: Mapped[str] = mapped_column(sa.String(256), default="")
     previous_job_id: Mapped[str] = mapped_column(sa.String(128), default="")
     previous_adapter: Mapped[dict[str, object] | None] = mapped_column(sa.JSON(none_as_null=True))
+    previous_base_model: Mapped[str] = mapped_column(sa.String(256), default="")
     pinned: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime())
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime())

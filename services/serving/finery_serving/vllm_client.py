@@ -69,11 +69,6 @@ class VllmClient:
         except httpx.TransportError:
             return False
 
-    async def max_model_len(self) -> int:
-        """The context length in tokens that vLLM settled on."""
-        models = (await self._call("GET", "/v1/models")).json()["data"]
-        return max(int(item.get("max_model_len") or 0) for item in models)
-
     async def state(self) -> ReplicaState:
         """The middleware's state."""
         answer = (await self._call("GET", "/finery/state")).json()

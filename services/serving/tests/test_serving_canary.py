@@ -1,8 +1,6 @@
 """Canaries from gRPC to a stand-in for vLLM's process: the split, promotion, rolling back, pins, and crashes in the middle of each."""
 
 import asyncio
-import secrets
-from contextlib import asynccontextmanager
 
 import grpc
 import grpc.aio
@@ -10,105 +8,14 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
-from finery.serving.v1 import serving_pb2, serving_pb2_grpc
+from finery.serving.v1 import serving_pb2
 from finery_common.errors import AbortedError, FailedPreconditionError, InvalidArgumentError, NotFoundError
-from finery_common.rpc.channel import ServiceChannel, stream
-from finery_common.rpc.messages import artifact_to_proto
-from finery_common.rpc.server import RpcServer, token_authenticator
-from finery_common.rpc.tokens import TokenSigner
-from finery_serving.aliases import AliasStore, RolloutState
+from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
+from finery_serving.records import RolloutState
 from finery_serving.releases import Releases
-from finery_serving.server import ServingServicer, servicer_of
 
-SIGNER = TokenSigner("s" * 40)
 STEP_S = 30.0
-
-
-class Client:
-    """One project's, and the agent behind it."""
-
-    def __init__(self, here, stub, *, project, metadata):
-        self.here, self.stub, self.project, self.metadata = here, stub, project, metadata
-
-    def name(self, alias):
-        return f"projects/{self.project}/aliases/{alias}"
-
-    async def deploy(self, ref, alias="m", *, weight=None):
-        request = serving_pb2.DeployAdapterRequest(
-            parent=f"projects/{self.project}",
-            alias=alias,
-            adapter=artifact_to_proto(ref),
-            request_id=secrets.token_hex(8),
-            canary_weight=weight,
-        )
-        return await self.stub.DeployAdapter(request, metadata=self.metadata)
-
-    async def call(self, method, alias="m", **fields):
-        request_type = getattr(serving_pb2, f"{method}Request")
-        if method in ("PromoteAlias", "RollBackAlias"):
-            fields = {"request_id": secrets.token_hex(8), **fields}
-        return await getattr(self.stub, method)(request_type(name=self.name(alias), **fields), metadata=self.metadata)
-
-    async def until(self, state, alias="m"):
-        """The alias once its rollout is in `state`, by watching."""
-        request = serving_pb2.WatchAliasesRequest(parent=f"projects/{self.project}")
-        async for event in stream(self.stub.WatchAliases(request, metadata=self.metadata, timeout=STEP_S)):
-            assert event.alias.rollout.state != serving_pb2.ROLLOUT_STATE_FAILED or state == "FAILED", event.alias.rollout.error
-            if event.alias.alias == alias and event.alias.rollout.state == getattr(serving_pb2, f"ROLLOUT_STATE_{state}"):
-                return event.alias
-        raise AssertionError("a watch has no end")
-
-    async def served(self, ref, alias="m"):
-        await self.deploy(ref, alias)
-        return await self.until("READY", alias)
-
-    async def with_canary(self, ref, *, weight=10):
-        await self.deploy(ref, weight=weight)
-        return await self.until("CANARY")
-
-    async def route(self, alias="m", *, after_epoch=0):
-        request = serving_pb2.ResolveModelRequest(parent=f"projects/{self.project}", model=alias, after_epoch=after_epoch)
-        return await self.stub.ResolveModel(request, metadata=self.metadata, timeout=STEP_S)
-
-    async def split(self, alias="m"):
-        return [(target.version, target.weight) for target in (await self.route(alias)).targets]
-
-    async def loaded(self, *versions):
-        """Waits until vLLM holds `versions` and nothing else."""
-        async with asyncio.timeout(STEP_S):
-            while set(self.here.residency.versions) != set(versions):
-                await self.here.agent.changes.wait_after(self.here.agent.changes.count, timeout_s=0.1)
-
-
-@pytest.fixture
-def serving(running, project, base):
-    """Starts an agent behind real gRPC."""
-
-    @asynccontextmanager
-    async def serving(**options):
-        async with running(**options) as here:
-            servicer = ServingServicer(
-                here.store,
-                releases=here.releases,
-                routes=here.routes,
-                process=here.agent.process,
-                residency=here.residency,
-                registry=here.registry,
-                base=base,
-                changes=here.agent.changes,
-            )
-            server = RpcServer(address="127.0.0.1:0", servicers=[servicer_of(servicer)], authenticate=token_authenticator(SIGNER))
-            channel = ServiceChannel(f"127.0.0.1:{await server.start()}", signer=SIGNER, caller="test")
-            stub = serving_pb2_grpc.ServingServiceStub(channel.grpc)
-            try:
-                yield Client(here, stub, project=project, metadata=channel.metadata(project=project))
-            finally:
-                servicer.end_watches()
-                await channel.close()
-                await server.stop(drain_s=0)
-
-    return serving
 
 
 async def ask(route, version, *, alias="m", **fields):
@@ -266,13 +173,13 @@ async def test_a_canary_outlives_a_crash(serving, publish):
         await client.loaded(canary)
 
 
-@pytest.mark.parametrize("method", ["promote", "roll_back"])
-async def test_what_was_decided_while_the_agent_was_down_is_done_when_it_is_back(serving, publish, agent_database, project, method):
+@pytest.mark.parametrize(("method", "fields"), [("promote", {}), ("roll_back", {"served": ("base",)})])
+async def test_what_was_decided_while_the_agent_was_down_is_done_when_it_is_back(serving, publish, agent_database, project, method, fields):
     async with serving() as client:
         old = await client.served(publish())
         canary = (await client.with_canary(publish())).canary.version
         releases = Releases(agent_database, changes=client.here.agent.changes)
-    await getattr(releases, method)(project, "m", request_id="r")
+    await getattr(releases, method)(project, "m", request_id="r", **fields)
     async with serving() as client:
         wanted, state = (canary, "READY") if method == "promote" else (old.version, "ROLLED_BACK")
         assert (await client.until(state)).version == wanted
@@ -302,7 +209,7 @@ async def test_a_roll_back_that_a_crash_cut_short_is_carried_out(serving, publis
         old = await client.served(publish())
         await client.served(publish())
         releases = Releases(agent_database, changes=client.here.agent.changes)
-    await releases.roll_back(project, "m", request_id="r")
+    await releases.roll_back(project, "m", served=("base",), request_id="r")
     async with serving() as client:
         assert (await client.until("READY")).version == old.version
         await client.loaded(old.version)

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from finery_serving import registry
-from finery_serving.aliases import RolloutState
+from finery_serving.records import RolloutState
 
 STEP_S = 40.0
 
@@ -29,7 +29,9 @@ async def until(agents, holds):
 
 
 async def deploy(here, project, ref, alias="m", **options):
-    return await here.store.deploy(project, alias, adapter=ref, base_model="base", request_id=secrets.token_hex(4), **options)
+    return await here.store.deploy(
+        project, alias, adapter=ref, base_model="base", served=("base",), request_id=secrets.token_hex(4), **options
+    )
 
 
 async def ended(here, project, alias="m", *, state=RolloutState.READY):

@@ -137,16 +137,6 @@ async def test_a_version_that_is_kept_is_dropped_all_the_same(vllm, residency):
     assert residency.versions == ()
 
 
-async def test_one_place_stays_free_of_pins_and_a_canary_needs_two(vllm):
-    residency = Residency(vllm, client=vllm, max_resident=1, changes=Changes())
-    assert residency.max_pins == 0
-    with pytest.raises(FailedPreconditionError, match="FINERY_MAX_CPU_LORAS"):
-        residency.check_canary()
-    residency = Residency(vllm, client=vllm, max_resident=2, changes=Changes())
-    assert residency.max_pins == 1
-    residency.check_canary()
-
-
 async def test_a_dropped_version_goes_after_its_last_request(vllm, residency):
     await ensure(residency, "a")
     vllm.in_flight["a"] = 1

@@ -113,7 +113,9 @@ class ServingServiceServicer:
         """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one; with a
         `canary_weight` it becomes the alias' canary instead. Over a canary, once the new version has proved itself: a new canary
         takes its place, a plain deploy the whole alias.
-        Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout.
+        Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout. Its replicas
+        are those of the base model that the adapter's manifest names: FAILED_PRECONDITION where there are none, or where a canary is
+        of another base model than what serves. Without a canary, the alias moves to the other base model; a pin ends then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -156,7 +158,7 @@ class ServingServiceServicer:
     def RollBackAlias(self, request, context):
         """Ends what is newer than the version that serves: a rollout under way, and a canary, which is then drained and unloaded.
         Without either, rolls out the version that served before, which `rollout` follows; rolling back once more returns.
-        FAILED_PRECONDITION where there is nothing of all that; ABORTED where something else changed the alias first. The same
+        FAILED_PRECONDITION where there is nothing of all that, or no replicas of that version's base model; ABORTED where something else changed the alias first. The same
         `request_id` and body roll back once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -164,7 +166,8 @@ class ServingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PinAlias(self, request, context):
-        """Loads the version that serves and keeps it loaded, whatever else is asked for. FAILED_PRECONDITION where no more can be pinned.
+        """Loads the version that serves and keeps it loaded, whatever else is asked for. FAILED_PRECONDITION where no more versions of its
+        base model can be pinned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

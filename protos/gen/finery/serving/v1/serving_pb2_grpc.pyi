@@ -40,7 +40,9 @@ class ServingServiceStub:
     """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one; with a
     `canary_weight` it becomes the alias' canary instead. Over a canary, once the new version has proved itself: a new canary
     takes its place, a plain deploy the whole alias.
-    Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout.
+    Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout. Its replicas
+    are those of the base model that the adapter's manifest names: FAILED_PRECONDITION where there are none, or where a canary is
+    of another base model than what serves. Without a canary, the alias moves to the other base model; a pin ends then.
     """
     GetAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.GetAliasRequest, _serving_pb2.Alias]
     ListAliases: _grpc.UnaryUnaryMultiCallable[_serving_pb2.ListAliasesRequest, _serving_pb2.ListAliasesResponse]
@@ -55,11 +57,13 @@ class ServingServiceStub:
     RollBackAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.RollBackAliasRequest, _serving_pb2.Alias]
     """Ends what is newer than the version that serves: a rollout under way, and a canary, which is then drained and unloaded.
     Without either, rolls out the version that served before, which `rollout` follows; rolling back once more returns.
-    FAILED_PRECONDITION where there is nothing of all that; ABORTED where something else changed the alias first. The same
+    FAILED_PRECONDITION where there is nothing of all that, or no replicas of that version's base model; ABORTED where something else changed the alias first. The same
     `request_id` and body roll back once.
     """
     PinAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.PinAliasRequest, _serving_pb2.Alias]
-    """Loads the version that serves and keeps it loaded, whatever else is asked for. FAILED_PRECONDITION where no more can be pinned."""
+    """Loads the version that serves and keeps it loaded, whatever else is asked for. FAILED_PRECONDITION where no more versions of its
+    base model can be pinned.
+    """
     UnpinAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.UnpinAliasRequest, _serving_pb2.Alias]
     """Lets the alias' version make room again."""
     WatchAliases: _grpc.UnaryStreamMultiCallable[_serving_pb2.WatchAliasesRequest, _serving_pb2.AliasEvent]
@@ -78,7 +82,9 @@ class ServingServiceAsyncStub(ServingServiceStub):
     """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one; with a
     `canary_weight` it becomes the alias' canary instead. Over a canary, once the new version has proved itself: a new canary
     takes its place, a plain deploy the whole alias.
-    Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout.
+    Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout. Its replicas
+    are those of the base model that the adapter's manifest names: FAILED_PRECONDITION where there are none, or where a canary is
+    of another base model than what serves. Without a canary, the alias moves to the other base model; a pin ends then.
     """
     GetAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.GetAliasRequest, _serving_pb2.Alias]  # type: ignore[assignment]
     ListAliases: _aio.UnaryUnaryMultiCallable[_serving_pb2.ListAliasesRequest, _serving_pb2.ListAliasesResponse]  # type: ignore[assignment]
@@ -93,11 +99,13 @@ class ServingServiceAsyncStub(ServingServiceStub):
     RollBackAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.RollBackAliasRequest, _serving_pb2.Alias]  # type: ignore[assignment]
     """Ends what is newer than the version that serves: a rollout under way, and a canary, which is then drained and unloaded.
     Without either, rolls out the version that served before, which `rollout` follows; rolling back once more returns.
-    FAILED_PRECONDITION where there is nothing of all that; ABORTED where something else changed the alias first. The same
+    FAILED_PRECONDITION where there is nothing of all that, or no replicas of that version's base model; ABORTED where something else changed the alias first. The same
     `request_id` and body roll back once.
     """
     PinAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.PinAliasRequest, _serving_pb2.Alias]  # type: ignore[assignment]
-    """Loads the version that serves and keeps it loaded, whatever else is asked for. FAILED_PRECONDITION where no more can be pinned."""
+    """Loads the version that serves and keeps it loaded, whatever else is asked for. FAILED_PRECONDITION where no more versions of its
+    base model can be pinned.
+    """
     UnpinAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.UnpinAliasRequest, _serving_pb2.Alias]  # type: ignore[assignment]
     """Lets the alias' version make room again."""
     WatchAliases: _aio.UnaryStreamMultiCallable[_serving_pb2.WatchAliasesRequest, _serving_pb2.AliasEvent]  # type: ignore[assignment]
@@ -125,7 +133,9 @@ class ServingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one; with a
         `canary_weight` it becomes the alias' canary instead. Over a canary, once the new version has proved itself: a new canary
         takes its place, a plain deploy the whole alias.
-        Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout.
+        Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout. Its replicas
+        are those of the base model that the adapter's manifest names: FAILED_PRECONDITION where there are none, or where a canary is
+        of another base model than what serves. Without a canary, the alias moves to the other base model; a pin ends then.
         """
 
     @_abc_1.abstractmethod
@@ -176,7 +186,7 @@ class ServingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_serving_pb2.Alias, _abc.Awaitable[_serving_pb2.Alias]]:
         """Ends what is newer than the version that serves: a rollout under way, and a canary, which is then drained and unloaded.
         Without either, rolls out the version that served before, which `rollout` follows; rolling back once more returns.
-        FAILED_PRECONDITION where there is nothing of all that; ABORTED where something else changed the alias first. The same
+        FAILED_PRECONDITION where there is nothing of all that, or no replicas of that version's base model; ABORTED where something else changed the alias first. The same
         `request_id` and body roll back once.
         """
 
@@ -186,7 +196,9 @@ class ServingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _serving_pb2.PinAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_serving_pb2.Alias, _abc.Awaitable[_serving_pb2.Alias]]:
-        """Loads the version that serves and keeps it loaded, whatever else is asked for. FAILED_PRECONDITION where no more can be pinned."""
+        """Loads the version that serves and keeps it loaded, whatever else is asked for. FAILED_PRECONDITION where no more versions of its
+        base model can be pinned.
+        """
 
     @_abc_1.abstractmethod
     def UnpinAlias(
