@@ -37,9 +37,10 @@ import torch
 from finery_common.errors import FailedPreconditionError
 from finery_converter.continuations import Continuation, continue_greedily
 from finery_converter.differences import NO_TOKEN, Difference, Measured, measure, next_tokens
+from finery_converter.plain_forms import RoundedWeights, form_of
 from finery_converter.streamed import StreamedModel
 from finery_converter.weight_check import WeightCheck, check_weights
-from finery_converter.weights import FolderWeights, RoundedWeights, Weights
+from finery_converter.weights import Weights, folder_weights
 
 ALLOWANCE = 2.0
 """Times the yardstick's difference that a right merge stays below."""
@@ -51,6 +52,7 @@ GREEDY_PROMPTS = 4
 GREEDY_PROMPT_TOKENS = 8
 GREEDY_TOKENS = 8
 MAX_GREEDY_WALKS = 8
+_SMALL_SHARE = 0.1
 _SHOWN = 3
 
 Sequences = Sequence[Sequence[int]]
@@ -64,9 +66,23 @@ class LossyBudget:
     max_mean_kl: float
     min_top1: float
 
+    def failures(self, *, mean_kl: float, top1: float) -> tuple[str, ...]:
+        """What is past the budget, in words; NaN is.
+
+        Top-1 agreement counts where the divergence is more than `_SMALL_SHARE` of its budget: a model without preferences, all of whose
+        tokens are about as likely, changes its mind at no cost.
+        """
+        failures: list[str] = []
+        if not mean_kl <= self.max_mean_kl:
+            failures.append(f"the KL divergence is {mean_kl:.3g} nats, the budget is {self.max_mean_kl:g}")
+        if not top1 >= self.min_top1 and not mean_kl <= _SMALL_SHARE * self.max_mean_kl:
+            failures.append(f"{top1:.1%} of most probable tokens agree, the budget is {self.min_top1:.0%}")
+        return tuple(failures)
+
 
 LOSSY: dict[str, LossyBudget] = {
     "fp8": LossyBudget(0.10, 0.85),
+    "fp8_block": LossyBudget(0.10, 0.85),
     "nf4": LossyBudget(0.35, 0.72),
     "q8_0": LossyBudget(0.02, 0.93),
     "q6_k": LossyBudget(0.05, 0.90),
@@ -177,54 +193,47 @@ class ParityReport:
             failures.append(f"{self.greedy.num_different} of {self.greedy.num_tokens} tokens of greedy continuations differ")
         return failures
 
-    def _lossy(self) -> list[str]:
+    def _lossy(self) -> tuple[str, ...]:
         if self.lossy_budget is None:
-            return []
-        failures: list[str] = []
-        if not self.difference.mean_kl <= self.lossy_budget.max_mean_kl:
-            failures.append(f"the KL divergence is {self.difference.mean_kl:.3g} nats, the budget is {self.lossy_budget.max_mean_kl:g}")
-        if not self.difference.top1 >= self.lossy_budget.min_top1:
-            failures.append(f"{self.difference.top1:.1%} of most probable tokens agree, the budget is {self.lossy_budget.min_top1:.0%}")
-        return failures
+            return ()
+        return self.lossy_budget.failures(mean_kl=self.difference.mean_kl, top1=self.difference.top1)
 
 
-def check_merge(
+def check_conversion(
     base_dir: Path,
-    merged_dir: Path,
+    converted_dir: Path,
     *,
     adapter_dir: Path | None,
-    dtype: torch.dtype,
     type_: str,
+    dtype: torch.dtype,
     sequences: Sequences,
     base_weights: Weights | None = None,
     on_progress: Progress | None = None,
 ) -> ParityReport:
-    """The gate of a merge into `dtype`: every weight, every logit of `sequences`, greedy continuations, perplexities before and after.
+    """The gate of a converted folder: every weight, every logit of `sequences`, greedy continuations, perplexities before and after.
 
-    `base_weights` stand for the base's own where the adapter is merged onto others (dequantized ones). Raises NotTheSameModelError past a
-    budget, and as `StreamedModel` does.
+    `dtype` is that of its floating-point tensors, but for those that `type_` (nf4, fp8, fp8_block) quantizes. `base_weights` stand for the
+    base's own where the adapter was merged onto others (`TensorWeights` of the merge's plan). Without an adapter the base was converted.
+
+    Raises NotTheSameModelError past a budget, and as `StreamedModel` and `folder_weights` do.
     """
     reference = StreamedModel(base_dir, weights=base_weights, adapter_dir=adapter_dir)
-    exact = reference.adapted_weights
-    weights = check_weights(exact, FolderWeights(merged_dir), dtype=dtype, on_progress=_part(on_progress, 0.0, 0.1))
+    exact, converted = reference.adapted_weights, folder_weights(converted_dir)
+    plain = RoundedWeights(exact, dtype=dtype, quantized=converted.quantized, form=form_of(type_, dtype=dtype))
+    weights = check_weights(
+        exact, converted, plain=plain, dtype=dtype, quantized=converted.quantized, on_progress=_part(on_progress, 0.0, 0.1)
+    )
     before = perplexity(StreamedModel(base_dir, weights=base_weights), sequences, on_progress=_part(on_progress, 0.1, 0.25))
     report = compare(
         reference,
-        StreamedModel(merged_dir),
+        StreamedModel(converted_dir, weights=converted),
         type_=type_,
         sequences=sequences,
-        yardstick=StreamedModel(base_dir, weights=RoundedWeights(exact, dtype=dtype)),
-        ceiling=CEILINGS[dtype],
+        yardstick=StreamedModel(base_dir, weights=plain),
+        ceiling=None if type_ in LOSSY else CEILINGS[dtype],
         on_progress=_part(on_progress, 0.25, 1.0),
     )
     return replace(report, weights=weights, perplexity={"base": before, **report.perplexity}).check()
-
-
-def check_lossy(
-    reference: StreamedModel, candidate: StreamedModel, *, type_: str, sequences: Sequences, on_progress: Progress | None = None
-) -> ParityReport:
-    """The gate of a type that may cost something (NF4, FP8), against base + adapter or the 16-bit merge. Raises NotTheSameModelError."""
-    return compare(reference, candidate, type_=type_, sequences=sequences, on_progress=on_progress).check()
 
 
 def compare(
@@ -291,9 +300,10 @@ def _report(found: Measured, *, type_: str, num_sequences: int, num_prompts: int
         difference=difference,
         greedy=_greedy(found, num_prompts=num_prompts, budget=0.0),
         perplexity={"adapter": found.perplexities[0], "converted": found.perplexities[1]},
+        lossy_budget=LOSSY.get(type_),
     )
     if not others:
-        return replace(report, lossy_budget=LOSSY.get(type_))
+        return report
     floor = _ARITHMETIC * found.spread
     budget = ALLOWANCE * others[0].max_abs + floor
     return replace(

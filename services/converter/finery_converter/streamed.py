@@ -32,7 +32,7 @@ from torch.nn import functional
 from finery_common.errors import InvalidArgumentError, UnimplementedError
 from finery_converter.changes import AdaptedWeights, LoraPair, place, read_adapter
 from finery_converter.parameters import Parameters, skeleton
-from finery_converter.weights import FolderWeights, Weights
+from finery_converter.weights import Weights, folder_weights
 
 MAX_TOKENS = 2048
 Observer = Callable[[str, torch.Tensor], None]
@@ -62,7 +62,7 @@ class StreamedModel:
         self._model = skeleton(folder)
         self._observer = observer
         self._kept: torch.Tensor | None = None
-        weights = weights or FolderWeights(folder)
+        weights = weights or folder_weights(folder)
         self.parameters = Parameters(self._model, weights)
         self.adapted_weights: Weights = weights
         """With everything that the adapter changes: what an exact merge would hold."""

@@ -1,13 +1,14 @@
-"""Every number of a merged model against the one that it has to be.
+"""Every number of a converted model against the one that it has to be.
 
-Owns what "rounded to the nearest" allows: half a unit in the last place of the type, and float32's error on the way to it. Leaves what the
-number has to be to `changes`.
+Owns what "rounded to the nearest" allows: half a unit in the last place of the type, and float32's error on the way to it. Quantized
+weights, whose step depends on their neighbours, are compared with the plain quantization: nearly all are the same, none is further off.
+Leaves what a number has to be to `changes` and `plain_forms`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
 import torch
@@ -18,30 +19,41 @@ _ARITHMETIC = 2.0**-20
 """Share of a row's largest magnitude that sums of products in float32 may differ by, whatever their order."""
 
 
+_UNEQUAL_SHARE = 1e-3
+"""Of a quantized tensor's numbers that may fall to the other side of a near tie."""
+
+
 @dataclass(frozen=True)
 class WeightCheck:
-    """Merged numbers against W + scale * B A."""
+    """Converted numbers against W + scale * B A in the converted type."""
 
     num_weights: int
     num_rounded_otherwise: int
-    """Not the nearest number of the type, but within float32's error of being it."""
+    """Not what the plain conversion has, but as near as float32's error makes it."""
     num_wrong: int
     wrong_tensors: tuple[str, ...]
     """By name, also those that only one of the two has."""
 
 
 def check_weights(
-    exact: Weights, merged: Weights, *, dtype: torch.dtype, on_progress: Callable[[float], None] | None = None
+    exact: Weights,
+    converted: Weights,
+    *,
+    plain: Weights,
+    dtype: torch.dtype,
+    quantized: Set[str] = frozenset(),
+    on_progress: Callable[[float], None] | None = None,
 ) -> WeightCheck:
-    """Compares `merged`, tensors of `dtype`, with `exact`, the same before rounding; reads both once.
+    """Compares `converted` with `exact`, the same before rounding; reads both once, and twice what is `quantized`.
 
-    Tensors of whole numbers have to be equal, and both to have the same names and shapes.
+    `plain` is asked for those, rounded plainly; all other floating-point tensors are of `dtype`. Whole numbers have to be equal, names and
+    shapes the same.
     """
     total = max(1, sum(math.prod(shape) for shape in exact.shapes.values()))
     seen = num_otherwise = num_wrong = 0
-    wrong_tensors = set(exact.shapes) ^ set(merged.shapes)
-    for name in sorted(set(exact.shapes) & set(merged.shapes)):
-        otherwise, wrong = _compare(name, exact, merged, dtype=dtype)
+    wrong_tensors = set(exact.shapes) ^ set(converted.shapes)
+    for name in sorted(set(exact.shapes) & set(converted.shapes)):
+        otherwise, wrong = _compare(name, exact, converted, plain=plain, dtype=None if name in quantized else dtype)
         num_otherwise, num_wrong = num_otherwise + otherwise, num_wrong + wrong
         if wrong:
             wrong_tensors.add(name)
@@ -51,26 +63,45 @@ def check_weights(
     return WeightCheck(seen, num_otherwise, num_wrong, tuple(sorted(wrong_tensors)))
 
 
-def _compare(name: str, exact: Weights, merged: Weights, *, dtype: torch.dtype) -> tuple[int, int]:
-    """(number rounded otherwise, number wrong)"""
-    if tuple(exact.shapes[name]) != tuple(merged.shapes[name]):
-        return 0, math.prod(exact.shapes[name])
+def _compare(name: str, exact: Weights, converted: Weights, *, plain: Weights, dtype: torch.dtype | None) -> tuple[int, int]:
+    """(number rounded otherwise, number wrong); `dtype` None for a quantized tensor."""
+    num_numbers = math.prod(exact.shapes[name])
+    if tuple(exact.shapes[name]) != tuple(converted.shapes[name]):
+        return 0, num_numbers
     num_otherwise = num_wrong = 0
-    for wanted, got in _aligned(exact.blocks(name), merged.blocks(name)):
-        nearest = wanted.to(dtype).to(torch.float32) if wanted.is_floating_point() else wanted
+    for wanted, nearest, got in _triples(name, exact, converted, plain=plain, dtype=dtype):
         differs = got != nearest
         num_differing = int(differs.sum())
         if not num_differing:
             continue
-        if not wanted.is_floating_point():
-            num_wrong += num_differing
-            continue
-        slack = wanted.abs().amax(1, keepdim=True).expand_as(wanted)[differs] * _ARITHMETIC
-        distance = (got[differs] - wanted[differs]).abs()
-        # Not `distance > …`, which is false for NaN.
-        wrong = int((~(distance <= half_unit(wanted[differs], dtype=dtype) + slack)).sum())
+        wrong = num_differing if not wanted.is_floating_point() else _num_wrong(wanted, nearest, got, differs, dtype=dtype)
         num_wrong, num_otherwise = num_wrong + wrong, num_otherwise + num_differing - wrong
+    if dtype is None and num_otherwise > _UNEQUAL_SHARE * num_numbers:
+        return 0, num_otherwise + num_wrong
     return num_otherwise, num_wrong
+
+
+def _triples(
+    name: str, exact: Weights, converted: Weights, *, plain: Weights, dtype: torch.dtype | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Blocks of rows: exact, rounded, as converted."""
+    if dtype is None:
+        for wanted, nearest, got in _aligned(exact.blocks(name), plain.blocks(name), converted.blocks(name)):
+            yield wanted, nearest, got
+        return
+    for wanted, got in _aligned(exact.blocks(name), converted.blocks(name)):
+        yield wanted, wanted.to(dtype).to(torch.float32) if wanted.is_floating_point() else wanted, got
+
+
+def _num_wrong(wanted: torch.Tensor, nearest: torch.Tensor, got: torch.Tensor, differs: torch.Tensor, *, dtype: torch.dtype | None) -> int:
+    """Of the numbers that differ, how many are further from the exact ones than the type makes them."""
+    slack = wanted.abs().amax(1, keepdim=True).expand_as(wanted)[differs] * _ARITHMETIC
+    if dtype is None:
+        allowed = (nearest - wanted).abs().amax(1, keepdim=True).expand_as(wanted)[differs]
+    else:
+        allowed = half_unit(wanted[differs], dtype=dtype)
+    # Not `distance > …`, which is false for NaN.
+    return int((~((got[differs] - wanted[differs]).abs() <= allowed + slack)).sum())
 
 
 def half_unit(values: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
@@ -80,11 +111,11 @@ def half_unit(values: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
     return unit.clamp(min=info.tiny * info.eps) / 2
 
 
-def _aligned(left: Iterator[torch.Tensor], right: Iterator[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Two tensors' blocks of rows, cut where either is: as many rows on both sides."""
-    a, b = next(left, None), next(right, None)
-    while a is not None and b is not None:
-        rows = min(len(a), len(b))
-        yield a[:rows], b[:rows]
-        a = a[rows:] if rows < len(a) else next(left, None)
-        b = b[rows:] if rows < len(b) else next(right, None)
+def _aligned(*tensors: Iterator[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Tensors' blocks of rows, cut where any of them is: as many rows of each."""
+    heads = [next(tensor, None) for tensor in tensors]
+    while present := [head for head in heads if head is not None]:
+        assert len(present) == len(tensors), "tensors of one shape have as many rows"
+        rows = min(map(len, present))
+        yield [head[:rows] for head in present]
+        heads = [head[rows:] if rows < len(head) else next(tensor, None) for head, tensor in zip(present, tensors, strict=True)]

@@ -1,27 +1,29 @@
 """Where a streamed pass takes its weights from: checkpoint tensors in float32, in blocks of rows.
 
-Owns the few sources that a comparison needs, each an object that can stand for a folder's weights: as they are, rounded, or put through a
-function. They read as they are asked and keep nothing. Leaves the file format to `tensorfiles`, an adapter's changes to `changes`, and
-which parameter a tensor becomes to `parameters`.
+Owns the few sources that a comparison needs, each an object that can stand for a folder's weights, plain or dequantized. They read as they
+are asked and keep nothing. Leaves the file format to `tensorfiles`, an adapter's changes to `changes`, rounding to `plain_forms`, and which
+parameter a tensor becomes to `parameters`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from finery_common.errors import FailedPreconditionError, InvalidArgumentError
-from finery_converter.tensorfiles import StoredTensor, read_header, rows_and_columns
+from finery_common.errors import UnimplementedError
+from finery_converter.base_tensors import BaseTensor, PlainTensor, QuantizedTensor, Scratch, base_files, base_tensors, quantization_of
+from finery_converter.pipeline import Buffers
+from finery_converter.tensorfiles import StoredTensor, rows_and_columns
 
 BLOCK_BYTES = 32 * 1024 * 1024
 """Of a block as it lies in a file; in float32 it is at most twice that."""
-_INDEX_FILE = "model.safetensors.index.json"
-_WEIGHTS_FILE = "model.safetensors"
+_FP8_BLOCK = 128
+_FP8_SCALE = "_scale"
+_QUANTIZED_BUFFERS = 2
 
 
 class Weights(Protocol):
@@ -41,6 +43,15 @@ class Weights(Protocol):
         ...
 
 
+class StoredWeights(Weights, Protocol):
+    """Those of a folder."""
+
+    @property
+    def quantized(self) -> frozenset[str]:
+        """Names of tensors that the folder holds quantized."""
+        ...
+
+
 def read(weights: Weights, name: str) -> torch.Tensor:
     """The whole tensor in its shape. Holds little more than the result."""
     shape = weights.shapes[name]
@@ -54,87 +65,100 @@ def read(weights: Weights, name: str) -> torch.Tensor:
     return torch.empty(shape) if whole is None else whole.reshape(shape)
 
 
-class FolderWeights:
-    """The plain tensors (16 or 32 bits) of a model folder.
+def folder_weights(folder: Path) -> StoredWeights:
+    """The weights of a model folder, dequantized where it holds NF4 (bitsandbytes) or FP8 (compressed-tensors).
 
-    Raises FailedPreconditionError where the folder lacks weights, InvalidArgumentError for a broken file.
+    Raises UnimplementedError for other kinds of quantization, FailedPreconditionError where weights are missing, InvalidArgumentError for a
+    broken file.
     """
+    method = quantization_of(folder)
+    if method is None:
+        return FolderWeights(folder)
+    if method == "compressed-tensors":
+        return Fp8Weights(folder)
+    return TensorWeights(base_tensors(folder).values())
+
+
+class FolderWeights:
+    """The plain tensors (16 or 32 bits) of a model folder. Raises as `folder_weights` does."""
+
+    quantized: frozenset[str] = frozenset()
 
     def __init__(self, folder: Path) -> None:
-        self.tensors = stored_tensors(folder)
+        self.tensors = {name: tensor for tensors in base_files(folder).values() for name, tensor in tensors.items()}
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        for block in self.tensors[name].blocks(BLOCK_BYTES):
-            yield in_float32(block)
+        return (in_float32(block) for block in self.tensors[name].blocks(BLOCK_BYTES))
 
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
-        tensor = self.tensors[name]
-        row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        data = bytearray(row_bytes * len(indices))
-        view = memoryview(data)
-        with tensor.file.open("rb") as stream:
-            for place, index in enumerate(indices.tolist()):
-                stream.seek(tensor.offset + index * row_bytes)
-                if stream.readinto(view[place * row_bytes : (place + 1) * row_bytes]) != row_bytes:
-                    raise InvalidArgumentError(f"{tensor.file.name}: cut off inside tensor {name}")
-        return in_float32(torch.frombuffer(data, dtype=tensor.dtype).reshape(len(indices), -1))
+        return _stored_rows(self.tensors[name], indices)
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor in the safetensors files of a model folder. Raises FailedPreconditionError where some or all are missing."""
-    index_file = folder / _INDEX_FILE
-    names = [_WEIGHTS_FILE]
-    if index_file.exists():
-        try:
-            names = sorted(set(json.loads(index_file.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InvalidArgumentError(f"{_INDEX_FILE} of {folder.name} cannot be read: {error}") from error
-    missing = [name for name in names if "/" in name or not (folder / name).is_file()]
-    if missing or not names:
-        raise FailedPreconditionError(f"The model folder {folder.name} has no {', '.join(missing) or 'weights'}; wanted safetensors files.")
-    return {name: tensor for file in names for name, tensor in read_header(folder / file).items()}
+class TensorWeights:
+    """The values of a merge's base tensors: plain, quantized, or as a trainer quantized them (`MergePlan.shards`, file by file)."""
 
-
-class RoundedWeights:
-    """`weights` rounded once to `dtype`, and read back in float32."""
-
-    def __init__(self, weights: Weights, *, dtype: torch.dtype) -> None:
-        self._weights = weights
-        self._dtype = dtype
-        self.shapes = weights.shapes
+    def __init__(self, files: Iterable[Mapping[str, BaseTensor]]) -> None:
+        self._tensors = {name: tensor for tensors in files for name, tensor in tensors.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.quantized = frozenset(name for name, tensor in self._tensors.items() if isinstance(tensor, QuantizedTensor))
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        return (self._rounded(block) for block in self._weights.blocks(name))
+        tensor = self._tensors[name]
+        if isinstance(tensor, PlainTensor):
+            return (in_float32(block) for block in tensor.stored.blocks(BLOCK_BYTES))
+        buffers = Buffers(count=_QUANTIZED_BUFFERS, size_bytes=BLOCK_BYTES)
+        return tensor.values(tensor.read_blocks(buffers), Scratch())
 
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
-        return self._rounded(self._weights.rows(name, indices))
-
-    def _rounded(self, block: torch.Tensor) -> torch.Tensor:
-        return block.to(self._dtype).to(torch.float32) if block.is_floating_point() else block
+        tensor = self._tensors[name]
+        return _stored_rows(tensor.stored, indices) if isinstance(tensor, PlainTensor) else read(self, name)[indices]
 
 
-class MappedWeights:
-    """`weights` with some tensors put through a function: the whole float32 tensor in, one of the same shape out.
+class Fp8Weights:
+    """A folder in compressed-tensors' FP8: each number times the scale of its row, or of its block of 128 x 128."""
 
-    What a trainer had who quantized the base as it was read: `function` is quantizing and back, `is_mapped` tells which names.
-    Holds one such tensor at a time.
-    """
-
-    def __init__(self, weights: Weights, *, function: Callable[[torch.Tensor], torch.Tensor], is_mapped: Callable[[str], bool]) -> None:
-        self._weights = weights
-        self._function = function
-        self._is_mapped = is_mapped
-        self.shapes = weights.shapes
+    def __init__(self, folder: Path) -> None:
+        stored = {name: tensor for tensors in base_files(folder).values() for name, tensor in tensors.items()}
+        self._scales = {name: stored[name + _FP8_SCALE] for name in stored if name + _FP8_SCALE in stored}
+        self._stored = {name: tensor for name, tensor in stored.items() if name.removesuffix(_FP8_SCALE) not in self._scales}
+        self._stored |= {name: stored[name] for name in self._scales}
+        bare = [name for name, tensor in self._stored.items() if tensor.dtype.itemsize == 1 and name not in self._scales]
+        if bare:
+            raise UnimplementedError(f"{folder.name}: {bare[0]} has no scale; of compressed-tensors only plain FP8 can be read.")
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in self._stored.items()}
+        self.quantized = frozenset(self._scales)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        if self._is_mapped(name):
-            yield self._function(read(self._weights, name)).reshape(rows_and_columns(self.shapes[name]))
-        else:
-            yield from self._weights.blocks(name)
+        if name not in self._scales:
+            yield from (in_float32(block) for block in self._stored[name].blocks(BLOCK_BYTES))
+            return
+        scales = in_float32(self._scales[name].read())
+        row = 0
+        for block in self._stored[name].blocks(BLOCK_BYTES):
+            yield in_float32(block) * _expanded(scales, rows=slice(row, row + len(block)), shape=self.shapes[name])
+            row += len(block)
 
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
-        return self._function(read(self._weights, name))[indices] if self._is_mapped(name) else self._weights.rows(name, indices)
+        return read(self, name)[indices] if name in self._scales else _stored_rows(self._stored[name], indices)
+
+
+def _expanded(scales: torch.Tensor, *, rows: slice, shape: tuple[int, ...]) -> torch.Tensor:
+    """FP8's scales for some rows of a matrix: one a row, or one for each of its numbers."""
+    if scales.shape == (shape[0], 1):
+        return scales[rows]
+    if scales.shape != (-(-shape[0] // _FP8_BLOCK), -(-shape[1] // _FP8_BLOCK)):
+        raise UnimplementedError(f"FP8 scales of shape {list(scales.shape)} for a weight of {list(shape)} cannot be read.")
+    of_rows = scales.repeat_interleave(_FP8_BLOCK, dim=0)[rows]
+    return of_rows.repeat_interleave(_FP8_BLOCK, dim=1)[:, : shape[1]]
+
+
+def _stored_rows(tensor: StoredTensor, indices: torch.Tensor) -> torch.Tensor:
+    row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+    data = torch.empty(len(indices), row_bytes, dtype=torch.uint8)
+    for place, index in enumerate(indices.tolist()):
+        tensor.read_into(data[place], start=index * row_bytes)
+    return in_float32(data.view(tensor.dtype))
 
 
 def in_float32(values: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     Phi3Config,
     Qwen2Config,
@@ -28,10 +30,12 @@ from transformers import (
 from finery_common.errors import InvalidArgumentError
 from finery_converter.calibration import PASSAGES, arbitrary, dataset_rows, passages
 from finery_converter.continuations import continue_greedily
-from finery_converter.parity import CEILINGS, NotTheSameModelError, ParityReport, check_lossy, check_merge, compare, perplexity
+from finery_converter.merge import MergePlan, merge, plan_merge
+from finery_converter.parity import CEILINGS, LOSSY, NotTheSameModelError, ParityReport, check_conversion, compare, perplexity
+from finery_converter.plain_forms import RoundedWeights
 from finery_converter.streamed import StreamedModel
 from finery_converter.weight_check import check_weights, half_unit
-from finery_converter.weights import FolderWeights, RoundedWeights
+from finery_converter.weights import FolderWeights, TensorWeights, Weights
 
 SEQUENCES = arbitrary(vocab_size=320).sequences
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -101,8 +105,18 @@ def _change(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], *, 
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, metadata={"format": "pt"})
 
 
-def _gate(base: Path, merged: Path, adapter: Path | None, *, type_: str = "bf16") -> ParityReport:
-    return check_merge(base, merged, adapter_dir=adapter, dtype=DTYPES[type_], type_=type_, sequences=SEQUENCES)
+def _gate(
+    base: Path, merged: Path, adapter: Path | None, *, type_: str = "bf16", form: str | None = None, base_weights: Weights | None = None
+) -> ParityReport:
+    return check_conversion(
+        base,
+        merged,
+        adapter_dir=adapter,
+        dtype=DTYPES[type_],
+        type_=form or type_,
+        sequences=SEQUENCES,
+        base_weights=base_weights,
+    )
 
 
 def _logit_failures(base: Path, merged: Path, adapter: Path) -> tuple[str, ...]:
@@ -281,16 +295,14 @@ def test_nan_and_inf_fail(bases, value, tmp_path):
     _change(merged, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][3].fill_(value))
     with pytest.raises(NotTheSameModelError, match="NaN or Inf among the logits"):
         _gate(bases["llama"], merged, adapter)
-    with pytest.raises(NotTheSameModelError, match="NaN or Inf among the logits"):
-        check_lossy(StreamedModel(bases["llama"], adapter_dir=adapter), StreamedModel(merged), type_="fp8", sequences=SEQUENCES)
 
 
 def test_a_missing_tensor_fails_by_name(bases):
     exact = FolderWeights(bases["llama"])
     less = FolderWeights(bases["llama"])
     less.shapes = {name: shape for name, shape in less.shapes.items() if name != "model.norm.weight"}
-    assert check_weights(exact, less, dtype=torch.bfloat16).wrong_tensors == ("model.norm.weight",)
-    assert check_weights(less, exact, dtype=torch.bfloat16).wrong_tensors == ("model.norm.weight",)
+    for left, right in ((exact, less), (less, exact)):
+        assert check_weights(left, right, plain=left, dtype=torch.bfloat16).wrong_tensors == ("model.norm.weight",)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
@@ -321,7 +333,7 @@ def test_greedy_continuations_are_those_of_generate(bases):
     assert len(found) == 3
     for item in found:
         prompt = torch.tensor([item.token_ids[: item.num_prompt]])
-        wanted = whole.generate(prompt, max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0)
+        wanted = cast("Any", whole).generate(prompt, max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert list(item.token_ids) == wanted[0].tolist()
 
 
@@ -384,7 +396,7 @@ def _continuations(folder: Path):
 def test_the_report_goes_into_a_manifest_as_json(bases, tmp_path):
     adapter = _adapter(bases["llama"], tmp_path / "adapter")
     shares: list[float] = []
-    report = check_merge(
+    report = check_conversion(
         bases["llama"],
         _merged(bases["llama"], adapter, tmp_path / "merged"),
         adapter_dir=adapter,
@@ -404,15 +416,80 @@ def test_the_report_goes_into_a_manifest_as_json(bases, tmp_path):
     assert shares[-1] <= 1.0
 
 
-def test_a_lossy_type_is_held_to_its_budget(bases, tmp_path):
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """Wide enough for blocks of 128 by 128."""
+    sizes = {"hidden_size": 256, "intermediate_size": 640, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True}
+    torch.manual_seed(9)
+    model = LlamaForCausalLM(LlamaConfig(**{**_SMALL, **sizes}))
+    folder = tmp_path_factory.mktemp("wide")
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="1MB")
+    return folder
+
+
+def _quantized(base: Path, adapter: Path | None, out: Path, *, form: str, **how) -> MergePlan:
+    out.mkdir(exist_ok=True)
+    plan = plan_merge(base, adapter, stored_as=torch.bfloat16, form=form, **how)
+    merge(plan, out, on_progress=lambda share: None)
+    return plan
+
+
+@pytest.mark.parametrize("std", [0.0, SMALL_STD, LARGE_STD])
+@pytest.mark.parametrize("form", ["nf4", "fp8", "fp8_block"])
+def test_a_right_quantized_merge_passes(wide, form, std, tmp_path):
+    adapter = _adapter(wide, tmp_path / "adapter", std=std)
+    _quantized(wide, adapter, tmp_path / "out", form=form)
+    report = _gate(wide, tmp_path / "out", adapter, form=form)
+    assert report.weights is not None
+    assert report.weights.num_rounded_otherwise < 1e-4 * report.weights.num_weights
+    assert report.yardstick is not None
+    assert 0 < report.difference.rms <= 1.1 * report.yardstick.rms
+    assert report.to_metadata()["lossy_budget"] == {"max_mean_kl": LOSSY[form].max_mean_kl, "min_top1": LOSSY[form].min_top1}
+
+
+@pytest.mark.parametrize("std", [SMALL_STD, LARGE_STD])
+@pytest.mark.parametrize("form", ["nf4", "fp8", "fp8_block"])
+@pytest.mark.parametrize("fault", ["left_out", "double_scale"])
+def test_a_wrong_quantized_merge_fails(wide, form, std, fault, tmp_path):
+    adapter = _adapter(wide, tmp_path / "adapter0", std=std)
+    {"left_out": _left_out, "double_scale": _double_scale}[fault](wide, adapter, tmp_path)
+    _quantized(wide, tmp_path / "adapter", tmp_path / "out", form=form)
+    with pytest.raises(NotTheSameModelError, match="weights are not those of base and adapter") as caught:
+        _gate(wide, tmp_path / "out", adapter, form=form)
+    assert caught.value.report is not None
+    assert caught.value.report.weights is not None
+    assert len(caught.value.report.weights.wrong_tensors) == (1 if fault == "left_out" else 14)
+
+
+@pytest.mark.parametrize("base_weights", ["trained", "original"])
+def test_a_merge_onto_the_weights_of_nf4_training_is_held_to_these(wide, base_weights, tmp_path):
+    adapter = _adapter(wide, tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    plan = plan_merge(wide, adapter, stored_as=torch.bfloat16, trained_on="nf4", base_weights=base_weights)
+    merge(plan, tmp_path / "out", on_progress=lambda share: None)
+    weights = TensorWeights(plan.shards.values())
+    assert _gate(wide, tmp_path / "out", adapter, base_weights=weights).failures == ()
+    if base_weights == "trained":
+        with pytest.raises(NotTheSameModelError, match="weights are not those"):
+            _gate(wide, tmp_path / "out", adapter)
+
+
+def test_an_adapter_on_a_base_that_is_stored_as_nf4_is_compared_with_its_dequantized_weights(wide, tmp_path):
+    adapter = _adapter(wide, tmp_path / "adapter")
+    _quantized(wide, None, tmp_path / "base", form="nf4")
+    (tmp_path / "out").mkdir()
+    merge(plan_merge(tmp_path / "base", adapter, stored_as=torch.bfloat16), tmp_path / "out", on_progress=lambda share: None)
+    assert _gate(tmp_path / "base", tmp_path / "out", adapter).failures == ()
+
+
+def test_a_type_that_costs_more_than_it_may_fails(bases, tmp_path):
     base = StreamedModel(bases["llama"])
     close = StreamedModel(bases["llama"], weights=RoundedWeights(FolderWeights(bases["llama"]), dtype=torch.float16))
-    report = check_lossy(base, close, type_="q8_0", sequences=SEQUENCES)
-    assert report.lossy_budget is not None
-    assert report.to_metadata()["lossy_budget"] == {"max_mean_kl": 0.02, "min_top1": 0.93}
+    assert compare(base, close, type_="q8_0", sequences=SEQUENCES).check().lossy_budget == LOSSY["q8_0"]
     other = StreamedModel(_base("llama", tmp_path, seed=8))
-    with pytest.raises(NotTheSameModelError, match=r"KL divergence is .* the budget is 0\.02; .*% of most probable tokens agree"):
-        check_lossy(base, other, type_="q8_0", sequences=SEQUENCES)
+    with pytest.raises(NotTheSameModelError, match=r"KL divergence is .* nats, the budget is .*; .*% of most probable tokens agree"):
+        compare(base, other, type_="q8_0", sequences=SEQUENCES).check()
+    assert len(LOSSY["q8_0"].failures(mean_kl=math.nan, top1=math.nan)) == 2
 
 
 def _dataset(folder: Path, rows: list[list[int]], *, prefix: str = "", name: str = "shard-00000.safetensors") -> None:
@@ -466,10 +543,10 @@ def test_smollm2_passes_and_fails_as_it_should(base_model_dir, std, tmp_path):
     adapter = _adapter(base_model_dir, tmp_path / "adapter", std=std)
     merged = _merged(base_model_dir, adapter, tmp_path / "merged")
     arguments = {"adapter_dir": adapter, "dtype": torch.bfloat16, "type_": "bf16", "sequences": sequences}
-    report = check_merge(base_model_dir, merged, **arguments)
+    report = check_conversion(base_model_dir, merged, **arguments)
     assert report.greedy.num_different == 0
     assert 20 < report.perplexity["base"] < 400
 
     _left_out(base_model_dir, adapter, tmp_path / "wrong")
     with pytest.raises(NotTheSameModelError, match=r"in 1 tensors such as model\.layers\.1\.self_attn\.v_proj\.weight"):
-        check_merge(base_model_dir, tmp_path / "wrong" / "merged", **arguments)
+        check_conversion(base_model_dir, tmp_path / "wrong" / "merged", **arguments)

@@ -32,8 +32,9 @@ from transformers import (
 )
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, UnimplementedError
+from finery_converter.plain_forms import RoundedWeights
 from finery_converter.streamed import StreamedModel
-from finery_converter.weights import FolderWeights, MappedWeights, RoundedWeights
+from finery_converter.weights import FolderWeights
 
 SEQUENCES = [list(range(3, 20)), list(range(40, 52)), list(range(100, 130))]
 _SMALL = {
@@ -151,7 +152,7 @@ def test_each_kind_of_adapter_is_applied_as_peft_applies_it(family, lora, tmp_pa
     folder = _save((DENSE | OTHERS)[family], tmp_path / "base")
     model = _adapter(folder, tmp_path / "adapter", **lora)
     if "modules_to_save" in lora:
-        model.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(1.25)
+        model.get_parameter("base_model.model.lm_head.modules_to_save.default.weight").data.mul_(1.25)
         model.save_pretrained(tmp_path / "adapter")
     _assert_same(_streamed(StreamedModel(folder, adapter_dir=tmp_path / "adapter")), _logits(model))
 
@@ -203,18 +204,17 @@ def test_walks_of_few_tokens_say_what_one_walk_says(tmp_path):
     _assert_same(_streamed(StreamedModel(folder, max_tokens=1)), _streamed(StreamedModel(folder)))
 
 
-def test_weights_can_be_rounded_or_mapped_on_their_way(tmp_path):
+def test_weights_can_be_rounded_or_quantized_on_their_way(tmp_path):
     folder = _save(DENSE["llama-tied"], tmp_path)
     weights = FolderWeights(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).to(torch.float16).to(torch.float32)
     _assert_same(_streamed(StreamedModel(folder, weights=RoundedWeights(weights, dtype=torch.float16))), _logits(model))
 
+    name = "model.layers.1.mlp.up_proj.weight"
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.model.layers[1].mlp.up_proj.weight.data.round_(decimals=2)
-    mapped = MappedWeights(
-        weights, function=lambda weight: weight.round(decimals=2), is_mapped=lambda name: name.endswith("1.mlp.up_proj.weight")
-    )
-    _assert_same(_streamed(StreamedModel(folder, weights=mapped)), _logits(model))
+    model.get_parameter(name).data.round_(decimals=2)
+    quantized = RoundedWeights(weights, dtype=torch.float32, quantized={name}, form=lambda weight: weight.round(decimals=2))
+    _assert_same(_streamed(StreamedModel(folder, weights=quantized)), _logits(model))
 
 
 def test_an_observer_hears_the_inputs_of_linear_layers_without_padding(tmp_path):
@@ -266,6 +266,7 @@ def test_an_architecture_that_uses_a_layers_weights_by_itself_is_refused_and_not
 _MEASURE = """
 import sys, torch
 from pathlib import Path
+from finery_converter.plain_forms import RoundedWeights
 from finery_converter.streamed import StreamedModel
 from transformers import LlamaForCausalLM
 def peak():
