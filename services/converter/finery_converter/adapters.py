@@ -21,12 +21,12 @@ from typing import Literal
 import torch
 
 from finery_common.errors import InvalidArgumentError, UnimplementedError
+from finery_converter.base_tensors import not_finite
 from finery_converter.lora import (
     ADAPTER_FILE,
     CONFIG_FILE,
     adapter_config,
     adapter_tensors,
-    not_finite,
     scale_of,
     split_key,
 )

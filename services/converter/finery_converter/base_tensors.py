@@ -158,7 +158,7 @@ class TrainedNf4Tensor:
     """A plain weight as it was while an adapter trained: cast to the training dtype, quantized to NF4 on load, and dequantized.
 
     Scales are quantized by their mean over the whole tensor, so that all of it has to be read before the first value is known: one tensor,
-    as it lies in the file, is held in memory.
+    as it lies in the file, is held in memory. Raises InvalidArgumentError where it holds NaN or Inf.
     """
 
     stored: StoredTensor
@@ -190,6 +190,8 @@ class TrainedNf4Tensor:
                 found = nf4.block_absmax(chunk.to(self.dtype).to(torch.float32))
                 absmax_B[place // nf4.BLOCK : place // nf4.BLOCK + found.numel()] = found
                 place += chunk.numel()
+        if not absmax_B.isfinite().all():
+            raise not_finite(self.name, of="base model")
         trained_B = nf4.nest(absmax_B, arithmetic=self.arithmetic).scales()
         num_columns = self.shape[1]
         step = rows_at_once(self.shape, self.stored.dtype.itemsize) * num_columns
@@ -209,27 +211,23 @@ class TrainedNf4Tensor:
         for chunk, out_chunk in zip(part.split(_CHUNK_ELEMENTS), out.split(_CHUNK_ELEMENTS), strict=True):
             end = block + -(-chunk.numel() // nf4.BLOCK)
             values = chunk.to(self.dtype).to(torch.float32)
-            codes = nf4.codes(values, absmax_B[block:end], arithmetic=self.arithmetic)
-            out_chunk.copy_(nf4.dequantized(codes, trained_B[block:end], dtype=self.dtype))
+            packed = nf4.pack(nf4.codes(values, absmax_B[block:end], arithmetic=self.arithmetic))
+            out_chunk.copy_(nf4.dequantized(packed, trained_B[block:end], num_elements=values.numel(), dtype=self.dtype))
             block = end
 
 
 def _dequantize(packed: torch.Tensor, absmax_B: torch.Tensor, *, blocksize: int, dtype: torch.dtype, out: torch.Tensor) -> None:
     """The values of `packed` bytes, whose first block has the first of `absmax_B`, rounded to `dtype`, into float32 `out`."""
-    from finery_kernels.nf4 import Nf4State, dequantize
-
     for start in range(0, out.numel(), _CHUNK_ELEMENTS):
-        num_elements = min(_CHUNK_ELEMENTS, out.numel() - start)
-        block = start // blocksize
-        state = Nf4State(
-            shape=(1, num_elements),
-            dtype=dtype,
-            code_16=nf4.code_16(),
-            absmax_B=absmax_B[block : block + -(-num_elements // blocksize)],
-            blocksize=blocksize,
-        )
-        part = packed[start // 2 : (start + num_elements + 1) // 2]
-        out[start : start + num_elements].view(1, -1).copy_(dequantize(part, state))
+        chunk = out[start : start + _CHUNK_ELEMENTS]
+        part, absmax = packed[start // 2 : (start + chunk.numel() + 1) // 2], absmax_B[start // blocksize :]
+        absmax = absmax[: -(-chunk.numel() // blocksize)]
+        chunk.copy_(nf4.dequantized(part, absmax, num_elements=chunk.numel(), dtype=dtype, blocksize=blocksize))
+
+
+def not_finite(name: str, *, of: str) -> InvalidArgumentError:
+    """The error for NaN or Inf in a file."""
+    return InvalidArgumentError(f"The tensor {name} of the {of} contains NaN or Inf; train or download it again.", code="not_finite")
 
 
 def base_files(base_dir: Path) -> dict[str, dict[str, StoredTensor]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from finery_common.errors import FineryError, InvalidArgumentError, UnimplementedError
-from finery_converter.base_tensors import BaseTensor, read_json
+from finery_converter.base_tensors import BaseTensor, not_finite, read_json
 from finery_converter.tensorfiles import StoredTensor, read_header
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -90,11 +90,6 @@ def _finite(tensor: StoredTensor) -> torch.Tensor:
     if values.numel() and not values.isfinite().all():
         raise not_finite(tensor.name, of="adapter")
     return values
-
-
-def not_finite(name: str, *, of: str) -> InvalidArgumentError:
-    """The error for NaN or Inf in a file."""
-    return InvalidArgumentError(f"The tensor {name} of the {of} contains NaN or Inf; train or download it again.", code="not_finite")
 
 
 def adapter_config(adapter_dir: Path) -> dict[str, object]:

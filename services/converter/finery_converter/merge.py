@@ -36,12 +36,13 @@ from finery_converter.base_tensors import (
     TrainedNf4Tensor,
     base_tensors,
     is_tied,
+    not_finite,
     num_elements,
     quantization_of,
     read_json,
 )
 from finery_converter.layers import Layers, layers_of
-from finery_converter.lora import LoadedUpdate, Update, looks_transposed, not_finite, updates
+from finery_converter.lora import LoadedUpdate, Update, looks_transposed, updates
 from finery_converter.pipeline import Buffers, Lease, ReadAhead, WriteBehind
 from finery_converter.stored import Cast, Encoding, Form, Sink, encoding_of
 from finery_converter.tensorfiles import BLOCK_BYTES, TensorSpec, TensorWriter

@@ -169,10 +169,11 @@ class Fp8:
     def encode(self, name: str, shape: tuple[int, ...], blocks: Iterator[torch.Tensor], sink: Sink) -> None:
         scale_name = f"{name.removesuffix('.weight')}.weight_scale"
         for values_RK in blocks:
-            for rows_RK in values_RK.split(FP8_BLOCK):
+            step = FP8_BLOCK if self.is_block else max(1, _CHUNK_ELEMENTS // shape[1])
+            for rows_RK in values_RK.split(step):
                 scales = fp8_scales(_block_peaks(rows_RK) if self.is_block else _row_peaks(rows_RK))
                 sink.append(scale_name, scales.to(torch.bfloat16))
-                sink.append(name, _to_fp8(rows_RK, scales))
+                sink.append(name, _to_fp8(rows_RK, scales, is_block=self.is_block))
 
     def quantization_config(self, kept: list[str]) -> dict[str, object] | None:
         common: dict[str, object] = {"num_bits": 8, "type": "float", "symmetric": True}
@@ -206,19 +207,17 @@ def fp8_scales(peaks: torch.Tensor) -> torch.Tensor:
 
 
 def _row_peaks(rows_RK: torch.Tensor) -> torch.Tensor:
-    lowest, highest = torch.aminmax(rows_RK, dim=1, keepdim=True)
-    return torch.maximum(-lowest, highest)
+    return rows_RK.abs().amax(1, keepdim=True)
 
 
 def _block_peaks(rows_RK: torch.Tensor) -> torch.Tensor:
     """[1, blocks of columns] of at most 128 rows; the last block may be narrow."""
-    lowest, highest = torch.aminmax(rows_RK, dim=0)
-    peaks_K = torch.maximum(-lowest, highest)
+    peaks_K = rows_RK.abs().amax(0)
     padded = torch.nn.functional.pad(peaks_K, (0, -peaks_K.numel() % FP8_BLOCK))
     return padded.view(1, -1, FP8_BLOCK).amax(2)
 
 
-def _to_fp8(rows_RK: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    if scales.shape[1] > 1 or scales.shape[0] == 1:
+def _to_fp8(rows_RK: torch.Tensor, scales: torch.Tensor, *, is_block: bool) -> torch.Tensor:
+    if is_block:
         scales = scales.repeat_interleave(FP8_BLOCK, dim=1)[:, : rows_RK.shape[1]]
     return (rows_RK / scales).clamp_(-_FP8_MAX, _FP8_MAX).to(FP8)

@@ -122,8 +122,21 @@ def test_quantizing_in_parts_is_bit_equal_to_bitsandbytes_on_the_whole(dtype, sh
     assert torch.equal(scales.nested_absmax_C, state.state2.absmax)
     assert torch.equal(scales.offset, state.offset)
     assert torch.equal(nf4.code_256(), state.state2.code)
-    dequantized = nf4.dequantized(codes, scales.scales(), dtype=dtype).view(shape)
+    dequantized = nf4.dequantized(packed, scales.scales(), num_elements=values.numel(), dtype=dtype).view(shape)
     assert torch.equal(dequantized, functional.dequantize_4bit(packed, state))
+
+
+def test_codes_are_counted_right_next_to_every_border():
+    middles = (nf4.code_16()[:-1] + nf4.code_16()[1:]) / 2
+    borders = torch.cat((middles, torch.arange(33) / 16 - 1))
+    values = torch.cat(
+        [borders, *(torch.nextafter(borders, torch.full_like(borders, side)) for side in (-9.0, 9.0)), torch.rand(9999) * 2 - 1]
+    )
+    values = values.clamp(-1, 1)
+    values[0] = 1.0
+    one = torch.ones(values.numel()).split(64)
+    found = torch.cat([nf4.codes(part, full[:1], arithmetic="gpu") for part, full in zip(values.split(64), one, strict=True)])
+    assert torch.equal(found.long(), torch.bucketize(values, middles))
 
 
 def test_scales_are_the_nearest_on_a_gpu():
