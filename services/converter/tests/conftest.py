@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 MakeAdapter = Callable[..., Path]
 
@@ -90,3 +90,36 @@ def adapter_on_base() -> Callable[..., PeftModel]:
         return model.eval()
 
     return load
+
+
+@pytest.fixture(scope="session")
+def make_speaker(base_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a random model that GGUF knows, with SmolLM2's tokenizer: `make_speaker(width=256, experts=0)`, two layers."""
+
+    def make(*, width: int = 256, experts: int = 0) -> Path:
+        folder = tmp_path_factory.mktemp("speaker")
+        sizes = {
+            "vocab_size": 49152,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": 0.1,
+        }
+        torch.manual_seed(13)
+        if experts:
+            config = Qwen3MoeConfig(**sizes, num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=width, decoder_sparse_step=1)
+            model: PreTrainedModel = Qwen3MoeForCausalLM(config)
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**sizes))
+        model.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (folder / name).symlink_to(base_model_dir / name)
+        return folder
+
+    return make
