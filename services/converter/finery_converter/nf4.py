@@ -1,12 +1,14 @@
 """bitsandbytes' NF4 in plain torch: 4-bit codes in blocks of 64, their scales again in 8 bits in blocks of 256.
 
 Owns the arithmetic of quantizing and the reading and writing of a weight's state, without bitsandbytes (hundreds of megabytes of GPU
-libraries that a converter has no use for). Bit-equal to `bitsandbytes.functional.quantize_4bit(…, compress_statistics=True)` on whole
+libraries that a converter has no use for). As `bitsandbytes.functional.quantize_4bit(…, compress_statistics=True)` on whole
 tensors, though only ever given parts: a block's codes depend on the block alone, and scales are kept until all are there, for their mean
 and their own blocks run over the whole tensor.
 
-bitsandbytes does not quantize alike everywhere. On GPUs 8-bit codes are the nearest ones; its CPU code (0.50) looks them up in a table of
-65,536 steps, which takes a neighbour for 3 scales in 1,000. `Arithmetic` says whose result is wanted.
+bitsandbytes does not quantize alike everywhere. Its GPU kernels take the nearest 8-bit code; its CPU code (0.50) looks codes up in a table
+of 65,536 steps, which takes a neighbour for 3 scales in 1,000. `Arithmetic` says whose result is wanted. "cpu" is bit-equal, as tests show,
+with as many threads, since torch's mean sums in an order of their number. "gpu" follows the kernels' source; what it cannot follow is the
+order in which a GPU sums for the mean and its approximate reciprocal, which may move an offset or a code that lies on a border.
 
 Letters: N rows, K columns, B blocks of 64 values, C blocks of 256 scales.
 """
@@ -270,22 +272,10 @@ def _from_table(normed: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest_256(normed: torch.Tensor) -> torch.Tensor:
-    """The nearest code. In the very middle of two, the one that a binary search comes to last: that with fewer twos in its index + 1."""
-    code, middles = code_256(), _middles_256()
-    below = torch.bucketize(normed, middles, out_int32=True)
-    tied = (below < 255) & (normed == middles[below.clamp(max=254)])
-    if tied.any():
-        deeper = _depth(below + 1) > _depth(below)
-        below = torch.where(tied & deeper, below + 1, below)
-    assert code.numel() == 256
-    return below
-
-
-def _depth(index: torch.Tensor) -> torch.Tensor:
-    """The step at which a binary search over 0 … 254 looks at `index` (int32); 255 and the like are never looked at."""
-    place = index + 1
-    lowest_bit = place & -place
-    return 8 - lowest_bit.to(torch.float32).log2().to(torch.int32)
+    """The nearest code; in the very middle of two the one of even index, where the GPU's binary search ends."""
+    below = torch.bucketize(normed, _middles_256(), out_int32=True)
+    tied = normed == _middles_256()[below.clamp(max=254)]
+    return torch.where(tied & (below % 2 == 1), below + 1, below)
 
 
 def _by_block(values: torch.Tensor, scale_B: torch.Tensor, blocksize: int) -> torch.Tensor:
