@@ -104,10 +104,11 @@ def main() -> None:
     parser.add_argument("--num-streams", type=int, nargs="+", default=[64, 256], help="of the hop")
     parser.add_argument("--rounds", type=int, default=2, help="of the hop")
     parser.add_argument("--repeats", type=int, default=4, help="of the hop: questions of a stream in a round")
+    parser.add_argument("--max-cpu-loras", type=int, default=16)
     parser.add_argument("--max-model-len", type=int, default=2048)
     options = parser.parse_args()
     python = Path(os.environ.get("FINERY_VLLM_PYTHON", ".venv-vllm/bin/python")).absolute()
-    serving: dict[str, object] = {"MAX_LORAS": 8, "MAX_CPU_LORAS": 16, "MAX_LORA_RANK": 16}
+    serving: dict[str, object] = {"MAX_LORAS": 8, "MAX_CPU_LORAS": options.max_cpu_loras, "MAX_LORA_RANK": 16}
     with tempfile.TemporaryDirectory() as folder:
         adapters = Path(folder) / "adapters"
         with running_stack(

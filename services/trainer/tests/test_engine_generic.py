@@ -4,6 +4,7 @@ The judge is transformers in float64, each row by itself; the budget is transfor
 """
 
 import copy
+import gc
 from typing import Any
 
 import numpy as np
@@ -291,6 +292,33 @@ def test_quantized_models_train(tmp_path, quantization):
     assert stack.head is not None
     stack.forward_backward(rows, num_labels=_num_labels(rows))
     assert all(stack.gradient_of(p).norm() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def test_an_int8_model_with_checkpointing_holds_no_layers_inputs_until_the_backward_pass(tmp_path):
+    """Each of 4 layers has two products whose inputs are 48 wide, the middle of its MLP."""
+    import transformers as t
+
+    t.LlamaForCausalLM(t.LlamaConfig(**GROUPED | {"num_hidden_layers": 4})).save_pretrained(tmp_path)
+    spec = TrainingSpec.parse({"base_model": "tiny", "quantization": "int8", "lora": {"rank": 4}})
+    model = engine.load(spec, tmp_path, device=torch.device("cpu"))
+    model.train()
+    ids = torch.arange(1, 41).reshape(1, 40) % VOCAB
+
+    def kept() -> int:
+        gc.collect()
+        return sum(type(item) is torch.Tensor and item.shape in ((40, 48), (1, 40, 48)) for item in gc.get_objects())
+
+    losses = []
+    for is_checkpointed in (False, True):
+        GenericStack(model, is_checkpointed=is_checkpointed)
+        loss = model(input_ids=ids, labels=ids).loss
+        assert (kept() == 0) == is_checkpointed
+        loss.backward()
+        losses.append((loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad()
+    (plain, plain_gradients), (checkpointed, gradients) = losses
+    assert checkpointed == plain
+    assert all(torch.equal(one, other) for one, other in zip(plain_gradients, gradients, strict=True))
 
 
 def _spec(**fields) -> TrainingSpec:

@@ -30,6 +30,7 @@ from finery_trainer.engine.architecture import base_of
 from finery_trainer.engine.determinism import deterministic_operations
 from finery_trainer.engine.host_embedding import GENERIC, not_offloaded
 from finery_trainer.engine.loss_scale import loss_scale_of
+from finery_trainer.engine.model import checkpoint_layers
 from finery_trainer.engine.optim import Stepper, build_flat_optimizer, rate_factors
 from finery_trainer.engine.packing import IGNORE, Row, count_labels
 from finery_trainer.engine.trained import FlatGroup, flatten, in_place
@@ -343,7 +344,7 @@ def _checkpoint(base: PreTrainedModel, *, wanted: bool) -> None:
     if not wanted:
         base.gradient_checkpointing_disable()
     elif base.supports_gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(base)
 
 
 @contextlib.contextmanager

@@ -49,8 +49,20 @@ def load(spec: TrainingSpec, base_dir: Path, *, device: torch.device | None = No
         torch.manual_seed(spec.seed)
         model = get_peft_model(base, lora_config(spec.lora, base))
     if device.type == "cuda" and base.supports_gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(base)
     return model
+
+
+def checkpoint_layers(base: PreTrainedModel) -> None:
+    """Has `base` keep each layer's input alone and compute the rest again, where it can.
+
+    bitsandbytes' 8-bit product keeps its inputs where only reentrant checkpointing, whose first pass makes no graph, is rid of them: the
+    inputs of all layers would stay (`MatMul8bitLt`, which sets them on its context).
+    """
+    is_int8 = bool(getattr(base, "is_loaded_in_8bit", False))
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": is_int8})
+    if is_int8:
+        base.enable_input_require_grads()
 
 
 def load_base(
