@@ -58,6 +58,7 @@ class Combination(StrEnum):
     TIES = "ties"
     DARE_LINEAR = "dare_linear"
     DARE_TIES = "dare_ties"
+    CAT = "cat"
 
 
 class BaseWeights(StrEnum):
@@ -115,9 +116,10 @@ class ConversionSpec(Spec):
     """The key of a model that method full has trained."""
     adapters: tuple[WeightedAdapter, ...] = Field(default=(), max_length=16)
     """Adapters of one base model that are combined into one."""
-    combination: Combination = Combination.LINEAR
-    """How (PEFT's `add_weighted_adapter`): linear sums weights. ties: Yadav et al., arXiv:2306.01708. dare_linear and dare_ties: Yu et
-    al., arXiv:2311.03099."""
+    combination: Combination = Combination.CAT
+    """How, in the words of PEFT's `add_weighted_adapter`. cat: the weighted sum of what the adapters add, exactly; its rank is the sum of
+    theirs. linear: weighted sums of their matrices, of one rank. ties: Yadav et al., arXiv:2306.01708. dare_linear and dare_ties: Yu
+    et al., arXiv:2311.03099."""
     density: float | None = Field(default=None, gt=0, le=1, strict=True)
     """Share of an adapter's values that ties and dare keep."""
     scale: float = Field(default=1.0, gt=0, le=10, strict=True)
@@ -157,7 +159,7 @@ def _conflicts(spec: ConversionSpec) -> Iterator[tuple[bool, str, str]]:
     given = [name for name in ("adapter", "adapters", "model") if getattr(spec, name)]
     types, is_gguf, whole = OUTPUT_TYPES[spec.format], spec.format is OutputFormat.GGUF, spec.model is not None
     combines, is_adapter = bool(spec.adapters), spec.format in (OutputFormat.ADAPTER, OutputFormat.GGUF_ADAPTER)
-    keeps_some = spec.combination is not Combination.LINEAR
+    keeps_some = spec.combination not in (Combination.CAT, Combination.LINEAR)
     yield len(given) != 1, "adapter", f"got {' and '.join(given) or 'none of adapter, adapters and model'}, wanted one of these three"
     yield (
         spec.element_type not in types,
@@ -167,12 +169,12 @@ def _conflicts(spec: ConversionSpec) -> Iterator[tuple[bool, str, str]]:
     yield combines and len(spec.adapters) < 2, "adapters", "got one, wanted two or more; a single one goes into adapter"
     names = [item.adapter for item in spec.adapters]
     yield len(names) > len(set(names)), "adapters", "got an adapter twice, wanted each once; add up its weights"
-    yield spec.combination is not Combination.LINEAR and not combines, "combination", "got a way to combine without adapters; leave it out"
+    yield spec.combination is not Combination.CAT and not combines, "combination", "got a way to combine without adapters; leave it out"
     yield keeps_some and spec.density is None, "density", f"got none with combination {spec.combination.value}, wanted 0 to 1, such as 0.5"
     yield (
         spec.density is not None and not keeps_some,
         "density",
-        "got a number with combination linear, which keeps all; leave it out",
+        f"got a number with combination {spec.combination.value}, which keeps all; leave it out",
     )
     yield whole and is_adapter, "format", f"got {spec.format.value} with a whole model, wanted safetensors or gguf"
     yield whole and spec.scale != 1, "scale", "got a number with a whole model, which has no adapter to scale; leave it out"

@@ -53,6 +53,7 @@ GREEDY_PROMPT_TOKENS = 8
 GREEDY_TOKENS = 8
 MAX_GREEDY_WALKS = 8
 _SMALL_SHARE = 0.1
+_CANDIDATE, _YARDSTICK = 1, 2
 _SHOWN = 3
 
 Sequences = Sequence[Sequence[int]]
@@ -115,7 +116,7 @@ class Greedy:
     num_prompts: int
     num_tokens: int
     num_ties: int
-    """Of `num_tokens`, those where the reference's two best are nearer to each other than the budget can tell apart."""
+    """Of `num_tokens`, those where rounding itself makes another choice, or nearly: what comes first there is no matter of right and wrong."""
     num_different: int
     """Tokens that differ and are no tie."""
 
@@ -298,29 +299,30 @@ def _report(found: Measured, *, type_: str, num_sequences: int, num_prompts: int
         num_sequences=num_sequences,
         spread=found.spread,
         difference=difference,
-        greedy=_greedy(found, num_prompts=num_prompts, budget=0.0),
+        greedy=_greedy(found, num_prompts=num_prompts),
         perplexity={"adapter": found.perplexities[0], "converted": found.perplexities[1]},
         lossy_budget=LOSSY.get(type_),
     )
     if not others:
         return report
     floor = _ARITHMETIC * found.spread
-    budget = ALLOWANCE * others[0].max_abs + floor
     return replace(
         report,
         yardstick=others[0],
-        budget_max_abs=budget,
+        budget_max_abs=ALLOWANCE * others[0].max_abs + floor,
         budget_rms=ALLOWANCE * others[0].rms + floor,
         ceiling_rms=None if ceiling is None else ceiling * found.spread,
-        greedy=_greedy(found, num_prompts=num_prompts, budget=budget),
+        greedy=_greedy(found, num_prompts=num_prompts, tie=others[0].rms + floor),
     )
 
 
-def _greedy(found: Measured, *, num_prompts: int, budget: float) -> Greedy:
+def _greedy(found: Measured, *, num_prompts: int, tie: float = 0.0) -> Greedy:
+    """A token is a tie where the reference's two best are no more than `tie` apart, or the yardstick itself chooses another one."""
     choices = found.choices
-    # Both of two logits may move by the budget, towards each other.
-    tied_N = choices.gap_N <= 2 * budget
-    different_N = choices.best_MN[1] != choices.expected_N
+    tied_N = choices.gap_N <= tie
+    if len(choices.best_MN) > _YARDSTICK:
+        tied_N = tied_N | (choices.best_MN[_YARDSTICK] != choices.expected_N)
+    different_N = choices.best_MN[_CANDIDATE] != choices.expected_N
     return Greedy(
         num_prompts=num_prompts,
         num_tokens=len(choices.expected_N),

@@ -74,6 +74,11 @@ class StreamedModel:
     def vocab_size(self) -> int:
         return int(self._model.config.get_text_config().vocab_size)
 
+    @property
+    def linear_names(self) -> list[str]:
+        """The modules that an observer hears."""
+        return [name for name, module in self._model.named_modules() if isinstance(module, _StreamedLinear)]
+
     def states(self, sequences: Sequence[Sequence[int]], *, on_progress: Callable[[float], None] | None = None) -> list[torch.Tensor]:
         """The last hidden states (N, H) of each sequence of token ids, each on its own; every group of `max_tokens` is a walk.
 

@@ -1,21 +1,25 @@
-"""GGUF files of a merged SmolLM2, answered from by a real llama.cpp runtime."""
+"""GGUF files and adapters of a trained SmolLM2, answered from by a real llama.cpp runtime."""
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finery_common.conversion_spec import OutputType
-from finery_common.errors import FailedPreconditionError, UnimplementedError
-from finery_converter import gguf, worker
+from finery_common.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError, UnimplementedError
+from finery_converter import gguf
+from finery_converter.gguf_parity import GgufModel, compare_with_logits, greedy
+from finery_converter.quantize import quantize
 
 # A fact that the base model does not know and the adapter is trained on.
 PROMPT = "The old smith of Ferrow is called"
@@ -48,13 +52,8 @@ def _transformers_answer(model_dir: Path) -> str:
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
 
 
-def _convert(base: Path, adapter: Path, folder: Path, converter_dir: Path, *, format_: str) -> list[tuple[str, float]]:
-    """Converts to f16; the result is in `folder`/output."""
-    (folder / "output").mkdir(parents=True)
-    reports: list[tuple[str, float]] = []
-    task = worker.Task(str(base), str(adapter), str(folder / "output"), str(folder), format_, "f16", "test-model", str(converter_dir))
-    worker.convert(task, lambda step, share: reports.append((step, share)))
-    return reports
+def _nothing(_share: float) -> None:
+    return
 
 
 @pytest.fixture(scope="module")
@@ -76,64 +75,132 @@ def adapter(base_model_dir, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def converted(base_model_dir, adapter, converter_dir, tmp_path_factory) -> tuple[Path, list[tuple[str, float]]]:
-    """The folder of a finished conversion to an f16 GGUF, and what was reported."""
-    folder = tmp_path_factory.mktemp("gguf")
-    return folder, _convert(base_model_dir, adapter, folder, converter_dir, format_="gguf")
+def merged_dir(base_model_dir, adapter, tmp_path_factory) -> Path:
+    """Merged by PEFT itself, in float32."""
+    folder = tmp_path_factory.mktemp("merged")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model_dir, dtype=torch.float32), adapter)
+    model.merge_and_unload().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(base_model_dir / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def f16(merged_dir, converter_dir, tmp_path_factory) -> tuple[Path, list[float]]:
+    file, shares = tmp_path_factory.mktemp("gguf") / "model.f16.gguf", []
+    assert gguf.convert(merged_dir, file, type_="f16", model_name="test-model", converter_dir=converter_dir, on_progress=shares.append) == (
+        file,
+    )
+    return file, shares
+
+
+def _logits_on_base(base: Path, adapter: Path, ids: list[int], out: Path) -> Path:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    with torch.no_grad():
+        np.save(out, model(input_ids=torch.tensor([ids])).logits[0].numpy())
+    return out
 
 
 @pytest.mark.slow
-def test_llama_cpp_continues_an_f16_gguf_as_transformers_continues_the_merged_model(
-    base_model_dir, adapter, converter_dir, converted, tmp_path
-):
-    folder, reports = converted
-    assert [path.name for path in (folder / "output").iterdir()] == ["model.f16.gguf"]
-    assert [step for step, _ in reports][:2] == ["checking", "merging"]
-    shares = [share for _, share in reports]
+def test_llama_cpp_continues_an_f16_gguf_as_transformers_continues_the_merged_model(base_model_dir, merged_dir, f16):
+    file, shares = f16
     assert shares == sorted(shares)
-    assert reports[-1] == ("writing GGUF", 1.0)
-
+    assert shares[-1] == 1.0
     assert ANSWER not in _transformers_answer(base_model_dir)
-    _convert(base_model_dir, adapter, tmp_path, converter_dir, format_="safetensors")
-    said = _transformers_answer(tmp_path / "output")
+    said = _transformers_answer(merged_dir)
     assert said.startswith(ANSWER)
-    assert _llama_answer(folder / "output" / "model.f16.gguf") == said.removesuffix("<|im_end|>")
+    assert _llama_answer(file) == said.removesuffix("<|im_end|>")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("type_", "most_bytes"), [(OutputType.Q8_0, 150e6), (OutputType.BF16, 275e6)])
-def test_llama_cpp_knows_the_trained_fact_from_q8_0_and_bf16(converter_dir, converted, tmp_path, type_, most_bytes):
-    merged_dir, file = converted[0] / "merged", tmp_path / "model.gguf"
-    gguf.convert(merged_dir, file, type_=type_, model_name="test", converter_dir=converter_dir, on_progress=lambda share: None)
+@pytest.mark.parametrize(("type_", "most_bytes"), [("q8_0", 150e6), ("bf16", 275e6)])
+def test_llama_cpp_knows_the_trained_fact_from_q8_0_and_bf16(merged_dir, converter_dir, tmp_path, type_, most_bytes):
+    file = tmp_path / "model.gguf"
+    gguf.convert(merged_dir, file, type_=type_, model_name="test", converter_dir=converter_dir, on_progress=_nothing)
     assert file.stat().st_size < most_bytes
     assert _llama_answer(file).startswith(ANSWER)
 
 
 @pytest.mark.slow
-def test_an_architecture_that_gguf_lacks_is_named_before_anything_is_merged_with_those_it_knows(
-    base_model_dir, adapter, converter_dir, tmp_path
-):
-    base = tmp_path / "base"
-    base.mkdir()
+@pytest.mark.parametrize("type_", ["q6_k", "q5_k_m", "q4_k_m", "q4_0"])
+def test_another_build_of_llama_cpp_knows_the_trained_fact_from_quantized_files(f16, tmp_path, type_):
+    small = quantize(f16[0], tmp_path / "model.gguf", type_=type_, on_progress=_nothing)
+    assert _llama_answer(small.files[0]).startswith(ANSWER)
+
+
+@pytest.mark.slow
+def test_an_adapter_on_a_gguf_base_says_what_peft_says_and_without_it_the_fact_is_unknown(base_model_dir, adapter, converter_dir, tmp_path):
+    base, lora = tmp_path / "base.gguf", tmp_path / "adapter.gguf"
+    gguf.convert(base_model_dir, base, type_="f32", model_name="test", converter_dir=converter_dir, on_progress=_nothing)
+    gguf.convert_lora(adapter, base_model_dir, lora, converter_dir=converter_dir, on_progress=_nothing)
+    tokenizer = AutoTokenizer.from_pretrained(base_model_dir)
+    ids = tokenizer(PROMPT + ANSWER)["input_ids"]
+    logits = _logits_on_base(base_model_dir, adapter, ids, tmp_path / "logits.npy")
+    both = GgufModel(file=base, lora=lora)
+    comparison = compare_with_logits(logits, both, [ids], on_progress=_nothing, num_threads=1)
+    assert comparison.max_kl < 1e-6
+    assert comparison.candidate_perplexity == pytest.approx(comparison.reference_perplexity, rel=1e-4)
+    without = compare_with_logits(logits, GgufModel(file=base), [ids], on_progress=_nothing, num_threads=1)
+    assert without.max_kl > 1
+    prompt = tokenizer(PROMPT)["input_ids"]
+    assert tokenizer.decode(greedy(both, [prompt], num_tokens=NUM_TOKENS, on_progress=_nothing)[0]).startswith(ANSWER)
+    halved = compare_with_logits(logits, GgufModel(file=base, lora=lora, lora_scale=0.5), [ids], on_progress=_nothing, num_threads=1)
+    assert comparison.max_kl < halved.max_kl
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_rslora": True, "r": 4, "lora_alpha": 6},
+        {"r": 4, "lora_alpha": 6, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"layers.1.mlp.down_proj": 3}},
+    ],
+)
+def test_scales_that_gguf_has_no_place_for_are_kept(make_speaker, make_adapter, converter_dir, tmp_path, lora):
+    folder = make_speaker()
+    adapter = make_adapter(folder, **lora)
+    base, file, ids = tmp_path / "base.gguf", tmp_path / "adapter.gguf", [7, 4000, 31000, 12, 9, 81]
+    gguf.convert(folder, base, type_="f32", model_name="test", converter_dir=converter_dir, on_progress=_nothing)
+    gguf.convert_lora(adapter, folder, file, converter_dir=converter_dir, on_progress=_nothing)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.gguf", "base.gguf"]
+    logits = _logits_on_base(folder, adapter, ids, tmp_path / "logits.npy")
+    right = compare_with_logits(logits, GgufModel(file=base, lora=file), [ids], on_progress=_nothing, num_threads=1)
+    plain = compare_with_logits(logits, GgufModel(file=base, lora=file, lora_scale=0.9), [ids], on_progress=_nothing, num_threads=1)
+    assert right.max_kl < 1e-5
+    assert plain.max_kl > 100 * right.max_kl
+    assert math.isfinite(plain.max_kl)
+
+
+@pytest.mark.parametrize(("key", "value"), [("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("peft_type", "IA3")])
+def test_an_adapter_that_gguf_can_not_hold_is_refused_with_what_it_has(base_model_dir, converter_dir, tmp_path, key, value):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4, key: value}))
+    with pytest.raises(InvalidArgumentError, match=f"plain LoRA matrices only, and this one has {key}: ") as caught:
+        gguf.convert_lora(tmp_path, base_model_dir, tmp_path / "adapter.gguf", converter_dir=converter_dir, on_progress=_nothing)
+    assert caught.value.code == "gguf_adapter_unsupported"
+
+
+def _with(base_model_dir: Path, folder: Path, name: str, content: object) -> Path:
+    """The base model with one file changed."""
+    folder.mkdir()
     for file in base_model_dir.iterdir():
-        (base / file.name).symlink_to(file)
-    (base / "config.json").unlink()
+        if file.name != name:
+            (folder / file.name).symlink_to(file)
+    (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.slow
+def test_an_architecture_that_gguf_lacks_is_named_with_those_it_knows(base_model_dir, converter_dir, tmp_path):
     config = json.loads((base_model_dir / "config.json").read_text()) | {"architectures": ["FerryForCausalLM"]}
-    (base / "config.json").write_text(json.dumps(config))
+    base = _with(base_model_dir, tmp_path / "base", "config.json", config)
     with pytest.raises(UnimplementedError, match=r"no form of the architecture FerryForCausalLM\. Known are: .*LlamaForCausalLM"):
-        _convert(base, adapter, tmp_path / "gguf", converter_dir, format_="gguf")
-    assert not (tmp_path / "gguf" / "merged").exists()
+        gguf.check_supported(base, converter_dir=converter_dir, scratch_dir=tmp_path)
 
 
 def test_a_tokenizer_that_gguf_does_not_know_is_said(base_model_dir, converter_dir, tmp_path):
-    base = tmp_path / "base"
-    base.mkdir()
-    for file in base_model_dir.iterdir():
-        (base / file.name).symlink_to(file)
-    (base / "tokenizer.json").unlink()
     tokenizer = json.loads((base_model_dir / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False}
-    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    base = _with(base_model_dir, tmp_path / "base", "tokenizer.json", tokenizer)
     with pytest.raises(UnimplementedError, match="tokenizer") as caught:
         gguf.check_supported(base, converter_dir=converter_dir, scratch_dir=tmp_path)
     assert caught.value.code == "gguf_unsupported_tokenizer"
@@ -142,3 +209,24 @@ def test_a_tokenizer_that_gguf_does_not_know_is_said(base_model_dir, converter_d
 def test_a_missing_converter_is_said_with_what_to_do(base_model_dir, tmp_path):
     with pytest.raises(FailedPreconditionError, match="FINERY_CONVERT_HF_TO_GGUF: .* `make setup`"):
         gguf.check_supported(base_model_dir, converter_dir=tmp_path, scratch_dir=tmp_path)
+
+
+def test_a_full_disk_is_said(make_speaker, converter_dir, tmp_path):
+    (tmp_path / "model.gguf").symlink_to("/dev/full")
+    with pytest.raises(ResourceExhaustedError, match="The disk filled up"):
+        gguf.convert(
+            make_speaker(), tmp_path / "model.gguf", type_="f16", model_name="test", converter_dir=converter_dir, on_progress=_nothing
+        )
+
+
+def test_parts_smaller_than_a_tensor_are_refused(make_speaker, converter_dir, tmp_path):
+    with pytest.raises(InvalidArgumentError, match="a single tensor of this model takes"):
+        gguf.convert(
+            make_speaker(),
+            tmp_path / "model.gguf",
+            type_="f16",
+            model_name="test",
+            converter_dir=converter_dir,
+            max_part_bytes=9_000_000,
+            on_progress=_nothing,
+        )

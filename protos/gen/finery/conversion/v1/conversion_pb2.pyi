@@ -2,6 +2,7 @@ import datetime
 
 from finery.common.v1 import job_pb2 as _job_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -58,6 +59,7 @@ class Combination(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COMBINATION_TIES: _ClassVar[Combination]
     COMBINATION_DARE_LINEAR: _ClassVar[Combination]
     COMBINATION_DARE_TIES: _ClassVar[Combination]
+    COMBINATION_CAT: _ClassVar[Combination]
 
 class BaseWeights(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -102,6 +104,7 @@ COMBINATION_LINEAR: Combination
 COMBINATION_TIES: Combination
 COMBINATION_DARE_LINEAR: Combination
 COMBINATION_DARE_TIES: Combination
+COMBINATION_CAT: Combination
 BASE_WEIGHTS_UNSPECIFIED: BaseWeights
 BASE_WEIGHTS_TRAINED: BaseWeights
 BASE_WEIGHTS_ORIGINAL: BaseWeights
@@ -157,7 +160,7 @@ class ConversionSpec(_message.Message):
     def __init__(self, adapter: _Optional[str] = ..., format: _Optional[_Union[OutputFormat, str]] = ..., type: _Optional[_Union[OutputType, str]] = ..., model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., combination: _Optional[_Union[Combination, str]] = ..., density: _Optional[float] = ..., scale: _Optional[float] = ..., base_weights: _Optional[_Union[BaseWeights, str]] = ..., calibration_dataset: _Optional[str] = ..., importance_matrix: _Optional[bool] = ..., max_file_size_bytes: _Optional[int] = ..., hub: _Optional[_Union[HubSpec, _Mapping]] = ...) -> None: ...
 
 class Conversion(_message.Message):
-    __slots__ = ("name", "spec", "state", "error", "artifact", "progress", "create_time", "finish_time")
+    __slots__ = ("name", "spec", "state", "error", "artifact", "progress", "create_time", "finish_time", "report", "hub")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +169,8 @@ class Conversion(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     FINISH_TIME_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    HUB_FIELD_NUMBER: _ClassVar[int]
     name: str
     spec: ConversionSpec
     state: _job_pb2.JobState
@@ -174,7 +179,17 @@ class Conversion(_message.Message):
     progress: float
     create_time: _timestamp_pb2.Timestamp
     finish_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[ConversionSpec, _Mapping]] = ..., state: _Optional[_Union[_job_pb2.JobState, str]] = ..., error: _Optional[_Union[_job_pb2.JobError, _Mapping]] = ..., artifact: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., progress: _Optional[float] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    report: _struct_pb2.Struct
+    hub: HubPush
+    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[ConversionSpec, _Mapping]] = ..., state: _Optional[_Union[_job_pb2.JobState, str]] = ..., error: _Optional[_Union[_job_pb2.JobError, _Mapping]] = ..., artifact: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., progress: _Optional[float] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., report: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., hub: _Optional[_Union[HubPush, _Mapping]] = ...) -> None: ...
+
+class HubPush(_message.Message):
+    __slots__ = ("commit_url", "error")
+    COMMIT_URL_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    commit_url: str
+    error: _job_pb2.JobError
+    def __init__(self, commit_url: _Optional[str] = ..., error: _Optional[_Union[_job_pb2.JobError, _Mapping]] = ...) -> None: ...
 
 class CreateConversionRequest(_message.Message):
     __slots__ = ("parent", "spec", "request_id")
