@@ -78,14 +78,15 @@ class Reconciler:
     async def _pass(self) -> None:
         # In this order: a rollout that ends in between is counted, and one that comes later is not begun before the next pass.
         rollouts = await self._store.active_rollouts()
-        aliases = [alias for alias in await self._store.desired() if alias.base_model == self._registry.base_model]
+        desired = await self._store.desired()
+        aliases = [alias for alias in desired if alias.base_model == self._registry.base_model]
         self._publish(aliases)
         self._residency.keep([alias.version for alias in aliases if alias.pinned])
         for rollout in _due(rollouts, base_model=self._registry.base_model):
             self._continue(rollout)
         if not self._residency.ready:
             return
-        self._spawn_loads(aliases, placed=self._placement.of(aliases, rollouts))
+        self._spawn_loads(aliases, placed=self._placement.of(desired, rollouts))
         for version, adapter in self._registry.loads_asked.items():
             self._spawn(f"load {version}", self._load_as_asked(Served(version, "", adapter, self._registry.base_model)))
         wanted = _versions(aliases) | {rollout.version for rollout in rollouts}
