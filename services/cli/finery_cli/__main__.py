@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from finery_cli.commands import chat, convert, deployments, estimate, files, jobs, models, system
+from finery_cli.commands import artifacts, chat, convert, deployments, estimate, files, jobs, models, system
 
 
 def build_app() -> typer.Typer:
@@ -20,6 +20,7 @@ def build_app() -> typer.Typer:
     app.add_typer(files.app, name="files")
     app.add_typer(jobs.app, name="jobs")
     app.add_typer(models.app, name="models")
+    app.add_typer(artifacts.app, name="artifacts")
     app.add_typer(deployments.app, name="deployments")
     deployments.register(app)
     estimate.register(app)

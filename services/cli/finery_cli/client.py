@@ -52,14 +52,23 @@ class Gateway:
             base_url=f"{self.url}/api/v1", headers=headers, timeout=_TIMEOUT_S, event_hooks={"response": [_raise_for_status]}
         )
 
+    def close(self) -> None:
+        """Closes the connections that were opened."""
+        for client in (vars(self).get("openai"), vars(self).get("native")):
+            if client is not None:
+                client.close()
+
 
 @contextmanager
 def connected(state_dir: Path | None = None) -> Iterator[Gateway]:
     """`Gateway.connect` for a command: what goes wrong with it, or in calls to it, ends the command with one clear line."""
     with clear_errors():
         gateway = Gateway.connect(state_dir)
-    with clear_errors(gateway.url):
-        yield gateway
+    try:
+        with clear_errors(gateway.url):
+            yield gateway
+    finally:
+        gateway.close()
 
 
 def _raise_for_status(response: httpx.Response) -> None:

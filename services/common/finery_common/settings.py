@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from finery_common.artifacts import S3Settings
+from finery_common.artifacts import PUBLIC_ENDPOINT, S3Settings
 from finery_common.errors import FailedPreconditionError
 
 
@@ -47,6 +47,8 @@ class ServiceSettings(BaseSettings):
     """Region of the bucket."""
     s3_secure: bool = False
     """HTTPS to the store."""
+    s3_public_endpoint: str = Field(default="", pattern=PUBLIC_ENDPOINT)
+    """`https://host[:port]` by which clients reach the store, in download URLs; empty where they reach `s3_endpoint`."""
     s3_access_key: SecretStr | None = None
     """Or `s3_access_key_file`."""
     s3_access_key_file: Path | None = None
@@ -111,6 +113,7 @@ class ServiceSettings(BaseSettings):
             bucket=self.s3_bucket,
             region=self.s3_region,
             secure=self.s3_secure,
+            public_endpoint=self.s3_public_endpoint,
         )
 
     def token_secret(self) -> str:

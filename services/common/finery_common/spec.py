@@ -78,17 +78,6 @@ class DatasetType(StrEnum):
     PREFERENCE = "preference"
 
 
-class OutputFormat(StrEnum):
-    SAFETENSORS = "safetensors"
-    GGUF = "gguf"
-
-
-class OutputType(StrEnum):
-    BF16 = "bf16"
-    F16 = "f16"
-    Q8_0 = "q8_0"
-
-
 class Spec(BaseModel):
     """Base of all specs: frozen, closed, and convertible from and to the proto message of the same field names."""
 
@@ -135,7 +124,7 @@ class LoraSpec(Spec):
     @model_validator(mode="after")
     def _dora_trains_no_bias(self) -> Self:
         if self.use_dora and self.bias is not LoraBias.NONE:
-            raise _conflict("use_dora", f"got true with bias {self.bias.value}, wanted one of the two")
+            raise conflict("use_dora", f"got true with bias {self.bias.value}, wanted one of the two")
         return self
 
 
@@ -237,7 +226,7 @@ class DpoSpec(Spec):
     def _smoothing_belongs_to_robust(self) -> Self:
         if self.label_smoothing and self.loss_type is not DpoLossType.ROBUST:
             text = f"got {self.label_smoothing} with loss_type {self.loss_type.value}, wanted 0; it belongs to loss_type robust"
-            raise _conflict("label_smoothing", text)
+            raise conflict("label_smoothing", text)
         return self
 
 
@@ -300,7 +289,7 @@ class TrainingSpec(Spec):
     def _fields_fit_together(self) -> Self:
         for is_there, field, text in _conflicts(self):
             if is_there:
-                raise _conflict(field, text)
+                raise conflict(field, text)
         return self
 
 
@@ -376,7 +365,7 @@ def _alone(spec: TrainingSpec) -> Iterator[str]:
         yield "lm_head in lora.target_modules"
 
 
-def _conflict(field: str, text: str) -> PydanticCustomError:
+def conflict(field: str, text: str) -> PydanticCustomError:
     """An error of several fields that names the one to change."""
     return PydanticCustomError("conflict", "{text}", {"field": field, "text": text})
 
@@ -392,23 +381,6 @@ class DatasetSpec(Spec):
     """In tokens; a longer row is an error that names its line."""
     type: DatasetType = DatasetType.SUPERVISED
     """supervised: rows of chat, or of prompt and completion. preference: rows of an input with a preferred and another output."""
-
-
-class ConversionSpec(Spec):
-    """What is made of an adapter."""
-
-    adapter: str = Field(pattern=r"^adapters/ftjob-[0-9a-f]{24}-[0-9]+$")
-    """The adapter's key inside the project."""
-    format: OutputFormat = OutputFormat.SAFETENSORS
-    """safetensors: a merged Hugging Face folder. gguf: one file for llama.cpp."""
-    type: OutputType = OutputType.BF16
-    """Element type. q8_0 is GGUF's."""
-
-    @model_validator(mode="after")
-    def _type_belongs_to_format(self) -> Self:
-        if self.format is OutputFormat.SAFETENSORS and self.type is OutputType.Q8_0:
-            raise ValueError("type q8_0 exists in GGUF only; with format safetensors use bf16 or f16")
-        return self
 
 
 def invalid_fields(error: ValidationError, *, model: type[BaseModel] | None = None) -> InvalidArgumentError:
@@ -483,7 +455,10 @@ def _plain_one(field: Any, value: Any) -> Any:
 def _filled(message: M, values: dict[str, Any]) -> M:
     for name, value in values.items():
         field = message.DESCRIPTOR.fields_by_name[name]
-        if field.is_repeated:
+        if field.is_repeated and field.message_type is not None:
+            for item in value:
+                _filled(getattr(message, name).add(), item)
+        elif field.is_repeated:
             getattr(message, name).extend(value)
         elif field.message_type is not None:
             _filled(getattr(message, name), value)

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import structlog
 
 from finery_common.artifacts import ArtifactRef, ArtifactStore, ArtifactWriter, put_chunks
+from finery_common.conversion_spec import ConversionSpec
 from finery_common.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -30,7 +31,6 @@ from finery_common.errors import (
 from finery_common.jobs import EventLevel, Job, JobState, JobStore, Lease, Wanted
 from finery_common.rpc.messages import error_fields
 from finery_common.rpc.status import unknown_error
-from finery_common.spec import ConversionSpec
 from finery_converter import launcher
 from finery_converter.metrics import PUBLISHED_BYTES, SECONDS, WORKER_DEATHS
 from finery_converter.sources import Adapter, Sources

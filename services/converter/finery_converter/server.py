@@ -14,13 +14,13 @@ from google.protobuf.empty_pb2 import Empty
 from finery.common.v1 import job_pb2
 from finery.conversion.v1 import conversion_pb2, conversion_pb2_grpc
 from finery_common.artifacts import ArtifactRef, ArtifactStore
+from finery_common.conversion_spec import ConversionSpec
 from finery_common.errors import FailedPreconditionError
 from finery_common.jobs import Job, JobState, JobStore, Wanted
 from finery_common.resource_names import ResourceName, parse_name, parse_parent
 from finery_common.rpc.messages import artifact_to_proto, error_to_proto, event_to_proto, state_to_proto, timestamp
 from finery_common.rpc.server import Servicer
 from finery_common.rpc.tokens import require_project
-from finery_common.spec import ConversionSpec
 from finery_converter.attempt import model_prefix
 from finery_converter.runner import ConversionRunner
 from finery_converter.sources import Sources

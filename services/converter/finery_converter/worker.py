@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from finery_common.conversion_spec import OutputFormat, OutputType
 from finery_common.errors import FineryError, ResourceExhaustedError
-from finery_common.spec import OutputFormat, OutputType
 
 NICENESS = 10
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -62,7 +62,7 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
     """Makes a LoRA adapter that changes what the model says: `make_adapter(base_dir, std=…, **lora_config)`."""
 
-    def make(base_dir: Path, *, std: float = 0.05, **lora: object) -> Path:
+    def make(base_dir: Path, *, std: float = 0.05, save_embedding_layers: bool = False, **lora: object) -> Path:
         folder = tmp_path_factory.mktemp("adapter")
         model = get_peft_model(
             AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32),
@@ -70,9 +70,11 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
         )
         torch.manual_seed(12)
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or (parameter.requires_grad and name.endswith("bias")):
+            if "lora_B" in name or "lora_embedding" in name or (parameter.requires_grad and name.endswith("bias")):
                 torch.nn.init.normal_(parameter, std=std)
-        model.save_pretrained(folder, save_embedding_layers=False)
+            elif parameter.requires_grad and ("magnitude" in name or "modules_to_save" in name):
+                parameter.data += torch.randn_like(parameter) * std
+        model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
         return folder
 
     return make

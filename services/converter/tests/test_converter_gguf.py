@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finery_common.conversion_spec import OutputType
 from finery_common.errors import FailedPreconditionError, UnimplementedError
-from finery_common.spec import OutputType
 from finery_converter import gguf, worker
 
 # A fact that the base model does not know and the adapter is trained on.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import random
 import resource
 import socket
 import statistics
@@ -143,16 +144,28 @@ async def _serve(route: Route, listener: socket.socket, folder: str, pipe: Conne
     await db.close()
 
 
-async def run_streams(target: Target, path: str, bodies: Sequence[Sequence[bytes]], *, spread_s: float) -> Streams:
-    """As many streams at a time as `bodies` has rows, each asking with one after the other, their starts spread evenly over `spread_s`."""
+async def run_streams(
+    targets: Sequence[Target], path: str, bodies: Sequence[Sequence[bytes]], *, spread_s: float, pause_s: float = 0.0, seed: int = 0
+) -> dict[str, Streams]:
+    """As many streams at a time as `bodies` has rows, each asking with one after the other, their starts spread evenly over `spread_s`.
 
-    async def stream(number: int) -> list[tuple[float, int]]:
+    Of several targets each request goes to one by lot, so that all of them see the same load; what comes back is by name. Before each
+    request a stream waits up to `pause_s`, by lot: answers end where the engine's steps do, and the next requests would come in step.
+    """
+    lots = random.Random(seed)
+    plans = [[(body, lots.choice(targets), lots.uniform(0, pause_s)) for body in row] for row in bodies]
+    found: dict[str, list[tuple[float, int]]] = {target.name: [] for target in targets}
+
+    async def stream(number: int) -> None:
         await asyncio.sleep(spread_s * number / len(bodies))
-        return [await _read(target, path, body) for body in bodies[number]]
+        for body, target, wait_s in plans[number]:
+            await asyncio.sleep(wait_s)
+            found[target.name].append(await _read(target, path, body))
 
     started_s = time.perf_counter()
-    results = [result for each in await asyncio.gather(*map(stream, range(len(bodies)))) for result in each]
-    return Streams(time.perf_counter() - started_s, [first for first, _ in results], sum(seen for _, seen in results))
+    await asyncio.gather(*map(stream, range(len(bodies))))
+    wall_s = time.perf_counter() - started_s
+    return {name: Streams(wall_s, [first for first, _ in each], sum(seen for _, seen in each)) for name, each in found.items()}
 
 
 async def _read(target: Target, path: str, body: bytes) -> tuple[float, int]:

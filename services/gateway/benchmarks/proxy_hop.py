@@ -85,7 +85,7 @@ def _measure(arguments: argparse.Namespace, uds: str, *, num_workers: int) -> li
 
 
 def _streams(target: Target, bodies: list[bytes], *, spread_s: float, repeats: int = _REPEATS) -> Streams:
-    return asyncio.run(run_streams(target, PATH, [[body] * repeats for body in bodies], spread_s=spread_s))
+    return asyncio.run(run_streams([target], PATH, [[body] * repeats for body in bodies], spread_s=spread_s))[target.name]
 
 
 def _row(num_workers: int, num_streams: int, *, alone: Streams, passed: Streams, spent_s: float, request_s: float) -> dict[str, object]:

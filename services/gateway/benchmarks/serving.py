@@ -4,8 +4,10 @@
 
 `--dummy` gives the model random weights, so that a folder with `config.json` and a tokenizer is enough. "Straight" speaks to vLLM's
 socket, our middleware inside it included. Prompts are random tokens, another for every request, so that no cache helps. Starts are spread
-over the length of an answer, as they are in a running system; --burst starts all at once. Every stream asks `--repeats` times; a round is
-one run each way, and the order changes from round to round.
+over the length of an answer and each request waits up to 50 ms, as in a running system, where nobody comes in step with the engine;
+--burst starts all at once. Every stream asks `--repeats` times. A round is one run each way, in an order that changes from round to round,
+for the tokens a second, and one in which each request goes either way by lot: what the gateway adds to the first token is measured there,
+where both ways meet the same engine at the same time. Two runs differ by more than that.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ PATH = "/v1/completions"
 _START_S = 900.0
 _POLL_S = 0.5
 _MAX_LORA_RANK = 16
+_PAUSE_S = 0.05
+"""Longer than a step of the engine."""
 
 
 @contextlib.contextmanager
@@ -91,52 +95,62 @@ async def _until_healthy(runtime: Runtime, process: subprocess.Popen[bytes], log
         await client.close()
 
 
-def _bodies(arguments: argparse.Namespace, numbers: random.Random, *, num_streams: int) -> list[list[bytes]]:
+def _bodies(arguments: argparse.Namespace, numbers: random.Random, *, num_streams: int, model: str = MODEL) -> list[list[bytes]]:
     def body() -> bytes:
         # Small ids are in every vocabulary; the first hundred or so may be special.
         prompt = [numbers.randrange(200, 20_000) for _ in range(arguments.prompt)]
-        fields = {"model": MODEL, "prompt": prompt, "max_tokens": arguments.output, "ignore_eos": True, "temperature": 0, "stream": True}
+        fields = {"model": model, "prompt": prompt, "max_tokens": arguments.output, "ignore_eos": True, "temperature": 0, "stream": True}
         return json.dumps(fields).encode()
 
     return [[body() for _ in range(arguments.repeats)] for _ in range(num_streams)]
 
 
-def _compare(arguments: argparse.Namespace, targets: Sequence[Target], *, num_streams: int) -> dict[str, object]:
+def compare(arguments: argparse.Namespace, targets: Sequence[Target], *, num_streams: int, model: str = MODEL) -> dict[str, object]:
+    """What came of `num_streams` streams at `targets`, straight and through the gateway. Of `arguments`: prompt, output, repeats, rounds,
+    burst."""
     numbers = random.Random(num_streams)
-    spread_s = 0.0
-    if not arguments.burst:
-        # How long an answer takes beside so many others.
-        bodies = [each[:1] for each in _bodies(arguments, numbers, num_streams=num_streams)]
-        spread_s = asyncio.run(run_streams(targets[0], PATH, bodies, spread_s=0)).wall_s
-    runs: dict[str, list[Streams]] = {target.name: [] for target in targets}
+
+    def run(targets: Sequence[Target], *, repeats: int, spread_s: float) -> dict[str, Streams]:
+        bodies = [row[:repeats] for row in _bodies(arguments, numbers, num_streams=num_streams, model=model)]
+        pause_s, seed = 0.0 if arguments.burst else _PAUSE_S, numbers.randrange(1 << 30)
+        return asyncio.run(run_streams(targets, PATH, bodies, spread_s=spread_s, pause_s=pause_s, seed=seed))
+
+    # How long an answer takes beside so many others.
+    spread_s = 0.0 if arguments.burst else run(targets[:1], repeats=1, spread_s=0.0)[targets[0].name].wall_s
+    alone: dict[str, list[Streams]] = {target.name: [] for target in targets}
+    beside: dict[str, list[Streams]] = {target.name: [] for target in targets}
     for number in range(arguments.rounds):
         for target in targets if number % 2 == 0 else targets[::-1]:
-            bodies = _bodies(arguments, numbers, num_streams=num_streams)
-            runs[target.name].append(asyncio.run(run_streams(target, PATH, bodies, spread_s=spread_s)))
-    merged = {name: _merged(each, num_tokens=arguments.output) for name, each in runs.items()}
-    straight, gateway = merged["straight"], merged["gateway"]
+            alone[target.name].append(run([target], repeats=arguments.repeats, spread_s=spread_s)[target.name])
+        for name, streams in run(targets, repeats=arguments.repeats, spread_s=spread_s).items():
+            beside[name].append(streams)
+    tokens_per_s = {name: _tokens_per_s(runs, num_tokens=arguments.output) for name, runs in alone.items()}
+    straight, gateway = _first_ms(beside["straight"]), _first_ms(beside["gateway"])
     return {
         "streams": num_streams,
         "prompt_tokens": arguments.prompt,
         "output_tokens": arguments.output,
         "spread_s": round(spread_s, 2),
         "requests_each": num_streams * arguments.repeats * arguments.rounds,
-        **merged,
-        "throughput_ratio": round(gateway["output_tokens_per_s"] / straight["output_tokens_per_s"], 4),
-        "first_token_added_ms_p50": round(gateway["first_token_ms_p50"] - straight["first_token_ms_p50"], 2),
-        "first_token_added_ms_p99": round(gateway["first_token_ms_p99"] - straight["first_token_ms_p99"], 2),
+        "output_tokens_per_s": tokens_per_s,
+        "throughput_ratio": round(tokens_per_s["gateway"] / tokens_per_s["straight"], 4),
+        "throughput_ratios": [
+            round(straight.wall_s / gateway.wall_s, 4) for straight, gateway in zip(alone["straight"], alone["gateway"], strict=True)
+        ],
+        "first_token_ms_alone": {name: _first_ms(runs) for name, runs in alone.items()},
+        "first_token_ms": {"straight": straight, "gateway": gateway},
+        "first_token_added_ms": {name: round(gateway[name] - straight[name], 2) for name in straight},
     }
 
 
-def _merged(runs: Sequence[Streams], *, num_tokens: int) -> dict[str, float]:
+def _tokens_per_s(runs: Sequence[Streams], *, num_tokens: int) -> float:
     """All rounds as one. `ignore_eos` makes every request's tokens known, however many an event has."""
-    first_s = [first for run in runs for first in run.first_s]
-    whole = Streams(sum(run.wall_s for run in runs), first_s, sum(run.num_events for run in runs))
-    return {
-        "output_tokens_per_s": round(len(first_s) * num_tokens / whole.wall_s, 1),
-        "first_token_ms_p50": whole.first_ms(50),
-        "first_token_ms_p99": whole.first_ms(99),
-    }
+    return round(sum(len(run.first_s) for run in runs) * num_tokens / sum(run.wall_s for run in runs), 1)
+
+
+def _first_ms(runs: Sequence[Streams]) -> dict[str, float]:
+    whole = Streams(0.0, [first for run in runs for first in run.first_s], 0)
+    return {f"p{percent}": whole.first_ms(percent) for percent in (50, 99)}
 
 
 def _folder(text: str) -> Path:
@@ -177,11 +191,11 @@ def main() -> None:
         try:
             warm_up = _bodies(arguments, random.Random(0), num_streams=2)
             for target in targets:
-                asyncio.run(run_streams(target, PATH, warm_up, spread_s=0))
+                asyncio.run(run_streams([target], PATH, warm_up, spread_s=0))
             about = {"device": arguments.device, "cores": os.cpu_count(), "workers": arguments.workers, "dummy": arguments.dummy}
             sys.stdout.write(json.dumps({**about, "model": arguments.model.name, "load": os.getloadavg()[0]}) + "\n")
             for num_streams in arguments.streams:
-                sys.stdout.write(json.dumps(_compare(arguments, targets, num_streams=num_streams)) + "\n")
+                sys.stdout.write(json.dumps(compare(arguments, targets, num_streams=num_streams)) + "\n")
                 sys.stdout.flush()
         finally:
             gateways.close()

@@ -17,7 +17,7 @@ from finery_gateway import docs_page
 from finery_gateway.context import Gateway
 from finery_gateway.errors import install_error_handlers
 from finery_gateway.middleware import BodyLimit, RequestMetrics, RequestSpans
-from finery_gateway.native_api import conversions, datasets, deployments, installation
+from finery_gateway.native_api import artifacts, conversions, datasets, deployments, installation
 from finery_gateway.openai_api import files, inference, jobs, models
 from finery_gateway.request_log import RequestLog
 
@@ -35,7 +35,7 @@ def create_app(gateway: Gateway, *, body_limit_bytes: int, log_content: bool = F
     app.state.gateway = gateway
     install_error_handlers(app)
     # In this order they are tried: what is asked most comes first.
-    for module in (inference, files, jobs, models, datasets, conversions, deployments, installation, docs_page):
+    for module in (inference, files, jobs, models, datasets, conversions, artifacts, deployments, installation, docs_page):
         app.include_router(module.router)
     _add_health(app, gateway)
     app.add_middleware(BodyLimit, body_limit_bytes=body_limit_bytes, upload_limit_bytes=gateway.files.limit_bytes)

@@ -17,9 +17,10 @@ from finery.conversion.v1 import conversion_pb2, conversion_pb2_grpc
 from finery.dataset.v1 import dataset_pb2, dataset_pb2_grpc
 from finery.serving.v1 import serving_pb2, serving_pb2_grpc
 from finery.training.v1 import spec_pb2, training_pb2, training_pb2_grpc
+from finery_common.conversion_spec import ConversionSpec
 from finery_common.errors import FineryError, UnavailableError
 from finery_common.rpc.channel import ServiceChannel, stream
-from finery_common.spec import ConversionSpec, DatasetSpec, TrainingSpec
+from finery_common.spec import DatasetSpec, TrainingSpec
 from finery_gateway.resources import (
     Alias,
     AliasEvent,

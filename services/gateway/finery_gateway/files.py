@@ -211,10 +211,11 @@ def no_file(file_id: str, *, param: str = "file_id") -> NotFoundError:
 
 async def open_object(store: ArtifactStore, *, prefix: str, name: str) -> AsyncIterator[bytes]:
     """An object of an artifact as a stream of chunks. Raises NotFoundError before the first."""
-    return _chunks(await asyncio.to_thread(store.open, prefix, name))
+    return chunks_of(await asyncio.to_thread(store.open, prefix, name))
 
 
-async def _chunks(reader: ObjectReader) -> AsyncIterator[bytes]:
+async def chunks_of(reader: ObjectReader) -> AsyncIterator[bytes]:
+    """What `reader` yields up to its end, which closes it."""
     try:
         while chunk := await asyncio.to_thread(reader.read, _READ_BYTES):
             yield chunk

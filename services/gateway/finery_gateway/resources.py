@@ -11,7 +11,8 @@ from typing import Any, Generic, Self, TypeVar
 from google.protobuf.message import Message
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from finery_common.spec import ConversionSpec, DatasetSpec, TrainingSpec
+from finery_common.conversion_spec import ConversionSpec
+from finery_common.spec import DatasetSpec, TrainingSpec
 from finery_gateway.proto_data import plain
 
 T = TypeVar("T")

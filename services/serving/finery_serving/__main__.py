@@ -26,7 +26,7 @@ from finery_serving.preflight import BaseModel, base_shapes
 from finery_serving.server import ServingServicer, servicer_of
 from finery_serving.settings import ServingSettings
 from finery_serving.tool_calls import tool_call_parser
-from finery_serving.vllm_process import VllmConfig, make_runtime
+from finery_serving.vllm_process import VllmConfig, lora_slots, make_runtime, vllm_version
 
 # With the time that vLLM has for its end, below the 30 s after which supervisors kill.
 _DRAIN_S = 8.0
@@ -126,13 +126,18 @@ def vllm_config(settings: ServingSettings, *, entry: BaseModelEntry, base_dir: P
     device = settings.serving_device
     if device == "auto":
         device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    max_cpu_loras = max(settings.max_loras, settings.max_cpu_loras)
+    version = vllm_version(settings.vllm_python)
+    max_loras = lora_slots(settings.max_loras, max_cpu_loras, version=version)
+    if max_loras != settings.max_loras:
+        log.warning("this vLLM needs a place on the GPU for each adapter", version=version, max_loras=max_loras)
     return VllmConfig(
         python=settings.vllm_python,
         base_model=entry.name,
         base_model_dir=base_dir,
         device=device,
-        max_loras=settings.max_loras,
-        max_cpu_loras=max(settings.max_loras, settings.max_cpu_loras),
+        max_loras=max_loras,
+        max_cpu_loras=max_cpu_loras,
         max_lora_rank=settings.max_lora_rank or _DEFAULT_LORA_RANK[device],
         max_model_len=settings.max_model_len or entry.max_sequence_length,
         tool_call_parser=tool_call_parser(settings.tool_call_parser, base_model_dir=base_dir),

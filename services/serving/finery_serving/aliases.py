@@ -11,9 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
@@ -24,6 +22,8 @@ from finery_common.database import Database
 from finery_common.errors import AbortedError, AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from finery_common.tracing import traceparent
 from finery_serving.changes import Changes
+from finery_serving.records import ACTIVE, BEFORE_FLIP, SELECT_ALIAS, Alias, Rollout, RolloutState, Served, alias_of
+from finery_serving.snapshots import Snapshot, Snapshots
 from finery_serving.tables import AliasRow, RolloutRow, changing
 
 _ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,256}")
@@ -31,100 +31,6 @@ _ADAPTER_PREFIX = re.compile(r"projects/(?P<project>[^/]+)/adapters/(?P<job_id>[
 _MAX_REQUEST_ID = 128
 _MAX_PAGE_SIZE = 1000
 _MAX_CANARY_WEIGHT = 99
-
-
-class RolloutState(StrEnum):
-    """How far a rollout is; the names are those of the wire."""
-
-    PENDING = "PENDING"
-    STAGING = "STAGING"
-    LOADING = "LOADING"
-    PROBING = "PROBING"
-    DRAINING = "DRAINING"
-    READY = "READY"
-    FAILED = "FAILED"
-    CANARY = "CANARY"
-    ROLLED_BACK = "ROLLED_BACK"
-
-    @property
-    def is_final(self) -> bool:
-        """Nothing follows."""
-        return self in (RolloutState.READY, RolloutState.FAILED, RolloutState.ROLLED_BACK)
-
-    @property
-    def is_before_flip(self) -> bool:
-        """The alias may still change by it, without anybody's word."""
-        return not self.is_final and self not in (RolloutState.DRAINING, RolloutState.CANARY)
-
-
-BEFORE_FLIP = [state.value for state in RolloutState if state.is_before_flip]
-_ACTIVE = [state.value for state in RolloutState if not state.is_final]
-_AT_WORK = [state for state in _ACTIVE if state != RolloutState.CANARY]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A version on its way to an alias. `swap_s` is from staged to flipped, in seconds.
-
-    `canary_weight` is the share that it asks for in percent, 0 for the whole alias; `replaced` what it took the alias from, or "".
-    """
-
-    number: int
-    project: str
-    alias: str
-    version: str
-    job_id: str
-    adapter: ArtifactRef
-    base_model: str
-    state: RolloutState
-    error: Mapping[str, object] | None
-    swap_s: float | None
-    canary_weight: int
-    replaced: str
-    traceparent: str
-    """The trace of the request that asked for it; empty where there is none."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """A version that an alias serves, or has served, and where it comes from."""
-
-    version: str
-    job_id: str
-    adapter: ArtifactRef
-    base_model: str
-
-
-@dataclass(frozen=True)
-class Alias:
-    """A public model name of a project. `version` and `adapter` are empty before the first flip; `epoch` counts what changes routes.
-
-    `canary` answers `canary_weight` percent of the requests; `previous` served before `version`. `base_model` is that of the version and
-    of its canary.
-    """
-
-    project: str
-    alias: str
-    base_model: str
-    version: str
-    job_id: str
-    adapter: ArtifactRef | None
-    etag: str
-    epoch: int
-    rollout: Rollout
-    canary: Served | None
-    canary_weight: int
-    previous: Served | None
-    pinned: bool
-    created_at: datetime
-    updated_at: datetime
-
-    @property
-    def serving(self) -> tuple[Served, ...]:
-        """What answers requests: the version, then its canary."""
-        if self.adapter is None:
-            return ()
-        return Served(self.version, self.job_id, self.adapter, self.base_model), *([] if self.canary is None else [self.canary])
 
 
 def version_of(adapter: ArtifactRef) -> tuple[str, str]:
@@ -147,6 +53,11 @@ class AliasStore:
     def __init__(self, database: Database, *, changes: Changes) -> None:
         self._db = database
         self._changes = changes
+        self._snapshots = Snapshots(database, changes=changes)
+
+    async def snapshot(self) -> Snapshot:
+        """All aliases of all projects and the rollouts at work, no older than the latest change that this agent knows of."""
+        return await self._snapshots.latest()
 
     async def deploy(
         self,
@@ -202,7 +113,7 @@ class AliasStore:
                     row.base_model, row.pinned = base_model, False
                 row.rollout_number = rollout.number
                 row.updated_at = now
-                made = _alias(row, rollout)
+                made = alias_of(row, rollout)
         except IntegrityError as error:
             raise AbortedError(f"Another request changed {alias} at the same moment; repeat this one.") from error
         self._changes.notify()
@@ -221,9 +132,9 @@ class AliasStore:
         if page_size < 0:
             raise InvalidArgumentError(f"page_size: got {page_size}, wanted 0 to {_MAX_PAGE_SIZE}", param="page_size")
         size = min(page_size or _MAX_PAGE_SIZE, _MAX_PAGE_SIZE)
-        query = _SELECT.where(AliasRow.project == project, AliasRow.alias > page_token).order_by(AliasRow.alias).limit(size + 1)
+        query = SELECT_ALIAS.where(AliasRow.project == project, AliasRow.alias > page_token).order_by(AliasRow.alias).limit(size + 1)
         async with self._db.read() as session:
-            found = [_alias(*row) for row in (await session.execute(query))]
+            found = [alias_of(*row) for row in (await session.execute(query))]
         return tuple(found[:size]), found[size - 1].alias if len(found) > size else ""
 
     async def delete(self, project: str, alias: str, *, etag: str = "") -> None:
@@ -236,23 +147,9 @@ class AliasStore:
             await session.delete(row)
             await session.flush()
             error = {"code": "alias_deleted", "message": f"{alias} was deleted before its rollout was done."}
-            ended = sa.update(RolloutRow).where(RolloutRow.project == project, RolloutRow.alias == alias, RolloutRow.state.in_(_ACTIVE))
+            ended = sa.update(RolloutRow).where(RolloutRow.project == project, RolloutRow.alias == alias, RolloutRow.state.in_(ACTIVE))
             await session.execute(ended.values(state=RolloutState.FAILED, error=error, updated_at=datetime.now(UTC)))
         self._changes.notify()
-
-    async def desired(self) -> tuple[Alias, ...]:
-        """Every alias of every project that serves something, newest change first."""
-        async with self._db.read() as session:
-            rows = (await session.execute(_SELECT.where(AliasRow.version != "").order_by(AliasRow.updated_at.desc()))).all()
-        return tuple(_alias(*row) for row in rows)
-
-    async def active_rollouts(self) -> tuple[Rollout, ...]:
-        """Rollouts that want work, in the order they came in: not those which are done, nor canaries, which wait for somebody's word."""
-        # With their alias, which every one of them has.
-        of_alias = sa.and_(AliasRow.project == RolloutRow.project, AliasRow.alias == RolloutRow.alias)
-        query = sa.select(RolloutRow, AliasRow.base_model).join(AliasRow, of_alias).where(RolloutRow.state.in_(_AT_WORK))
-        async with self._db.read() as session:
-            return tuple(_rollout(row, of_alias=base) for row, base in await session.execute(query.order_by(RolloutRow.number)))
 
     async def advance(self, rollout: Rollout, to: RolloutState) -> None:
         """Notes how far the rollout is. Raises AbortedError where it has ended meanwhile: rolled back, or its alias was deleted."""
@@ -320,8 +217,8 @@ class AliasStore:
 
 async def find_alias(session: AsyncSession, project: str, alias: str) -> Alias | None:
     """The alias as `session` sees it."""
-    row = (await session.execute(_SELECT.where(AliasRow.project == project, AliasRow.alias == alias))).one_or_none()
-    return None if row is None else _alias(*row)
+    row = (await session.execute(SELECT_ALIAS.where(AliasRow.project == project, AliasRow.alias == alias))).one_or_none()
+    return None if row is None else alias_of(*row)
 
 
 def serve(row: AliasRow, served: Served) -> None:
@@ -346,9 +243,6 @@ async def drop_canary(session: AsyncSession, row: AliasRow) -> None:
 def mark_changed(row: AliasRow) -> None:
     """What serves under the alias has changed: routes and etags that were handed out are no longer good."""
     row.etag, row.epoch, row.updated_at = new_etag(), row.epoch + 1, datetime.now(UTC)
-
-
-_SELECT = sa.select(AliasRow, RolloutRow).join(RolloutRow, RolloutRow.number == AliasRow.rollout_number)
 
 
 def _check_deploy(alias: str, *, served: Collection[str], request_id: str) -> None:
@@ -459,39 +353,4 @@ def alias_not_found(project: str, alias: str) -> NotFoundError:
     """For an alias that the project does not have."""
     return NotFoundError(
         f"There is no model {alias!r} in project {project}; list the models to see what there is.", code="model_not_found", param="model"
-    )
-
-
-def _rollout(row: RolloutRow, *, of_alias: str) -> Rollout:
-    """`of_alias` is the alias' base model."""
-    adapter = ArtifactRef.model_validate(row.adapter)
-    return Rollout(
-        row.number, row.project, row.alias, row.version, row.job_id, adapter, row.base_model or of_alias,
-        RolloutState(row.state), row.error, row.swap_s, row.canary_weight, row.replaced, row.traceparent,
-    )  # fmt: skip
-
-
-def _served(version: str, job_id: str, adapter: Mapping[str, object] | None, *, base_model: str) -> Served | None:
-    return Served(version, job_id, ArtifactRef.model_validate(adapter), base_model) if version else None
-
-
-def _alias(row: AliasRow, rollout: RolloutRow) -> Alias:
-    return Alias(
-        project=row.project,
-        alias=row.alias,
-        base_model=row.base_model,
-        version=row.version,
-        job_id=row.job_id,
-        adapter=None if row.adapter is None else ArtifactRef.model_validate(row.adapter),
-        etag=row.etag,
-        epoch=row.epoch,
-        rollout=_rollout(rollout, of_alias=row.base_model),
-        canary=_served(row.canary_version, row.canary_job_id, row.canary_adapter, base_model=row.base_model),
-        canary_weight=row.canary_weight,
-        previous=_served(
-            row.previous_version, row.previous_job_id, row.previous_adapter, base_model=row.previous_base_model or row.base_model
-        ),
-        pinned=row.pinned,
-        created_at=row.created_at,
-        updated_at=row.updated_at,
     )

@@ -10,7 +10,8 @@ import asyncio
 
 from finery_common.artifacts import ArtifactRef
 from finery_common.errors import FailedPreconditionError, UnavailableError
-from finery_serving.aliases import Alias, AliasStore, check_owned, version_of
+from finery_serving.aliases import AliasStore, check_owned, version_of
+from finery_serving.records import Alias
 from finery_serving.registry import Registry
 from finery_serving.staging import Staging
 from finery_serving.vllm_client import RETRY_AFTER_S

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from finery_serving.aliases import Alias, Rollout
+from finery_serving.records import Alias, Rollout
 from finery_serving.registry import Registry
 
 
@@ -68,8 +68,8 @@ class Placement:
 
     def of(self, aliases: Sequence[Alias], rollouts: Sequence[Rollout]) -> dict[str, tuple[str, ...]]:
         """The ids of replicas for each version of the pool's base model that is wanted, on its way or serving."""
-        base_model = self._registry.base_model
-        rates = {(alias.project, alias.alias): self._registry.rate(alias.version) for alias in aliases}
+        base_model, asked = self._registry.base_model, self._registry.rates
+        rates = {(alias.project, alias.alias): asked.get(alias.version, 0.0) for alias in aliases}
         wanted: dict[str, Wanted] = {}
         for rollout in rollouts:
             if rollout.state.is_before_flip and rollout.base_model == base_model:
@@ -78,7 +78,7 @@ class Placement:
                 wanted.setdefault(rollout.version, Wanted(rollout.version, "/".join(key), rates.get(key, 0.0), is_pinned=True))
         for alias in aliases:
             for served in alias.serving if alias.base_model == base_model else ():
-                rate, is_pinned = self._registry.rate(served.version), alias.pinned and served.version == alias.version
+                rate, is_pinned = asked.get(served.version, 0.0), alias.pinned and served.version == alias.version
                 wanted.setdefault(served.version, Wanted(served.version, f"{alias.project}/{alias.alias}", rate, is_pinned))
         return place(list(wanted.values()), room={replica.id: replica.max_resident for replica in self._registry.ready})
 

@@ -13,10 +13,11 @@ from collections.abc import Coroutine, Mapping, Sequence
 import structlog
 
 from finery_common.errors import FineryError
-from finery_serving.aliases import Alias, AliasStore, Rollout, RolloutState, Served
+from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
 from finery_serving.metrics import ADAPTER_STATE, ADAPTER_STATES
 from finery_serving.placement import Placement
+from finery_serving.records import Alias, Rollout, RolloutState, Served
 from finery_serving.registry import Registry
 from finery_serving.residency import Residency
 from finery_serving.rollout import RolloutRunner
@@ -76,17 +77,16 @@ class Reconciler:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _pass(self) -> None:
-        # In this order: a rollout that ends in between is counted, and one that comes later is not begun before the next pass.
-        rollouts = await self._store.active_rollouts()
-        desired = await self._store.desired()
-        aliases = [alias for alias in desired if alias.base_model == self._registry.base_model]
+        now = await self._store.snapshot()
+        rollouts = now.rollouts
+        aliases = [alias for alias in now.desired if alias.base_model == self._registry.base_model]
         self._publish(aliases)
         self._residency.keep([alias.version for alias in aliases if alias.pinned])
         for rollout in _due(rollouts, base_model=self._registry.base_model):
             self._continue(rollout)
         if not self._residency.ready:
             return
-        self._spawn_loads(aliases, placed=self._placement.of(desired, rollouts))
+        self._spawn_loads(aliases, placed=self._placement.of(now.desired, rollouts))
         for version, adapter in self._registry.loads_asked.items():
             self._spawn(f"load {version}", self._load_as_asked(Served(version, "", adapter, self._registry.base_model)))
         wanted = _versions(aliases) | {rollout.version for rollout in rollouts}
@@ -142,8 +142,8 @@ class Reconciler:
         await self._store.finish(rollout)
 
     async def _wants(self, version: str) -> bool:
-        wanted = _versions(await self._store.desired())
-        return version in wanted | {other.version for other in await self._store.active_rollouts() if other.state.is_before_flip}
+        now = await self._store.snapshot()
+        return version in _versions(now.desired) | {other.version for other in now.rollouts if other.state.is_before_flip}
 
     async def _load(self, served: Served, *, wait_s: float = 0.0) -> None:
         path = await self._staging.fetch(served.adapter)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -226,9 +227,13 @@ class Registry:
         """Whether this agent decides for its pool. For a moment two may think so: what they decide is compared with the database."""
         return min((replica.id for replica in self.ready), default="") == self._process.runtime.replica_id
 
-    def rate(self, version: str) -> float:
-        """Requests a second for `version` on all replicas."""
-        return sum(replica.rates.get(version, 0.0) for replica in self.live)
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Requests a second for each version on all replicas."""
+        rates: Counter[str] = Counter()
+        for replica in self.live:
+            rates.update(replica.rates)
+        return rates
 
     def token_of(self, replica: Replica) -> str:
         """What a request to `replica` has to carry."""

@@ -20,10 +20,6 @@ from finery_common.artifacts import ArtifactRef
 from finery_common.database import Database
 from finery_common.errors import AbortedError, AlreadyExistsError, FailedPreconditionError
 from finery_serving.aliases import (
-    BEFORE_FLIP,
-    Alias,
-    RolloutState,
-    Served,
     alias_not_found,
     body_digest,
     check_etag,
@@ -38,6 +34,7 @@ from finery_serving.aliases import (
 )
 from finery_serving.changes import Changes
 from finery_serving.metrics import SWAPS
+from finery_serving.records import BEFORE_FLIP, Alias, RolloutState, Served
 from finery_serving.tables import AliasRow, RequestRow, RevisionRow, RolloutRow, changing
 
 _Act = Callable[[AsyncSession, AliasRow], Awaitable[str]]

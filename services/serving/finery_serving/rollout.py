@@ -21,11 +21,12 @@ import structlog
 from finery_common.errors import AbortedError, FailedPreconditionError, FineryError, UnavailableError
 from finery_common.rpc.status import unknown_error
 from finery_common.tracing import span
-from finery_serving.aliases import Alias, AliasStore, Rollout, RolloutState
+from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
 from finery_serving.metrics import SWAP_SECONDS, SWAPS
 from finery_serving.placement import Placement
 from finery_serving.preflight import BaseModel, check_adapter, check_manifest
+from finery_serving.records import Alias, Rollout, RolloutState
 from finery_serving.registry import Registry
 from finery_serving.residency import Residency
 from finery_serving.staging import Staging
@@ -104,11 +105,10 @@ class RolloutRunner:
     async def _turn(self, work: _Work) -> bool:
         """Looks at where the rollout is and does what can be done; waits for a change where that is nothing. True when it is over."""
         seen, rollout = self._changes.count, work.rollout
-        # In this order: a rollout that ends in between is counted.
-        rollouts = await self._store.active_rollouts()
-        if not any(other.number == rollout.number and other.state.is_before_flip for other in rollouts):
+        now = await self._store.snapshot()
+        if not any(other.number == rollout.number and other.state.is_before_flip for other in now.rollouts):
             return True
-        placed = self._placement.of(await self._store.desired(), rollouts).get(rollout.version, ())
+        placed = self._placement.of(now.desired, now.rollouts).get(rollout.version, ())
         if self._registry.own.id in placed and self._has_work(rollout):
             await self._prepare(work)
         elif self._registry.leads and placed and await self._end(work, placed):

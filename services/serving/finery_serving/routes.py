@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 import structlog
 
 from finery_common.errors import FailedPreconditionError, FineryError, NotFoundError, ResourceExhaustedError, UnavailableError
-from finery_serving.aliases import Alias, AliasStore, RolloutState, Served
+from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
 from finery_serving.placement import Placement
+from finery_serving.records import Alias, RolloutState, Served
 from finery_serving.registry import Registry, Replica
 from finery_serving.residency import Residency
 from finery_serving.staging import Staging

@@ -15,9 +15,10 @@ from finery_common.resource_names import parse_name, parse_parent
 from finery_common.rpc.messages import artifact_from_proto, artifact_to_proto, error_to_proto, timestamp
 from finery_common.rpc.server import UNARY_DEADLINE_S, Servicer
 from finery_common.rpc.tokens import require_project
-from finery_serving.aliases import Alias, AliasStore
+from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
 from finery_serving.deployments import Deployments
+from finery_serving.records import Alias
 from finery_serving.registry import Pool, Registry
 from finery_serving.releases import Releases
 from finery_serving.routes import Routes, Target
@@ -52,7 +53,9 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
     async def ListDeployments(
         self, request: serving_pb2.ListDeploymentsRequest, context: grpc.aio.ServicerContext
     ) -> serving_pb2.ListDeploymentsResponse:
-        visible = {served.version for alias in (await self._all(require_project())).values() for served in alias.serving}
+        visible = {
+            served.version for alias in (await self._store.snapshot()).of_project(require_project()).values() for served in alias.serving
+        }
         deployments = [_pool_to_proto(pool, visible=visible) for pool in self._registry.pools.values()]
         return serving_pb2.ListDeploymentsResponse(deployments=deployments)
 
@@ -116,7 +119,7 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         known: dict[str, Alias] = {}
         while not self._ending:
             seen = self._changes.count
-            current = await self._all(project)
+            current = (await self._store.snapshot()).of_project(project)
             for alias in current.values():
                 if known.get(alias.alias) != alias:
                     yield serving_pb2.AliasEvent(alias=_alias_to_proto(alias))
@@ -139,14 +142,6 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
             max_model_len=route.max_model_len,
             targets=[_target_to_proto(target) for target in route.targets],
         )
-
-    async def _all(self, project: str) -> dict[str, Alias]:
-        found, token = await self._store.list(project)
-        aliases = list(found)
-        while token:
-            found, token = await self._store.list(project, page_token=token)
-            aliases += found
-        return {alias.alias: alias for alias in aliases}
 
 
 def servicer_of(servicer: ServingServicer) -> Servicer:

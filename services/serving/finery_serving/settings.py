@@ -32,7 +32,8 @@ class ServingSettings(ServiceSettings):
     serving_device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
     max_loras: int = Field(default=4, ge=1)
-    """Distinct adapters in one batch."""
+    """Distinct adapters in one batch, each with a place on the GPU. vLLM before 0.26 gets as many as `max_cpu_loras`: it would mix
+    adapters otherwise."""
     max_cpu_loras: int = Field(default=8, ge=1)
     """Adapters that vLLM holds at once; what is deployed beyond that is loaded when a request asks for it."""
     max_lora_rank: Annotated[int, AfterValidator(_is_known_rank)] = 0

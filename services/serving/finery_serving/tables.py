@@ -30,6 +30,7 @@ class RolloutRow(Base):
     __table_args__ = (
         sa.UniqueConstraint("project", "request_id"),
         sa.Index("rollouts_by_alias", "project", "alias", "number"),
+        sa.Index("rollouts_by_state", "state"),
         {"sqlite_autoincrement": True},
     )
 

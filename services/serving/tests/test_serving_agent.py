@@ -16,9 +16,10 @@ from finery_common.rpc.server import RpcServer, token_authenticator
 from finery_common.rpc.tokens import TokenSigner
 from finery_common.service import until_stopped
 from finery_serving.__main__ import tell_readiness
-from finery_serving.aliases import AliasStore, RolloutState
+from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
 from finery_serving.reconcile import Reconciler
+from finery_serving.records import RolloutState
 from finery_serving.staging import Staging
 
 BASE = "base"

@@ -9,8 +9,9 @@ import sqlalchemy as sa
 from finery_common.artifacts import ArtifactRef
 from finery_common.database import Database
 from finery_common.errors import AbortedError, AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
-from finery_serving.aliases import AliasStore, RolloutState, version_of
+from finery_serving.aliases import AliasStore, version_of
 from finery_serving.changes import Changes
+from finery_serving.records import RolloutState
 
 BASE = "SmolLM2"
 
@@ -46,8 +47,8 @@ async def test_a_deploy_makes_an_alias_that_serves_nothing_yet(store):
     made = await deploy(store)
     assert (made.version, made.epoch, made.rollout.state, made.rollout.version) == ("", 0, RolloutState.PENDING, "ftjob-1-20-aaaaaaaa")
     assert await store.get("alpha", "m") == made
-    assert await store.active_rollouts() == (made.rollout,)
-    assert await store.desired() == ()
+    assert (await store.snapshot()).rollouts == (made.rollout,)
+    assert (await store.snapshot()).desired == ()
 
 
 async def test_the_same_request_gives_the_same_rollout_and_another_body_is_refused(store):
@@ -59,7 +60,7 @@ async def test_the_same_request_gives_the_same_rollout_and_another_body_is_refus
         await deploy(store, ref=adapter(40))
     # Request ids are a project's own.
     assert (await deploy(store, project="beta")).project == "beta"
-    assert len(await store.active_rollouts()) == 2
+    assert len((await store.snapshot()).rollouts) == 2
 
 
 async def test_a_flip_counts_epochs_and_changes_the_etag(store):
@@ -70,8 +71,8 @@ async def test_a_flip_counts_epochs_and_changes_the_etag(store):
     assert (flipped.rollout.state, flipped.rollout.swap_s) == (RolloutState.DRAINING, 0.5)
     await store.finish(flipped.rollout)
     assert (await store.get("alpha", "m")).rollout.state == RolloutState.READY
-    assert await store.active_rollouts() == ()
-    assert [alias.alias for alias in await store.desired()] == ["m"]
+    assert (await store.snapshot()).rollouts == ()
+    assert [alias.alias for alias in (await store.snapshot()).desired] == ["m"]
 
 
 async def test_of_two_flips_with_one_etag_one_wins(store):
@@ -82,7 +83,7 @@ async def test_of_two_flips_with_one_etag_one_wins(store):
     alias = await store.get("alpha", "m")
     assert alias.epoch == 1
     # The loser's rollout is untouched by its rolled-back flip.
-    assert sorted(item.state for item in await store.active_rollouts()) == [RolloutState.DRAINING, RolloutState.PENDING]
+    assert sorted(item.state for item in (await store.snapshot()).rollouts) == [RolloutState.DRAINING, RolloutState.PENDING]
 
 
 async def test_a_deploy_with_a_stale_etag_is_aborted(store):
@@ -119,7 +120,7 @@ async def test_a_deleted_alias_is_gone_and_its_rollout_ends(store):
         await store.advance(made.rollout, RolloutState.LOADING)
     with pytest.raises(AbortedError):
         await store.flip(made.rollout, etag=made.etag, swap_s=0.1)
-    assert await store.active_rollouts() == ()
+    assert (await store.snapshot()).rollouts == ()
     with pytest.raises(NotFoundError, match="fresh request_id"):
         await deploy(store)
     assert (await deploy(store, request_id="r2")).epoch == 0
@@ -180,7 +181,7 @@ async def test_a_rollout_of_an_earlier_release_is_of_its_alias_base_model(store,
     made = await deploy(store)
     async with database.begin() as session:
         await session.execute(sa.text("UPDATE rollouts SET base_model = ''"))
-    assert [rollout.base_model for rollout in await store.active_rollouts()] == [BASE]
+    assert [rollout.base_model for rollout in (await store.snapshot()).rollouts] == [BASE]
     assert (await store.get("alpha", "m")).rollout == made.rollout
 
 

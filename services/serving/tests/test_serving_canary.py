@@ -10,8 +10,9 @@ from prometheus_client import REGISTRY
 
 from finery.serving.v1 import serving_pb2
 from finery_common.errors import AbortedError, FailedPreconditionError, InvalidArgumentError, NotFoundError
-from finery_serving.aliases import AliasStore, RolloutState
+from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
+from finery_serving.records import RolloutState
 from finery_serving.releases import Releases
 
 STEP_S = 30.0

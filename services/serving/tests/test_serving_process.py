@@ -27,10 +27,12 @@ from finery_serving.vllm_process import (
     VllmConfig,
     VllmProcess,
     kill_leftover,
+    lora_slots,
     make_runtime,
     start_ticks,
     vllm_command,
     vllm_environment,
+    vllm_version,
 )
 
 
@@ -369,6 +371,19 @@ def test_a_missing_vllm_is_named(tmp_path):
         vllm_config(settings, entry=base_entry(settings), base_dir=tmp_path)
     made = vllm_config(settings.model_copy(update={"vllm_python": Path(sys.executable)}), entry=base_entry(settings), base_dir=tmp_path)
     assert (made.max_model_len, made.max_loras, made.max_cpu_loras) == (64, 9, 9)
+
+
+@pytest.mark.parametrize(("version", "wanted"), [((0, 26), 2), ((1, 0), 2), ((0, 25), 8), ((0, 24), 8), (None, 8)])
+def test_a_vllm_that_gives_places_away_gets_one_for_each_adapter(version, wanted):
+    assert lora_slots(2, 8, version=version) == wanted
+
+
+def test_the_version_of_vllm_is_that_of_its_environment(tmp_path):
+    vllm_python = Path(os.environ.get("FINERY_VLLM_PYTHON", Path(__file__).resolve().parents[3] / ".venv-vllm" / "bin" / "python"))
+    said = subprocess.run([vllm_python, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True, check=True).stdout
+    assert vllm_version(vllm_python) == tuple(int(part) for part in said.strip().splitlines()[-1].split(".")[:2])
+    assert vllm_version(tmp_path / "none") is None
+    assert vllm_version(Path(sys.executable)) is None, "this environment has none"
 
 
 def test_a_process_without_settings_says_what_is_missing_in_one_line(tmp_path):

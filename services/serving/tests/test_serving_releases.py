@@ -12,23 +12,29 @@ from alembic.operations import Operations
 from finery_common.artifacts import ArtifactRef
 from finery_common.database import Database
 from finery_common.errors import AbortedError, AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
-from finery_serving.aliases import AliasStore, RolloutState
+from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
 from finery_serving.migrations.versions import __name__ as migrations
+from finery_serving.records import RolloutState
 from finery_serving.releases import Releases
 
 BASE = "SmolLM2"
 
 
 @pytest.fixture
-async def store(database: Database) -> AliasStore:
-    await database.migrate("finery_serving.migrations", version_table="serving_version")
-    return AliasStore(database, changes=Changes())
+def changes() -> Changes:
+    return Changes()
 
 
 @pytest.fixture
-def releases(database: Database) -> Releases:
-    return Releases(database, changes=Changes())
+async def store(database: Database, changes: Changes) -> AliasStore:
+    await database.migrate("finery_serving.migrations", version_table="serving_version")
+    return AliasStore(database, changes=changes)
+
+
+@pytest.fixture
+def releases(database: Database, changes: Changes) -> Releases:
+    return Releases(database, changes=changes)
 
 
 def adapter(step: int, *, project: str = "alpha") -> ArtifactRef:
@@ -104,8 +110,8 @@ async def test_a_canary_serves_beside_the_version_and_flips_nothing(store):
     assert [served.adapter for served in after.serving] == [adapter(1), adapter(2)]
     assert (after.epoch, after.etag != before.etag) == (before.epoch + 1, True)
     assert (after.rollout.state, after.rollout.canary_weight, after.rollout.swap_s) == (RolloutState.CANARY, 25, 0.1)
-    assert await store.active_rollouts() == ()
-    assert await store.desired() == (after,)
+    assert (await store.snapshot()).rollouts == ()
+    assert (await store.snapshot()).desired == (after,)
 
 
 async def test_a_canary_beside_nothing_or_itself_is_refused_at_once(store):
@@ -214,7 +220,7 @@ async def test_a_promotion_flips_to_the_canary_and_remembers_what_served(store, 
     assert (after.previous.version, after.previous.adapter) == (version(1), adapter(1))
     assert (after.epoch, after.etag != before.etag) == (before.epoch + 1, True)
     assert (after.rollout.state, after.rollout.replaced) == (RolloutState.DRAINING, version(1))
-    assert await store.active_rollouts() == (after.rollout,)
+    assert (await store.snapshot()).rollouts == (after.rollout,)
 
 
 async def test_the_same_request_promotes_once_and_another_body_is_refused(store, releases):
@@ -270,7 +276,7 @@ async def test_of_two_roll_backs_at_once_one_wins(store, releases, with_etag):
     before = await serving(store, 2)
     etag = before.etag if with_etag else ""
     won = await both(releases, roll_back(releases, etag=etag), roll_back(releases, request_id="c", etag=etag), have_etags=with_etag)
-    assert [rollout.version for rollout in await store.active_rollouts()] == [version(1)]
+    assert [rollout.version for rollout in (await store.snapshot()).rollouts] == [version(1)]
     assert won.rollout.version == version(1)
 
 
@@ -288,7 +294,7 @@ async def test_rolling_back_drops_a_canary(store, releases):
     after = await roll_back(releases, etag=before.etag)
     assert (after.version, after.canary, after.canary_weight, after.rollout.state) == (version(1), None, 0, RolloutState.ROLLED_BACK)
     assert (after.epoch, after.previous) == (before.epoch + 1, None)
-    assert await store.active_rollouts() == ()
+    assert (await store.snapshot()).rollouts == ()
     assert await roll_back(releases, etag=before.etag) == after
 
 
@@ -312,7 +318,7 @@ async def test_rolling_back_twice_does_not_undo_itself(store, releases):
     begun = await roll_back(releases)
     with pytest.raises(AbortedError, match="being rolled back already"):
         await roll_back(releases, request_id="c")
-    assert await store.active_rollouts() == (begun.rollout,)
+    assert (await store.snapshot()).rollouts == (begun.rollout,)
 
 
 async def test_rolling_back_ends_a_rollout_under_way_and_what_serves_goes_on(store, releases):
@@ -332,7 +338,7 @@ async def test_there_may_be_nothing_to_roll_back_to(store, releases):
     await serving(store, 1)
     with pytest.raises(FailedPreconditionError, match="nothing to roll back to"):
         await roll_back(releases)
-    assert await store.active_rollouts() == ()
+    assert (await store.snapshot()).rollouts == ()
     with pytest.raises(NotFoundError):
         await roll_back(releases, project="beta")
 
@@ -342,7 +348,7 @@ async def test_an_alias_that_is_deleted_takes_its_canary_along(store, releases):
     before = await canary(store, 2)
     await store.delete("alpha", "m")
     assert await state_of(store, before.rollout) == RolloutState.FAILED
-    assert await store.desired() == ()
+    assert (await store.snapshot()).desired == ()
     for call in (promote(releases), roll_back(releases)):
         with pytest.raises(NotFoundError):
             await call

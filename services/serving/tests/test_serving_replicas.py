@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from finery_serving import registry
-from finery_serving.aliases import RolloutState
+from finery_serving.records import RolloutState
 
 STEP_S = 40.0
 

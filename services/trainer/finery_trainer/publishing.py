@@ -12,6 +12,7 @@ from pathlib import Path
 
 from finery_common.artifacts import ArtifactKind, ArtifactRef, ArtifactStore
 from finery_common.errors import AlreadyExistsError
+from finery_common.spec import Precision
 from finery_trainer.client import Assignment
 from finery_trainer.records import StepMetrics
 
@@ -54,12 +55,18 @@ class MetricsTable:
 
 
 class Publisher:
-    """Publishes for one attempt. `confirm` raises where the attempt no longer holds its job; it is asked before every manifest."""
+    """Publishes for one attempt, which runs in `precision`.
 
-    def __init__(self, store: ArtifactStore, *, assignment: Assignment, base_sha256: str, confirm: Callable[[], None]) -> None:
+    `confirm` raises where the attempt no longer holds its job; it is asked before every manifest.
+    """
+
+    def __init__(
+        self, store: ArtifactStore, *, assignment: Assignment, base_sha256: str, precision: Precision, confirm: Callable[[], None]
+    ) -> None:
         self._store = store
         self._assignment = assignment
         self._base_sha256 = base_sha256
+        self._precision = precision
         self._confirm = confirm
 
     def state(self, folder: Path, *, step: int) -> ArtifactRef:
@@ -89,6 +96,8 @@ class Publisher:
             "base_model_sha256": self._base_sha256,
             "job_id": work.job_id,
             "step": step,
+            # What auto became here; NF4 weights can be made again by it.
+            "precision": self._precision.value,
         }
         with self._store.writer(prefix, kind=kind) as writer:
             writer.put_folder(folder)

@@ -120,7 +120,13 @@ class Worker:
         with span("load"):
             train = _method_of(assignment.spec, inputs)
             model = engine.load(assignment.spec, inputs.base_dir)
-        publisher = Publisher(store, assignment=assignment, base_sha256=inputs.base_sha256, confirm=self._link.confirm)
+        publisher = Publisher(
+            store,
+            assignment=assignment,
+            base_sha256=inputs.base_sha256,
+            precision=engine.precision_of(assignment.spec.precision),
+            confirm=self._link.confirm,
+        )
         run = _Run(model, assignment, inputs, work_dir=folder, publisher=publisher, link=self._link, was_stopped=self._was_stopped)
         self._enter(f"training by {_path_of(model)}")
         with span("train"):

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from finery_cli.client import Gateway, connected
 from finery_cli.commands.options import Json
 from finery_cli.output import err, fail, show
-from finery_common.spec import OutputFormat, OutputType
+from finery_common.conversion_spec import OutputFormat, OutputType
 
 _POLL_S = 0.5
 _FINAL = ("succeeded", "failed", "cancelled")

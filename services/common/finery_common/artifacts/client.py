@@ -28,12 +28,25 @@ from urllib3.response import BaseHTTPResponse
 from urllib3.util import Retry, Timeout
 
 from finery_common.artifacts.metrics import ARTIFACT_BYTES, ARTIFACT_FAILURES, STORE_UNAVAILABLE
-from finery_common.errors import DataLossError, FailedPreconditionError, FineryError, NotFoundError, UnavailableError
+from finery_common.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    FineryError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 
 _URL_LIFETIME = timedelta(hours=1)
 _READ_BYTES = 1 << 20
 _MISSING = {"NoSuchKey", "NoSuchObject", "ResourceNotFound", "NoSuchUpload"}
 _REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "RequestTimeTooSkewed"}
+# MinIO's disk and bucket quota, Ceph's quota, and 507 of whatever says no more.
+_FULL = {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded", "InsufficientStorage", "507"}
+
+
+PUBLIC_ENDPOINT = r"^(https?://[A-Za-z0-9.\-\[\]:]+)?$"
+"""A scheme, a host and maybe a port: a path would be part of what is signed."""
 
 
 class S3Settings(BaseModel):
@@ -49,6 +62,8 @@ class S3Settings(BaseModel):
     region: str = "us-east-1"
     secure: bool = False
     """HTTPS."""
+    public_endpoint: str = Field(default="", pattern=PUBLIC_ENDPOINT)
+    """`https://host[:port]` by which clients reach the store; empty where they reach `endpoint`. It only stands in URLs made for them."""
     retry_deadline_s: float = Field(default=60.0, gt=0)
     """How long one request is repeated while the store is gone."""
 
@@ -115,6 +130,18 @@ class S3Client:
             region=settings.region,
             http_client=self._http,
         )
+        self._public = self._minio if not settings.public_endpoint else self._signer_for(settings.public_endpoint)
+
+    def _signer_for(self, url: str) -> Minio:
+        """Signs for the store under another address; sends nothing, since the region is given."""
+        scheme, _, endpoint = url.partition("://")
+        return Minio(
+            endpoint,
+            access_key=self.settings.access_key,
+            secret_key=self.settings.secret_key,
+            secure=scheme == "https",
+            region=self.settings.region,
+        )
 
     def ensure_bucket(self) -> None:
         """Makes the bucket unless it is there."""
@@ -162,6 +189,14 @@ class S3Client:
         with self.translated("get"):
             return self._minio.get_object(self.bucket, key, offset=offset)
 
+    def download_url(self, key: str, *, lifetime: timedelta, disposition: str) -> str:
+        """A URL by which anybody gets the object for `lifetime`, as an attachment. It is as good as a key: never log it."""
+        answer: dict[str, str | list[str] | tuple[str]] = {
+            "response-content-disposition": disposition,
+            "response-content-type": "application/octet-stream",
+        }
+        return self._public.get_presigned_url("GET", self.bucket, key, expires=lifetime, response_headers=answer)
+
     def size_bytes(self, key: str) -> int:
         """An object's size. Raises NotFoundError."""
         with self.translated("stat"):
@@ -174,6 +209,19 @@ class S3Client:
                 if item.object_name and not item.is_dir:
                     modified_at = item.last_modified or datetime.now(UTC)
                     yield StoredObject(item.object_name, item.size or 0, modified_at)
+
+    def folders(self, prefix: str, *, after: str, limit: int) -> list[str]:
+        """At most `limit` names of folders right below `prefix`, in the store's order, from behind the folder `after`."""
+        found: list[str] = []
+        with self.translated("list"):
+            for item in self._minio.list_objects(self.bucket, prefix=prefix, start_after=f"{prefix}{after}/" if after else None):
+                name = (item.object_name or "").removeprefix(prefix).rstrip("/")
+                # Some stores answer with the folder itself, whose objects are behind its name.
+                if item.is_dir and name != after:
+                    found.append(name)
+                if len(found) == limit:
+                    break
+        return found
 
     def remove(self, keys: Sequence[str]) -> None:
         """Removes `keys`; a key that is not there is no error."""
@@ -304,6 +352,12 @@ def _error(code: str, message: str, *, endpoint: str, bucket: str, key: str) -> 
         return FailedPreconditionError(
             f"The object store at {endpoint} refused the keys ({code}: {message}). "
             "Check FINERY_S3_ACCESS_KEY, FINERY_S3_SECRET_KEY and its policy."
+        )
+    if code in _FULL:
+        return ResourceExhaustedError(
+            f"The object store at {endpoint} is full ({code}: {message}), and {key or 'the object'} was not stored. "
+            "Make room there, or raise the bucket's quota; then repeat the request.",
+            code="disk_full",
         )
     return UnavailableError(
         f"The object store at {endpoint} answered {code}: {message}. If its disk is full make room; then repeat the request."

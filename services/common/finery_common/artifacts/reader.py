@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 
 
 class ObjectReader(io.RawIOBase):
-    """A binary file over one object; wrap it in `io.BufferedReader` or `io.TextIOWrapper` as needed.
+    """A binary file over one object, from `offset` bytes on; wrap it in `io.BufferedReader` or `io.TextIOWrapper` as needed.
 
-    The read that meets the end raises DataLossError if the bytes differ from the manifest. A connection lost on the way is
-    taken up again where it broke; UnavailableError if that makes no progress for the store's deadline.
+    The read that meets the end raises DataLossError if the bytes differ from the manifest, unless only a part was asked for. A connection
+    lost on the way is taken up again where it broke; UnavailableError if that makes no progress for the store's deadline.
     """
 
-    def __init__(self, client: S3Client, *, key: str, entry: ObjectEntry) -> None:
+    def __init__(self, client: S3Client, *, key: str, entry: ObjectEntry, offset: int = 0) -> None:
         super().__init__()
         self._client = client
         self._key = key
         self.entry = entry
-        self._position = 0
+        self._position = offset
+        self._is_whole = offset == 0
         self._sha256 = hashlib.sha256()
-        self._response: BaseHTTPResponse | None = client.open(key) if entry.size_bytes else None
+        self._response: BaseHTTPResponse | None = client.open(key, offset=offset) if offset < entry.size_bytes else None
 
     def readable(self) -> bool:
         return True
@@ -45,7 +46,7 @@ class ObjectReader(io.RawIOBase):
         self._sha256.update(data)
         self._position += len(data)
         ARTIFACT_BYTES.labels("in").inc(len(data))
-        if self._position == self.entry.size_bytes and self._sha256.hexdigest() != self.entry.sha256:
+        if self._is_whole and self._position == self.entry.size_bytes and self._sha256.hexdigest() != self.entry.sha256:
             raise self._damaged(f"SHA-256 {self._sha256.hexdigest()}")
         return len(data)
 

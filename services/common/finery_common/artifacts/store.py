@@ -13,8 +13,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
-from finery_common.artifacts import cache
+from finery_common.artifacts import cache, download
 from finery_common.artifacts.client import S3Client, S3Settings, StoredObject
+from finery_common.artifacts.download import DEFAULT_LIFETIME_S, DownloadUrl
 from finery_common.artifacts.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -75,9 +76,12 @@ class ArtifactStore:
         finally:
             self._client.remove([key])
 
-    def writer(self, prefix: str, *, kind: ArtifactKind) -> ArtifactWriter:
-        """A writer for a new artifact under `prefix`. Raises InvalidArgumentError for a prefix outside the layout."""
-        return ArtifactWriter(self._client, prefix=prefix, kind=kind)
+    def writer(self, prefix: str, *, kind: ArtifactKind, size_bytes: int | None = None) -> ArtifactWriter:
+        """A writer for a new artifact under `prefix`, of `size_bytes` where that is known, which a store that is full is then told of.
+
+        S3 has no call for the room there is: only a write tells. Raises InvalidArgumentError for a prefix outside the layout.
+        """
+        return ArtifactWriter(self._client, prefix=prefix, kind=kind, size_bytes=size_bytes)
 
     def manifest(self, artifact: ArtifactRef | str) -> Manifest:
         """The manifest of a reference or prefix.
@@ -111,15 +115,25 @@ class ArtifactStore:
         """The reference of what is published under `prefix`. Raises NotFoundError."""
         return self.manifest(prefix).ref(prefix)
 
-    def open(self, artifact: ArtifactRef | str, name: str) -> ObjectReader:
-        """A checked stream of one object. Raises NotFoundError for an artifact or a name that is not there."""
-        manifest = self.manifest(artifact)
-        prefix = artifact if isinstance(artifact, str) else artifact.prefix
-        entry = manifest.entry(name)
-        if entry is None:
-            known = ", ".join(entry.name for entry in manifest.objects[:10]) or "nothing"
-            raise NotFoundError(f"{prefix} has no object {name!r}; it has {known}")
-        return self._open_entry(prefix, manifest, entry)
+    def open(self, artifact: ArtifactRef | str, name: str, *, offset: int = 0) -> ObjectReader:
+        """A checked stream of one object, or an unchecked one of what lies behind `offset` bytes of it.
+
+        Raises NotFoundError for an artifact or a name that is not there.
+        """
+        prefix, manifest, entry = self._entry(artifact, name)
+        return self._open_entry(prefix, manifest, entry, offset=offset)
+
+    def download_url(
+        self, artifact: ArtifactRef | str, name: str, *, lifetime_s: int = DEFAULT_LIFETIME_S, file_name: str | None = None
+    ) -> DownloadUrl:
+        """A presigned URL for one object, under the store's public endpoint; saved as `file_name`, or the last part of `name`.
+
+        It outlives a change of who may read the artifact, though not the artifact. Raises NotFoundError as `open` does, and
+        InvalidArgumentError for a lifetime that is not from 1 s to 7 days.
+        """
+        prefix, manifest, entry = self._entry(artifact, name)
+        key = prefix + manifest.folder + name
+        return download.sign(self._client, key=key, entry=entry, lifetime_s=lifetime_s, file_name=file_name or name.rpartition("/")[2])
 
     def fetch(self, artifact: ArtifactRef | str, cache_dir: Path, *, check: Callable[[Manifest], None] = _accept) -> Path:
         """A local folder with the artifact's objects under their names, every digest checked on the way in.
@@ -146,6 +160,11 @@ class ArtifactStore:
                     yield self.ref(owner)
                 except NotFoundError:
                     continue  # deleted meanwhile
+
+    def folders(self, prefix: str, *, after: str = "", limit: int) -> Sequence[str]:
+        """At most `limit` names right below `prefix`, such as `projects/p/models/`, in the store's order from behind `after`: of
+        artifacts that are published and of such as are being written or deleted."""
+        return self._client.folders(prefix, after=after, limit=limit)
 
     def delete(self, artifact: ArtifactRef | str) -> None:
         """Removes an artifact, manifest first, so that no reader trusts a half that is left. Repeating it is no error."""
@@ -182,8 +201,17 @@ class ArtifactStore:
             # What a damaged manifest named is for whoever restores it, and no reason to sweep nothing else.
             return True
 
-    def _open_entry(self, prefix: str, manifest: Manifest, entry: ObjectEntry) -> ObjectReader:
-        return ObjectReader(self._client, key=prefix + manifest.folder + entry.name, entry=entry)
+    def _entry(self, artifact: ArtifactRef | str, name: str) -> tuple[str, Manifest, ObjectEntry]:
+        manifest = self.manifest(artifact)
+        prefix = artifact if isinstance(artifact, str) else artifact.prefix
+        entry = manifest.entry(name)
+        if entry is None:
+            known = ", ".join(entry.name for entry in manifest.objects[:10]) or "nothing"
+            raise NotFoundError(f"{prefix} has no object {name!r}; it has {known}")
+        return prefix, manifest, entry
+
+    def _open_entry(self, prefix: str, manifest: Manifest, entry: ObjectEntry, *, offset: int = 0) -> ObjectReader:
+        return ObjectReader(self._client, key=prefix + manifest.folder + entry.name, entry=entry, offset=offset)
 
 
 def _by_folder(items: Iterator[StoredObject]) -> dict[str, list[StoredObject]]:

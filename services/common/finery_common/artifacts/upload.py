@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from finery_common.artifacts.client import S3Client
 from finery_common.artifacts.manifest import ObjectEntry
-from finery_common.errors import FineryError, InvalidArgumentError
+from finery_common.errors import FineryError, InvalidArgumentError, ResourceExhaustedError
 
 if TYPE_CHECKING:
     from finery_common.artifacts.writer import ArtifactWriter
@@ -22,13 +23,19 @@ MAX_PARTS = 10_000
 
 
 class ObjectUpload:
-    """One object on its way in: `write` chunks, then `finish`, or `abort`. Not for several threads at once."""
+    """One object on its way in: `write` chunks, then `finish`, or `abort`. Not for several threads at once.
 
-    def __init__(self, client: S3Client, *, key: str, name: str, part_size_bytes: int = PART_SIZE_BYTES) -> None:
+    Raises ResourceExhaustedError where the store is full, with the `artifact_bytes` that were to be stored, where they are known.
+    """
+
+    def __init__(
+        self, client: S3Client, *, key: str, name: str, part_size_bytes: int = PART_SIZE_BYTES, artifact_bytes: int | None = None
+    ) -> None:
         self._client = client
         self._key = key
         self._name = name
         self._part_size_bytes = part_size_bytes
+        self._artifact_bytes = artifact_bytes
         self._pending = bytearray()
         self._sha256 = hashlib.sha256()
         self._upload_id: str | None = None
@@ -50,11 +57,13 @@ class ObjectUpload:
 
     def finish(self) -> ObjectEntry:
         """Sends the rest; the object is in the store when this returns."""
-        if self._upload_id is None:
-            self._client.put(self._key, bytes(self._pending))
-        else:
+        if self._upload_id is not None:
             self._send_part(bytes(self._pending))
-            self._client.finish_multipart(self._key, upload_id=self._upload_id, etags=self._etags, size_bytes=self.size_bytes)
+        with self._saying_what_is_needed():
+            if self._upload_id is None:
+                self._client.put(self._key, bytes(self._pending))
+            else:
+                self._client.finish_multipart(self._key, upload_id=self._upload_id, etags=self._etags, size_bytes=self.size_bytes)
         return ObjectEntry(name=self._name, size_bytes=self.size_bytes, sha256=self._sha256.hexdigest())
 
     def abort(self) -> None:
@@ -70,9 +79,20 @@ class ObjectUpload:
         if len(self._etags) >= MAX_PARTS:
             limit_gib = MAX_PARTS * self._part_size_bytes / 2**30
             raise InvalidArgumentError(f"{self._name} is larger than {limit_gib:.0f} GiB, the most one object can hold; split it.")
-        if self._upload_id is None:
-            self._upload_id = self._client.start_multipart(self._key)
-        self._etags.append(self._client.put_part(self._key, upload_id=self._upload_id, number=len(self._etags) + 1, data=data))
+        with self._saying_what_is_needed():
+            if self._upload_id is None:
+                self._upload_id = self._client.start_multipart(self._key)
+            self._etags.append(self._client.put_part(self._key, upload_id=self._upload_id, number=len(self._etags) + 1, data=data))
+
+    @contextmanager
+    def _saying_what_is_needed(self) -> Iterator[None]:
+        try:
+            yield
+        except ResourceExhaustedError as error:
+            if self._artifact_bytes is None:
+                raise
+            message = f"{error.message} The whole artifact has {self._artifact_bytes:,} bytes; nothing of it was published."
+            raise ResourceExhaustedError(message, code=error.code) from error
 
 
 async def put_chunks(writer: ArtifactWriter, name: str, *, chunks: AsyncIterator[bytes]) -> ObjectEntry:

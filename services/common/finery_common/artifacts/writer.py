@@ -37,8 +37,9 @@ _READ_BYTES = 1 << 20
 class ArtifactWriter:
     """Collects one artifact's objects and publishes them. As a context manager it discards what was not published."""
 
-    def __init__(self, client: S3Client, *, prefix: str, kind: ArtifactKind) -> None:
+    def __init__(self, client: S3Client, *, prefix: str, kind: ArtifactKind, size_bytes: int | None = None) -> None:
         self._client = client
+        self._size_bytes = size_bytes
         self.prefix = check_prefix(prefix)
         self.kind: ArtifactKind = kind
         self.folder = f"objects/{secrets.token_hex(16)}/"
@@ -79,7 +80,8 @@ class ArtifactWriter:
         if check_object_name(name) in self._started:
             raise AlreadyExistsError(f"{self.prefix} already has an object {name}; every object is written once")
         self._started.add(name)
-        return ObjectUpload(self._client, key=self.prefix + self.folder + name, name=name, part_size_bytes=part_size_bytes)
+        key = self.prefix + self.folder + name
+        return ObjectUpload(self._client, key=key, name=name, part_size_bytes=part_size_bytes, artifact_bytes=self._size_bytes)
 
     def record(self, entry: ObjectEntry) -> ObjectEntry:
         """Notes a finished object for the manifest."""

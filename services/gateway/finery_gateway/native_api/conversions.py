@@ -10,8 +10,8 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response, StreamingResponse
 
 from finery_common.artifacts import Manifest, ObjectEntry
+from finery_common.conversion_spec import ConversionSpec
 from finery_common.errors import FailedPreconditionError, NotFoundError
-from finery_common.spec import ConversionSpec
 from finery_gateway.context import CreateAttempt, Gateway, GatewayParts, Project
 from finery_gateway.files import open_object
 from finery_gateway.native_api.sse import AfterSequence, event_stream

@@ -8,6 +8,6 @@
 """
 
 from finery_trainer.engine import adapter, checkpoint, data, distributed, full_model, loop, optim, preference, stack
-from finery_trainer.engine.model import load
+from finery_trainer.engine.model import load, precision_of
 
-__all__ = ["adapter", "checkpoint", "data", "distributed", "full_model", "load", "loop", "optim", "preference", "stack"]
+__all__ = ["adapter", "checkpoint", "data", "distributed", "full_model", "load", "loop", "optim", "precision_of", "preference", "stack"]

@@ -162,10 +162,16 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def precision_of(precision: Precision, device: torch.device | None = None) -> Precision:
+    """What `precision` is on `device`, the default one if None: auto is bfloat16 on a GPU and float32 on a CPU."""
+    if precision is not Precision.AUTO:
+        return precision
+    return Precision.FLOAT32 if (device or default_device()).type == "cpu" else Precision.BFLOAT16
+
+
 def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
-    """The element type of weights and arithmetic; auto is bfloat16 on a GPU and float32 on a CPU."""
-    if precision is Precision.AUTO:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    """The element type of weights and arithmetic."""
+    precision = precision_of(precision, device)
     return {Precision.BFLOAT16: torch.bfloat16, Precision.FLOAT16: torch.float16, Precision.FLOAT32: torch.float32}[precision]
 
 

@@ -27,35 +27,43 @@ from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%finery/conversion/v1/conversion.proto\x12\x14\x66inery.conversion.v1\x1a\x1a\x66inery/common/v1/job.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x01\n\x0e\x43onversionSpec\x12\x14\n\x07\x61\x64\x61pter\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x37\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\".finery.conversion.v1.OutputFormatH\x01\x88\x01\x01\x12\x33\n\x04type\x18\x03 \x01(\x0e\x32 .finery.conversion.v1.OutputTypeH\x02\x88\x01\x01\x42\n\n\x08_adapterB\t\n\x07_formatB\x07\n\x05_type\"\xc9\x02\n\nConversion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x04spec\x18\x02 \x01(\x0b\x32$.finery.conversion.v1.ConversionSpec\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.finery.common.v1.JobState\x12)\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x1a.finery.common.v1.JobError\x12/\n\x08\x61rtifact\x18\x05 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x10\n\x08progress\x18\x06 \x01(\x01\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"q\n\x17\x43reateConversionRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x32\n\x04spec\x18\x02 \x01(\x0b\x32$.finery.conversion.v1.ConversionSpec\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"$\n\x14GetConversionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"O\n\x16ListConversionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"i\n\x17ListConversionsResponse\x12\x35\n\x0b\x63onversions\x18\x01 \x03(\x0b\x32 .finery.conversion.v1.Conversion\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x17\x43\x61ncelConversionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\'\n\x17\x44\x65leteConversionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x16WatchConversionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03*d\n\x0cOutputFormat\x12\x1d\n\x19OUTPUT_FORMAT_UNSPECIFIED\x10\x00\x12\x1d\n\x19OUTPUT_FORMAT_SAFETENSORS\x10\x01\x12\x16\n\x12OUTPUT_FORMAT_GGUF\x10\x02*j\n\nOutputType\x12\x1b\n\x17OUTPUT_TYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTPUT_TYPE_BF16\x10\x01\x12\x13\n\x0fOUTPUT_TYPE_F16\x10\x02\x12\x14\n\x10OUTPUT_TYPE_Q8_0\x10\x03\x32\xe6\x04\n\x11\x43onversionService\x12\x63\n\x10\x43reateConversion\x12-.finery.conversion.v1.CreateConversionRequest\x1a .finery.conversion.v1.Conversion\x12]\n\rGetConversion\x12*.finery.conversion.v1.GetConversionRequest\x1a .finery.conversion.v1.Conversion\x12n\n\x0fListConversions\x12,.finery.conversion.v1.ListConversionsRequest\x1a-.finery.conversion.v1.ListConversionsResponse\x12\x63\n\x10\x43\x61ncelConversion\x12-.finery.conversion.v1.CancelConversionRequest\x1a .finery.conversion.v1.Conversion\x12Y\n\x10\x44\x65leteConversion\x12-.finery.conversion.v1.DeleteConversionRequest\x1a\x16.google.protobuf.Empty\x12]\n\x0fWatchConversion\x12,.finery.conversion.v1.WatchConversionRequest\x1a\x1a.finery.common.v1.JobEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%finery/conversion/v1/conversion.proto\x12\x14\x66inery.conversion.v1\x1a\x1a\x66inery/common/v1/job.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"S\n\x0fWeightedAdapter\x12\x14\n\x07\x61\x64\x61pter\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_adapterB\t\n\x07_weight\"\x95\x01\n\x07HubSpec\x12\x17\n\nrepository\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05token\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x14\n\x07private\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x15\n\x08revision\x18\x04 \x01(\tH\x03\x88\x01\x01\x42\r\n\x0b_repositoryB\x08\n\x06_tokenB\n\n\x08_privateB\x0b\n\t_revision\"\xca\x05\n\x0e\x43onversionSpec\x12\x14\n\x07\x61\x64\x61pter\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x37\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\".finery.conversion.v1.OutputFormatH\x01\x88\x01\x01\x12\x33\n\x04type\x18\x03 \x01(\x0e\x32 .finery.conversion.v1.OutputTypeH\x02\x88\x01\x01\x12\x12\n\x05model\x18\x04 \x01(\tH\x03\x88\x01\x01\x12\x37\n\x08\x61\x64\x61pters\x18\x05 \x03(\x0b\x32%.finery.conversion.v1.WeightedAdapter\x12;\n\x0b\x63ombination\x18\x06 \x01(\x0e\x32!.finery.conversion.v1.CombinationH\x04\x88\x01\x01\x12\x14\n\x07\x64\x65nsity\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05scale\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12<\n\x0c\x62\x61se_weights\x18\t \x01(\x0e\x32!.finery.conversion.v1.BaseWeightsH\x07\x88\x01\x01\x12 \n\x13\x63\x61libration_dataset\x18\n \x01(\tH\x08\x88\x01\x01\x12\x1e\n\x11importance_matrix\x18\x0b \x01(\x08H\t\x88\x01\x01\x12 \n\x13max_file_size_bytes\x18\x0c \x01(\x03H\n\x88\x01\x01\x12/\n\x03hub\x18\r \x01(\x0b\x32\x1d.finery.conversion.v1.HubSpecH\x0b\x88\x01\x01\x42\n\n\x08_adapterB\t\n\x07_formatB\x07\n\x05_typeB\x08\n\x06_modelB\x0e\n\x0c_combinationB\n\n\x08_densityB\x08\n\x06_scaleB\x0f\n\r_base_weightsB\x16\n\x14_calibration_datasetB\x14\n\x12_importance_matrixB\x16\n\x14_max_file_size_bytesB\x06\n\x04_hub\"\xc9\x02\n\nConversion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x04spec\x18\x02 \x01(\x0b\x32$.finery.conversion.v1.ConversionSpec\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.finery.common.v1.JobState\x12)\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x1a.finery.common.v1.JobError\x12/\n\x08\x61rtifact\x18\x05 \x01(\x0b\x32\x1d.finery.common.v1.ArtifactRef\x12\x10\n\x08progress\x18\x06 \x01(\x01\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inish_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"q\n\x17\x43reateConversionRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x32\n\x04spec\x18\x02 \x01(\x0b\x32$.finery.conversion.v1.ConversionSpec\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"$\n\x14GetConversionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"O\n\x16ListConversionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"i\n\x17ListConversionsResponse\x12\x35\n\x0b\x63onversions\x18\x01 \x03(\x0b\x32 .finery.conversion.v1.Conversion\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x17\x43\x61ncelConversionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\'\n\x17\x44\x65leteConversionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x16WatchConversionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03*\x9f\x01\n\x0cOutputFormat\x12\x1d\n\x19OUTPUT_FORMAT_UNSPECIFIED\x10\x00\x12\x1d\n\x19OUTPUT_FORMAT_SAFETENSORS\x10\x01\x12\x16\n\x12OUTPUT_FORMAT_GGUF\x10\x02\x12\x19\n\x15OUTPUT_FORMAT_ADAPTER\x10\x03\x12\x1e\n\x1aOUTPUT_FORMAT_GGUF_ADAPTER\x10\x04*\x9a\x05\n\nOutputType\x12\x1b\n\x17OUTPUT_TYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTPUT_TYPE_BF16\x10\x01\x12\x13\n\x0fOUTPUT_TYPE_F16\x10\x02\x12\x14\n\x10OUTPUT_TYPE_Q8_0\x10\x03\x12\x13\n\x0fOUTPUT_TYPE_F32\x10\x04\x12\x13\n\x0fOUTPUT_TYPE_NF4\x10\x05\x12\x13\n\x0fOUTPUT_TYPE_FP8\x10\x06\x12\x19\n\x15OUTPUT_TYPE_FP8_BLOCK\x10\x07\x12\x14\n\x10OUTPUT_TYPE_Q6_K\x10\x08\x12\x16\n\x12OUTPUT_TYPE_Q5_K_M\x10\t\x12\x16\n\x12OUTPUT_TYPE_Q5_K_S\x10\n\x12\x16\n\x12OUTPUT_TYPE_Q4_K_M\x10\x0b\x12\x16\n\x12OUTPUT_TYPE_Q4_K_S\x10\x0c\x12\x14\n\x10OUTPUT_TYPE_Q4_0\x10\r\x12\x16\n\x12OUTPUT_TYPE_IQ4_NL\x10\x0e\x12\x16\n\x12OUTPUT_TYPE_IQ4_XS\x10\x0f\x12\x16\n\x12OUTPUT_TYPE_Q3_K_L\x10\x10\x12\x16\n\x12OUTPUT_TYPE_Q3_K_M\x10\x11\x12\x15\n\x11OUTPUT_TYPE_IQ3_M\x10\x12\x12\x15\n\x11OUTPUT_TYPE_IQ3_S\x10\x13\x12\x17\n\x13OUTPUT_TYPE_IQ3_XXS\x10\x14\x12\x14\n\x10OUTPUT_TYPE_Q2_K\x10\x15\x12\x15\n\x11OUTPUT_TYPE_IQ2_M\x10\x16\x12\x15\n\x11OUTPUT_TYPE_IQ2_S\x10\x17\x12\x16\n\x12OUTPUT_TYPE_IQ2_XS\x10\x18\x12\x17\n\x13OUTPUT_TYPE_IQ2_XXS\x10\x19\x12\x15\n\x11OUTPUT_TYPE_IQ1_M\x10\x1a\x12\x15\n\x11OUTPUT_TYPE_IQ1_S\x10\x1b*\x90\x01\n\x0b\x43ombination\x12\x1b\n\x17\x43OMBINATION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43OMBINATION_LINEAR\x10\x01\x12\x14\n\x10\x43OMBINATION_TIES\x10\x02\x12\x1b\n\x17\x43OMBINATION_DARE_LINEAR\x10\x03\x12\x19\n\x15\x43OMBINATION_DARE_TIES\x10\x04*`\n\x0b\x42\x61seWeights\x12\x1c\n\x18\x42\x41SE_WEIGHTS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42\x41SE_WEIGHTS_TRAINED\x10\x01\x12\x19\n\x15\x42\x41SE_WEIGHTS_ORIGINAL\x10\x02\x32\xe6\x04\n\x11\x43onversionService\x12\x63\n\x10\x43reateConversion\x12-.finery.conversion.v1.CreateConversionRequest\x1a .finery.conversion.v1.Conversion\x12]\n\rGetConversion\x12*.finery.conversion.v1.GetConversionRequest\x1a .finery.conversion.v1.Conversion\x12n\n\x0fListConversions\x12,.finery.conversion.v1.ListConversionsRequest\x1a-.finery.conversion.v1.ListConversionsResponse\x12\x63\n\x10\x43\x61ncelConversion\x12-.finery.conversion.v1.CancelConversionRequest\x1a .finery.conversion.v1.Conversion\x12Y\n\x10\x44\x65leteConversion\x12-.finery.conversion.v1.DeleteConversionRequest\x1a\x16.google.protobuf.Empty\x12]\n\x0fWatchConversion\x12,.finery.conversion.v1.WatchConversionRequest\x1a\x1a.finery.common.v1.JobEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'finery.conversion.v1.conversion_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OUTPUTFORMAT']._serialized_start=1155
-  _globals['_OUTPUTFORMAT']._serialized_end=1255
-  _globals['_OUTPUTTYPE']._serialized_start=1257
-  _globals['_OUTPUTTYPE']._serialized_end=1363
-  _globals['_CONVERSIONSPEC']._serialized_start=154
-  _globals['_CONVERSIONSPEC']._serialized_end=334
-  _globals['_CONVERSION']._serialized_start=337
-  _globals['_CONVERSION']._serialized_end=666
-  _globals['_CREATECONVERSIONREQUEST']._serialized_start=668
-  _globals['_CREATECONVERSIONREQUEST']._serialized_end=781
-  _globals['_GETCONVERSIONREQUEST']._serialized_start=783
-  _globals['_GETCONVERSIONREQUEST']._serialized_end=819
-  _globals['_LISTCONVERSIONSREQUEST']._serialized_start=821
-  _globals['_LISTCONVERSIONSREQUEST']._serialized_end=900
-  _globals['_LISTCONVERSIONSRESPONSE']._serialized_start=902
-  _globals['_LISTCONVERSIONSRESPONSE']._serialized_end=1007
-  _globals['_CANCELCONVERSIONREQUEST']._serialized_start=1009
-  _globals['_CANCELCONVERSIONREQUEST']._serialized_end=1048
-  _globals['_DELETECONVERSIONREQUEST']._serialized_start=1050
-  _globals['_DELETECONVERSIONREQUEST']._serialized_end=1089
-  _globals['_WATCHCONVERSIONREQUEST']._serialized_start=1091
-  _globals['_WATCHCONVERSIONREQUEST']._serialized_end=1153
-  _globals['_CONVERSIONSERVICE']._serialized_start=1366
-  _globals['_CONVERSIONSERVICE']._serialized_end=1980
+  _globals['_OUTPUTFORMAT']._serialized_start=1927
+  _globals['_OUTPUTFORMAT']._serialized_end=2086
+  _globals['_OUTPUTTYPE']._serialized_start=2089
+  _globals['_OUTPUTTYPE']._serialized_end=2755
+  _globals['_COMBINATION']._serialized_start=2758
+  _globals['_COMBINATION']._serialized_end=2902
+  _globals['_BASEWEIGHTS']._serialized_start=2904
+  _globals['_BASEWEIGHTS']._serialized_end=3000
+  _globals['_WEIGHTEDADAPTER']._serialized_start=153
+  _globals['_WEIGHTEDADAPTER']._serialized_end=236
+  _globals['_HUBSPEC']._serialized_start=239
+  _globals['_HUBSPEC']._serialized_end=388
+  _globals['_CONVERSIONSPEC']._serialized_start=391
+  _globals['_CONVERSIONSPEC']._serialized_end=1105
+  _globals['_CONVERSION']._serialized_start=1108
+  _globals['_CONVERSION']._serialized_end=1437
+  _globals['_CREATECONVERSIONREQUEST']._serialized_start=1439
+  _globals['_CREATECONVERSIONREQUEST']._serialized_end=1552
+  _globals['_GETCONVERSIONREQUEST']._serialized_start=1554
+  _globals['_GETCONVERSIONREQUEST']._serialized_end=1590
+  _globals['_LISTCONVERSIONSREQUEST']._serialized_start=1592
+  _globals['_LISTCONVERSIONSREQUEST']._serialized_end=1671
+  _globals['_LISTCONVERSIONSRESPONSE']._serialized_start=1673
+  _globals['_LISTCONVERSIONSRESPONSE']._serialized_end=1778
+  _globals['_CANCELCONVERSIONREQUEST']._serialized_start=1780
+  _globals['_CANCELCONVERSIONREQUEST']._serialized_end=1819
+  _globals['_DELETECONVERSIONREQUEST']._serialized_start=1821
+  _globals['_DELETECONVERSIONREQUEST']._serialized_end=1860
+  _globals['_WATCHCONVERSIONREQUEST']._serialized_start=1862
+  _globals['_WATCHCONVERSIONREQUEST']._serialized_end=1924
+  _globals['_CONVERSIONSERVICE']._serialized_start=3003
+  _globals['_CONVERSIONSERVICE']._serialized_end=3617
 # @@protoc_insertion_point(module_scope)

@@ -17,6 +17,8 @@ class OutputFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTPUT_FORMAT_UNSPECIFIED: _ClassVar[OutputFormat]
     OUTPUT_FORMAT_SAFETENSORS: _ClassVar[OutputFormat]
     OUTPUT_FORMAT_GGUF: _ClassVar[OutputFormat]
+    OUTPUT_FORMAT_ADAPTER: _ClassVar[OutputFormat]
+    OUTPUT_FORMAT_GGUF_ADAPTER: _ClassVar[OutputFormat]
 
 class OutputType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -24,23 +26,135 @@ class OutputType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTPUT_TYPE_BF16: _ClassVar[OutputType]
     OUTPUT_TYPE_F16: _ClassVar[OutputType]
     OUTPUT_TYPE_Q8_0: _ClassVar[OutputType]
+    OUTPUT_TYPE_F32: _ClassVar[OutputType]
+    OUTPUT_TYPE_NF4: _ClassVar[OutputType]
+    OUTPUT_TYPE_FP8: _ClassVar[OutputType]
+    OUTPUT_TYPE_FP8_BLOCK: _ClassVar[OutputType]
+    OUTPUT_TYPE_Q6_K: _ClassVar[OutputType]
+    OUTPUT_TYPE_Q5_K_M: _ClassVar[OutputType]
+    OUTPUT_TYPE_Q5_K_S: _ClassVar[OutputType]
+    OUTPUT_TYPE_Q4_K_M: _ClassVar[OutputType]
+    OUTPUT_TYPE_Q4_K_S: _ClassVar[OutputType]
+    OUTPUT_TYPE_Q4_0: _ClassVar[OutputType]
+    OUTPUT_TYPE_IQ4_NL: _ClassVar[OutputType]
+    OUTPUT_TYPE_IQ4_XS: _ClassVar[OutputType]
+    OUTPUT_TYPE_Q3_K_L: _ClassVar[OutputType]
+    OUTPUT_TYPE_Q3_K_M: _ClassVar[OutputType]
+    OUTPUT_TYPE_IQ3_M: _ClassVar[OutputType]
+    OUTPUT_TYPE_IQ3_S: _ClassVar[OutputType]
+    OUTPUT_TYPE_IQ3_XXS: _ClassVar[OutputType]
+    OUTPUT_TYPE_Q2_K: _ClassVar[OutputType]
+    OUTPUT_TYPE_IQ2_M: _ClassVar[OutputType]
+    OUTPUT_TYPE_IQ2_S: _ClassVar[OutputType]
+    OUTPUT_TYPE_IQ2_XS: _ClassVar[OutputType]
+    OUTPUT_TYPE_IQ2_XXS: _ClassVar[OutputType]
+    OUTPUT_TYPE_IQ1_M: _ClassVar[OutputType]
+    OUTPUT_TYPE_IQ1_S: _ClassVar[OutputType]
+
+class Combination(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    COMBINATION_UNSPECIFIED: _ClassVar[Combination]
+    COMBINATION_LINEAR: _ClassVar[Combination]
+    COMBINATION_TIES: _ClassVar[Combination]
+    COMBINATION_DARE_LINEAR: _ClassVar[Combination]
+    COMBINATION_DARE_TIES: _ClassVar[Combination]
+
+class BaseWeights(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BASE_WEIGHTS_UNSPECIFIED: _ClassVar[BaseWeights]
+    BASE_WEIGHTS_TRAINED: _ClassVar[BaseWeights]
+    BASE_WEIGHTS_ORIGINAL: _ClassVar[BaseWeights]
 OUTPUT_FORMAT_UNSPECIFIED: OutputFormat
 OUTPUT_FORMAT_SAFETENSORS: OutputFormat
 OUTPUT_FORMAT_GGUF: OutputFormat
+OUTPUT_FORMAT_ADAPTER: OutputFormat
+OUTPUT_FORMAT_GGUF_ADAPTER: OutputFormat
 OUTPUT_TYPE_UNSPECIFIED: OutputType
 OUTPUT_TYPE_BF16: OutputType
 OUTPUT_TYPE_F16: OutputType
 OUTPUT_TYPE_Q8_0: OutputType
+OUTPUT_TYPE_F32: OutputType
+OUTPUT_TYPE_NF4: OutputType
+OUTPUT_TYPE_FP8: OutputType
+OUTPUT_TYPE_FP8_BLOCK: OutputType
+OUTPUT_TYPE_Q6_K: OutputType
+OUTPUT_TYPE_Q5_K_M: OutputType
+OUTPUT_TYPE_Q5_K_S: OutputType
+OUTPUT_TYPE_Q4_K_M: OutputType
+OUTPUT_TYPE_Q4_K_S: OutputType
+OUTPUT_TYPE_Q4_0: OutputType
+OUTPUT_TYPE_IQ4_NL: OutputType
+OUTPUT_TYPE_IQ4_XS: OutputType
+OUTPUT_TYPE_Q3_K_L: OutputType
+OUTPUT_TYPE_Q3_K_M: OutputType
+OUTPUT_TYPE_IQ3_M: OutputType
+OUTPUT_TYPE_IQ3_S: OutputType
+OUTPUT_TYPE_IQ3_XXS: OutputType
+OUTPUT_TYPE_Q2_K: OutputType
+OUTPUT_TYPE_IQ2_M: OutputType
+OUTPUT_TYPE_IQ2_S: OutputType
+OUTPUT_TYPE_IQ2_XS: OutputType
+OUTPUT_TYPE_IQ2_XXS: OutputType
+OUTPUT_TYPE_IQ1_M: OutputType
+OUTPUT_TYPE_IQ1_S: OutputType
+COMBINATION_UNSPECIFIED: Combination
+COMBINATION_LINEAR: Combination
+COMBINATION_TIES: Combination
+COMBINATION_DARE_LINEAR: Combination
+COMBINATION_DARE_TIES: Combination
+BASE_WEIGHTS_UNSPECIFIED: BaseWeights
+BASE_WEIGHTS_TRAINED: BaseWeights
+BASE_WEIGHTS_ORIGINAL: BaseWeights
+
+class WeightedAdapter(_message.Message):
+    __slots__ = ("adapter", "weight")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    weight: float
+    def __init__(self, adapter: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class HubSpec(_message.Message):
+    __slots__ = ("repository", "token", "private", "revision")
+    REPOSITORY_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    repository: str
+    token: str
+    private: bool
+    revision: str
+    def __init__(self, repository: _Optional[str] = ..., token: _Optional[str] = ..., private: _Optional[bool] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class ConversionSpec(_message.Message):
-    __slots__ = ("adapter", "format", "type")
+    __slots__ = ("adapter", "format", "type", "model", "adapters", "combination", "density", "scale", "base_weights", "calibration_dataset", "importance_matrix", "max_file_size_bytes", "hub")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    COMBINATION_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    BASE_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_DATASET_FIELD_NUMBER: _ClassVar[int]
+    IMPORTANCE_MATRIX_FIELD_NUMBER: _ClassVar[int]
+    MAX_FILE_SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HUB_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     format: OutputFormat
     type: OutputType
-    def __init__(self, adapter: _Optional[str] = ..., format: _Optional[_Union[OutputFormat, str]] = ..., type: _Optional[_Union[OutputType, str]] = ...) -> None: ...
+    model: str
+    adapters: _containers.RepeatedCompositeFieldContainer[WeightedAdapter]
+    combination: Combination
+    density: float
+    scale: float
+    base_weights: BaseWeights
+    calibration_dataset: str
+    importance_matrix: bool
+    max_file_size_bytes: int
+    hub: HubSpec
+    def __init__(self, adapter: _Optional[str] = ..., format: _Optional[_Union[OutputFormat, str]] = ..., type: _Optional[_Union[OutputType, str]] = ..., model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., combination: _Optional[_Union[Combination, str]] = ..., density: _Optional[float] = ..., scale: _Optional[float] = ..., base_weights: _Optional[_Union[BaseWeights, str]] = ..., calibration_dataset: _Optional[str] = ..., importance_matrix: _Optional[bool] = ..., max_file_size_bytes: _Optional[int] = ..., hub: _Optional[_Union[HubSpec, _Mapping]] = ...) -> None: ...
 
 class Conversion(_message.Message):
     __slots__ = ("name", "spec", "state", "error", "artifact", "progress", "create_time", "finish_time")
