@@ -10,6 +10,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterator
 
+import grpc
 import pytest
 from chaos.adapters import CONFIG, Adapters
 from chaos.load import say
@@ -75,16 +76,20 @@ DAMAGED: dict[str, tuple[Callable[[Adapters], ArtifactRef], str, str]] = {
         "adapter_not_servable",
         "extra.pt",
     ),
-    "name-upwards": (lambda adapters: adapters.publish_names("../../escaped"), "data_loss", "object name"),
-    "name-upwards-inside": (lambda adapters: adapters.publish_names("a/../../../escaped"), "data_loss", "object name"),
-    "name-absolute": (lambda adapters: adapters.publish_names("/tmp/escaped"), "data_loss", "object name"),
-    "name-with-nul": (lambda adapters: adapters.publish_names("escaped\0.safetensors"), "data_loss", "object name"),
-    "name-too-long": (lambda adapters: adapters.publish_names("escaped" * 1000), "data_loss", "object name"),
-    "name-file-and-folder": (lambda adapters: adapters.publish_names("escaped", "escaped/x"), "data_loss", "object name"),
     "config-too-large": (lambda adapters: adapters.publish(config=b" " * _LARGE), "adapter_not_servable", f"{_LARGE} bytes"),
     "config-that-unpacks": (packed, "adapter_not_servable", "no JSON"),
     "config-too-deep": (lambda adapters: adapters.publish(config=b"[" * 100_000), "adapter_not_servable", "no JSON"),
-    "manifest-too-large": (lambda adapters: adapters.publish_names("x" * _LARGE), "data_loss", "more than"),
+}
+
+# Read when the deployment is asked for.
+DAMAGED_MANIFESTS: dict[str, tuple[Callable[[Adapters], ArtifactRef], str]] = {
+    "name-upwards": (lambda adapters: adapters.publish_names("../../escaped"), "object name"),
+    "name-upwards-inside": (lambda adapters: adapters.publish_names("a/../../../escaped"), "object name"),
+    "name-absolute": (lambda adapters: adapters.publish_names("/tmp/escaped"), "object name"),
+    "name-with-nul": (lambda adapters: adapters.publish_names("escaped\0.safetensors"), "object name"),
+    "name-too-long": (lambda adapters: adapters.publish_names("escaped" * 1000), "object name"),
+    "name-file-and-folder": (lambda adapters: adapters.publish_names("escaped", "escaped/x"), "object name"),
+    "manifest-too-large": (lambda adapters: adapters.publish_names("x" * _LARGE), "more than"),
 }
 
 
@@ -109,6 +114,21 @@ def test_a_damaged_adapter_is_refused_and_what_served_goes_on(
     assert (failed.version, failed.epoch, failed.etag) == (steady.version, steady.epoch, steady.etag)
     assert set(vllm_state(system)["adapters"]) >= {steady.version}
     assert failed.rollout.version not in vllm_state(system)["adapters"]
+    assert say(client, "steady")
+
+
+@pytest.mark.parametrize("name", DAMAGED_MANIFESTS)
+def test_an_adapter_with_a_damaged_manifest_is_refused_at_once(
+    system: System, client: OpenAI, deployments: Deployments, adapters: Adapters, steady: serving_pb2.Alias, name: str
+):
+    make, words = DAMAGED_MANIFESTS[name]
+    before = deployments.get("steady")
+    with pytest.raises(grpc.RpcError, match="DATA_LOSS") as caught:
+        deployments.deploy("steady", make(adapters))
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 4000
+    assert str(system.layout.state_dir) not in str(caught.value)
+    assert (deployments.get("steady"), before.version) == (before, steady.version)
     assert say(client, "steady")
 
 

@@ -86,7 +86,7 @@ class Reconciler:
             self._continue(rollout)
         if not self._residency.ready:
             return
-        self._spawn_loads(aliases, placed=self._placement.of(aliases, rollouts))
+        self._spawn_loads(aliases, placed=self._placement.of(now.desired, rollouts))
         for version, adapter in self._registry.loads_asked.items():
             self._spawn(f"load {version}", self._load_as_asked(Served(version, "", adapter, self._registry.base_model)))
         wanted = _versions(aliases) | {rollout.version for rollout in rollouts}

@@ -141,6 +141,8 @@ async def test_a_cold_version_is_loaded_by_its_own_pool_whoever_is_asked(serving
         aliases = ["m0", "m1", "m2"]
         for alias in aliases:
             await base.served(publish(), alias)
+        # What one agent sees of another's replica is a moment old; a request that is refused by it asks again.
+        await until(lambda: [set(replica.versions) for replica in other.here.registry.ready_of("base")] == [held(base)])
         for alias in aliases:
             assert await ask(await other.route(alias), alias) == 200
         assert (len(held(base)), held(other)) == (1, set())

@@ -314,13 +314,12 @@ async def test_of_two_deploys_the_later_wins(client, adapters):
     await client.delete("race")
 
 
-async def test_an_adapter_that_does_not_exist_fails_and_its_alias_is_not_found(client):
+async def test_an_adapter_that_does_not_exist_is_refused_and_makes_no_alias(client):
     ref = ArtifactRef(prefix=f"projects/{PROJECT}/adapters/ftjob-none-1/", manifest_sha256="0" * 64, kind="adapter", size_bytes=1)
-    await client.deploy("nothing", ref)
-    await client.until("nothing", "FAILED")
-    with pytest.raises(NotFoundError, match="rollout failed"):
+    with pytest.raises(NotFoundError, match="There is no artifact"):
+        await client.deploy("nothing", ref)
+    with pytest.raises(NotFoundError, match="There is no model"):
         await client.resolve("nothing")
-    await client.delete("nothing")
 
 
 async def test_more_versions_than_vllm_holds_all_answer(client, adapters):

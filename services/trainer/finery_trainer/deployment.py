@@ -56,8 +56,8 @@ class Deployments:
             else:
                 alias = await self._serving.get(job.project, alias=alias_of(job))
             await self._judge(job, alias, tries=step["tries"])
-        except NotFoundError:
-            await self._retry(job, "its alias is gone", tries=step["tries"])
+        except NotFoundError as error:
+            await self._retry(job, "its alias is gone" if step["asked"] else error.message, tries=step["tries"])
         except InvalidArgumentError as error:
             await self._end(job, DeploymentState.FAILED, f"The model cannot be deployed: {error.message}", EventLevel.WARN)
         except FineryError as error:

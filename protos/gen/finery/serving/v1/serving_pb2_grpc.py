@@ -113,9 +113,10 @@ class ServingServiceServicer:
         """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one; with a
         `canary_weight` it becomes the alias' canary instead. Over a canary, once the new version has proved itself: a new canary
         takes its place, a plain deploy the whole alias.
-        Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout. Its replicas
-        are those of the base model that the adapter's manifest names: FAILED_PRECONDITION where there are none, or where a canary is
-        of another base model than what serves. Without a canary, the alias moves to the other base model; a pin ends then.
+        Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout.
+        The adapter's manifest names its base model, whose replicas the version goes to: NOT_FOUND and DATA_LOSS where the manifest is
+        gone or damaged, FAILED_PRECONDITION where no replicas serve that base model, or where a canary is of another one than what
+        serves. Without a canary, the alias moves to the other base model; a pin ends then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,9 +40,10 @@ class ServingServiceStub:
     """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one; with a
     `canary_weight` it becomes the alias' canary instead. Over a canary, once the new version has proved itself: a new canary
     takes its place, a plain deploy the whole alias.
-    Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout. Its replicas
-    are those of the base model that the adapter's manifest names: FAILED_PRECONDITION where there are none, or where a canary is
-    of another base model than what serves. Without a canary, the alias moves to the other base model; a pin ends then.
+    Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout.
+    The adapter's manifest names its base model, whose replicas the version goes to: NOT_FOUND and DATA_LOSS where the manifest is
+    gone or damaged, FAILED_PRECONDITION where no replicas serve that base model, or where a canary is of another one than what
+    serves. Without a canary, the alias moves to the other base model; a pin ends then.
     """
     GetAlias: _grpc.UnaryUnaryMultiCallable[_serving_pb2.GetAliasRequest, _serving_pb2.Alias]
     ListAliases: _grpc.UnaryUnaryMultiCallable[_serving_pb2.ListAliasesRequest, _serving_pb2.ListAliasesResponse]
@@ -82,9 +83,10 @@ class ServingServiceAsyncStub(ServingServiceStub):
     """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one; with a
     `canary_weight` it becomes the alias' canary instead. Over a canary, once the new version has proved itself: a new canary
     takes its place, a plain deploy the whole alias.
-    Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout. Its replicas
-    are those of the base model that the adapter's manifest names: FAILED_PRECONDITION where there are none, or where a canary is
-    of another base model than what serves. Without a canary, the alias moves to the other base model; a pin ends then.
+    Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout.
+    The adapter's manifest names its base model, whose replicas the version goes to: NOT_FOUND and DATA_LOSS where the manifest is
+    gone or damaged, FAILED_PRECONDITION where no replicas serve that base model, or where a canary is of another one than what
+    serves. Without a canary, the alias moves to the other base model; a pin ends then.
     """
     GetAlias: _aio.UnaryUnaryMultiCallable[_serving_pb2.GetAliasRequest, _serving_pb2.Alias]  # type: ignore[assignment]
     ListAliases: _aio.UnaryUnaryMultiCallable[_serving_pb2.ListAliasesRequest, _serving_pb2.ListAliasesResponse]  # type: ignore[assignment]
@@ -133,9 +135,10 @@ class ServingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Stages, verifies, loads and probes a version, then flips the alias to it, drains and unloads the old one; with a
         `canary_weight` it becomes the alias' canary instead. Over a canary, once the new version has proved itself: a new canary
         takes its place, a plain deploy the whole alias.
-        Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout. Its replicas
-        are those of the base model that the adapter's manifest names: FAILED_PRECONDITION where there are none, or where a canary is
-        of another base model than what serves. Without a canary, the alias moves to the other base model; a pin ends then.
+        Answers at once; the alias' `rollout` tells how far it is. The same `request_id` and body give the same rollout.
+        The adapter's manifest names its base model, whose replicas the version goes to: NOT_FOUND and DATA_LOSS where the manifest is
+        gone or damaged, FAILED_PRECONDITION where no replicas serve that base model, or where a canary is of another one than what
+        serves. Without a canary, the alias moves to the other base model; a pin ends then.
         """
 
     @_abc_1.abstractmethod
