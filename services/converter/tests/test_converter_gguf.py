@@ -65,7 +65,7 @@ def adapter(base_model_dir, tmp_path_factory) -> Path:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model_dir, dtype=torch.float32), config)
     optimizer = torch.optim.AdamW((item for item in model.parameters() if item.requires_grad), lr=3e-3)
     rows = tokenizer(PROMPT + ANSWER + tokenizer.eos_token, return_tensors="pt")
-    for _ in range(12):
+    for _ in range(24):
         loss = model(**rows, labels=rows["input_ids"]).loss
         loss.backward()
         optimizer.step()
