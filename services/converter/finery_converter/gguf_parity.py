@@ -25,6 +25,8 @@ from finery_converter.libllama import Batch, ContextParams, Library, ModelParams
 # Logits that are held of each model at a time.
 _CHUNK_BYTES = 64 * 1024 * 1024
 _MOST_TOKENS_AT_ONCE = 512
+# Of which distributions are made at a time, in float64.
+_BLOCK_ELEMENTS = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +192,12 @@ class _Statistics:
 
     def add(self, reference: np.ndarray, candidate: np.ndarray, next_ids: np.ndarray) -> None:
         """Logits of one chunk (positions, vocabulary); `next_ids` may be one shorter, at a sequence's end."""
+        step = max(1, _BLOCK_ELEMENTS // reference.shape[1])
+        for start in range(0, len(reference), step):
+            block = slice(start, start + step)
+            self._add_block(reference[block], candidate[block], next_ids[block])
+
+    def _add_block(self, reference: np.ndarray, candidate: np.ndarray, next_ids: np.ndarray) -> None:
         log_p, log_q = _log_softmax(reference), _log_softmax(candidate)
         places = np.arange(len(next_ids))
         self.reference_loss -= float(log_p[places, next_ids].sum())
