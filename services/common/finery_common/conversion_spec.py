@@ -130,7 +130,7 @@ class ConversionSpec(Spec):
     calibration_dataset: str | None = Field(default=None, pattern=r"^datasets/ds-[0-9a-f]{24}$")
     """A prepared dataset of the project, for perplexities and the importance matrix; none: texts that the converter brings along."""
     importance_matrix: bool | None = Field(default=None, strict=True)
-    """Weigh GGUF's rounding by the squares of each input. None: where the type is nothing without it."""
+    """Weigh GGUF's rounding by the squares of each input. None: for the iq types, the lower of which are nothing without it."""
     max_file_size_bytes: int | None = Field(default=None, ge=1_000_000, strict=True)
     """Files of weights are split at this size; none: safetensors as the base is, GGUF in one file."""
     hub: HubSpec | None = None
@@ -140,6 +140,11 @@ class ConversionSpec(Spec):
     def element_type(self) -> OutputType:
         """The type, or its format's default."""
         return self.type or OUTPUT_TYPES[self.format][0]
+
+    @property
+    def weighs_inputs(self) -> bool:
+        """Whether an importance matrix is made."""
+        return self.element_type.startswith("iq") if self.importance_matrix is None else self.importance_matrix
 
     @property
     def sources(self) -> tuple[WeightedAdapter, ...]:

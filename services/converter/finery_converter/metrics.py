@@ -12,3 +12,4 @@ SECONDS = Histogram(
 QUEUE_SECONDS = Histogram("finery_converter_queue_seconds", "Time from creation to the first attempt.", buckets=(0.1, 1, 10, 60, 600, 3600))
 WORKER_DEATHS = Counter("finery_converter_worker_deaths_total", "Workers that something killed.")
 PUBLISHED_BYTES = Counter("finery_converter_published_bytes_total", "Bytes of published models.")
+PUSHES = Counter("finery_converter_pushes_total", "Pushes to a Hub by outcome: pushed, failed.", ["outcome"])

@@ -95,6 +95,10 @@ LOSSY: dict[str, LossyBudget] = {
     "q3_k_l": LossyBudget(0.60, 0.65),
     "q3_k_m": LossyBudget(0.80, 0.60),
     "q2_k": LossyBudget(2.00, 0.40),
+    **{
+        name: LossyBudget(9.00, 0.01)
+        for name in ("iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
+    },
 }
 """The smallest models lose most to a narrow type: budgets fit one of 135 million parameters, with room."""
 
@@ -116,7 +120,7 @@ class Greedy:
     num_prompts: int
     num_tokens: int
     num_ties: int
-    """Of `num_tokens`, those where rounding itself makes another choice, or nearly: what comes first there is no matter of right and wrong."""
+    """Of `num_tokens`, those where rounding itself makes another choice, or nearly."""
     num_different: int
     """Tokens that differ and are no tie."""
 

@@ -18,11 +18,12 @@ from finery_common.conversion_spec import ConversionSpec
 from finery_common.errors import FailedPreconditionError
 from finery_common.jobs import Job, JobState, JobStore, Wanted
 from finery_common.resource_names import ResourceName, parse_name, parse_parent
-from finery_common.rpc.messages import artifact_to_proto, error_to_proto, event_to_proto, state_to_proto, timestamp
+from finery_common.rpc.messages import artifact_to_proto, error_to_proto, event_to_proto, state_to_proto, struct, timestamp
 from finery_common.rpc.server import Servicer
 from finery_common.rpc.tokens import require_project
 from finery_converter.attempt import model_prefix
 from finery_converter.runner import ConversionRunner
+from finery_converter.settings import ConverterSettings
 from finery_converter.sources import Sources
 
 SERVICE = "finery.conversion.v1.ConversionService"
@@ -34,17 +35,22 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ConversionServicer(conversion_pb2_grpc.ConversionServiceServicer):
     """The conversions of whichever project the caller's credentials name."""
 
-    def __init__(self, jobs: JobStore, *, artifacts: ArtifactStore, sources: Sources, runner: ConversionRunner) -> None:
+    def __init__(
+        self, jobs: JobStore, *, artifacts: ArtifactStore, sources: Sources, runner: ConversionRunner, settings: ConverterSettings
+    ) -> None:
         self._jobs = jobs
         self._artifacts = artifacts
         self._sources = sources
         self._runner = runner
+        self._settings = settings
 
     async def CreateConversion(self, request: conversion_pb2.CreateConversionRequest, context: Context) -> conversion_pb2.Conversion:
         project = parse_parent(request.parent, project=require_project())
         spec = ConversionSpec.from_proto(request.spec)
         if not await self._jobs.knows(project, request_id=request.request_id):
-            await asyncio.to_thread(self._sources.find, project, spec.adapter)
+            await asyncio.to_thread(self._sources.find, project, spec)
+            if spec.hub:
+                self._settings.hub_token(project, spec.hub.token)
         job = await self._jobs.create(project, request_id=request.request_id, spec=spec.model_dump(mode="json"))
         self._runner.wake()
         return conversion_to_proto(job)
@@ -94,7 +100,7 @@ def servicer_of(servicer: ConversionServicer) -> Servicer:
 
 def conversion_to_proto(job: Job) -> conversion_pb2.Conversion:
     """A job of kind conversion as the wire has it."""
-    artifact, progress = job.result.get("artifact"), job.progress.get("progress", 0.0)
+    artifact, progress, report = job.result.get("artifact"), job.progress.get("progress", 0.0), job.progress.get("report")
     return conversion_pb2.Conversion(
         name=str(ResourceName(job.project, COLLECTION, job.id)),
         spec=ConversionSpec.parse(job.spec).to_proto(conversion_pb2.ConversionSpec),
@@ -104,4 +110,12 @@ def conversion_to_proto(job: Job) -> conversion_pb2.Conversion:
         progress=progress if isinstance(progress, float) else 0.0,
         create_time=timestamp(job.created_at),
         finish_time=timestamp(job.finished_at),
+        report=struct(report) if isinstance(report, dict) else None,
+        hub=_hub_to_proto(job.result.get("hub")),
     )
+
+
+def _hub_to_proto(hub: object) -> conversion_pb2.HubPush | None:
+    if not isinstance(hub, dict):
+        return None
+    return conversion_pb2.HubPush(commit_url=hub.get("commit_url", ""), error=error_to_proto(hub.get("error")))

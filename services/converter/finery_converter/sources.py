@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from finery_common.artifacts import ArtifactRef, ArtifactStore, Manifest
-from finery_common.catalogue import Catalogue, folder_sha256, materialize
+from finery_common.catalogue import BaseModelEntry, Catalogue, folder_sha256, materialize
 from finery_common.conversion_spec import ConversionSpec
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 
@@ -20,7 +20,8 @@ _LOOK_AT = {
     "datasets": "it is not prepared yet, or it was deleted.",
 }
 _PRECISION = "bfloat16"
-"""What auto became where an artifact does not say so: on a GPU."""
+_DEVICE = "cuda"
+"""What artifacts mean that do not say so: training is for a GPU, where precision auto is bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Adapter:
     """Of the base as it was trained on: none, nf4 or int8."""
     precision: str
     """Of the base as it was trained on: bfloat16, float16 or float32."""
+    device: str
+    """Where: cpu or cuda."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Found:
     def precision(self) -> str:
         """In which the base was loaded."""
         return self.adapters[0].precision if self.adapters else _PRECISION
+
+    @property
+    def device(self) -> str:
+        """Where the base was quantized, if it was."""
+        return self.adapters[0].device if self.adapters else _DEVICE
 
     @property
     def made_from(self) -> dict[str, str]:
@@ -118,6 +126,10 @@ class Sources:
             )
         return folder
 
+    def base_entry(self, found: Found) -> BaseModelEntry:
+        """What the catalogue says of the base model."""
+        return self._catalogue.get(found.base_model)
+
     def folder(self, ref: ArtifactRef) -> Path:
         """A local copy, every digest checked. Raises DataLossError, ResourceExhaustedError."""
         return self._artifacts.fetch(ref, self._cache_dir)
@@ -149,7 +161,8 @@ def _adapter(key: str, manifest: Manifest, project: str, weight: float) -> Adapt
     quantization = str(manifest.spec.get("quantization", "none"))
     asked = manifest.spec.get("precision", "auto")
     precision = str(manifest.metadata.get("precision") or (_PRECISION if asked == "auto" else asked))
-    return Adapter(key, manifest.ref(_prefix(project, key)), weight, quantization, precision)
+    device = str(manifest.metadata.get("device") or _DEVICE)
+    return Adapter(key, manifest.ref(_prefix(project, key)), weight, quantization, precision, device)
 
 
 def _check_same_base(key: str, sha256: str, other: str, other_sha256: str) -> None:

@@ -37,5 +37,5 @@ class Task:
 
     @classmethod
     def read(cls, file: Path) -> Task:
-        fields = json.loads(file.read_text())
-        return cls(**{**fields, "adapter_dirs": tuple(fields["adapter_dirs"])})
+        fields: dict[str, Any] = json.loads(file.read_text())
+        return cls(**fields | {"adapter_dirs": tuple(fields["adapter_dirs"])})

@@ -31,24 +31,28 @@ from finery_common.resource_names import new_id
 from finery_common.rpc.channel import ServiceChannel, stream
 from finery_common.rpc.server import RpcServer, token_authenticator
 from finery_common.rpc.tokens import TokenSigner
-from finery_converter import worker
+from finery_converter import recipe
 from finery_converter.attempt import Workplace, model_prefix
 from finery_converter.gguf import SCRIPT
 from finery_converter.runner import ConversionRunner
 from finery_converter.server import ConversionServicer, servicer_of
+from finery_converter.settings import ConverterSettings
 from finery_converter.sources import Sources
+from finery_converter.task import Task
 
 SECRET = "s" * 40
 BASE_MODEL = "tiny"
-# Says that it runs and waits to be killed, unless told to go on.
+# Says that it runs and waits to be killed, unless told to go on; then it is llama.cpp's own.
 WAITING_CONVERTER = """
-import os, pathlib, sys, time
+import os, pathlib, runpy, sys, time
 here = pathlib.Path(__file__).parent
-out = pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1])
-if "--vocab-only" not in sys.argv and not (here / "go").exists():
+if "--vocab-only" in sys.argv and not (here / "go").exists():
     (here / "pid").write_text(str(os.getpid()))
     time.sleep(600)
-out.write_bytes(b"GGUF")
+real = pathlib.Path({real!r})
+sys.path.insert(0, str(real))
+sys.argv[0] = str(real / "convert_hf_to_gguf.py")
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -91,8 +95,17 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def base(make_base) -> Path:
-    return make_base()
+def base(make_speaker) -> Path:
+    return make_speaker(width=64)
+
+
+def waiting_converter(folder: Path, real: Path) -> Path:
+    """A folder whose converter waits, and is `real`'s otherwise."""
+    folder.mkdir()
+    (folder / SCRIPT).write_text(WAITING_CONVERTER.format(real=str(real)))
+    (folder / "gguf-py").symlink_to(real / "gguf-py")
+    (folder / "conversion").symlink_to(real / "conversion")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +131,16 @@ def publish_adapter(object_store, base, tmp_path):
 
 
 @pytest.fixture
-async def service(object_store, base, tmp_path):
+async def service(object_store, base, converter_dir, tmp_path):
     database = await Database.open(f"sqlite:///{tmp_path / 'converter.sqlite'}", schema="converter")
     await migrate(database)
     jobs = JobStore(database, kind="conversion", id_prefix="conv-", poll_interval_s=0.05)
     catalogue = Catalogue([BaseModelEntry(name=BASE_MODEL, path=base, max_sequence_length=64)])
     sources = Sources(object_store, catalogue=catalogue, cache_dir=tmp_path / "cache")
-    converter_dir = tmp_path / "converter"
-    converter_dir.mkdir()
-    (converter_dir / SCRIPT).write_text(WAITING_CONVERTER)
-    runner = ConversionRunner(Workplace(jobs, object_store, sources, tmp_path / "scratch", converter_dir), holder="test")
-    servicer = servicer_of(ConversionServicer(jobs, artifacts=object_store, sources=sources, runner=runner))
+    converter_dir = waiting_converter(tmp_path / "converter", converter_dir)
+    settings = ConverterSettings(state_dir=tmp_path, convert_hf_to_gguf=converter_dir, hub_tokens_dir=tmp_path / "hub-tokens")
+    runner = ConversionRunner(Workplace(jobs, object_store, sources, settings), holder="test")
+    servicer = servicer_of(ConversionServicer(jobs, artifacts=object_store, sources=sources, runner=runner, settings=settings))
     signer = TokenSigner(SECRET)
     server = RpcServer(address="127.0.0.1:0", servicers=[servicer], authenticate=token_authenticator(signer))
     channel = ServiceChannel(f"127.0.0.1:{await server.start()}", signer=signer, caller="test")
@@ -174,7 +186,7 @@ async def test_an_adapter_becomes_a_published_model_with_everything_on_record(se
     states = [event.state for event in events if event.type == "state"]
     assert states == [job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_VALIDATING, job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_SUCCEEDED]
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
-    assert {"merging", "uploading"} <= {MessageToDict(event.data).get("step") for event in events if event.type == "step"}
+    assert {"merging", "comparing", "uploading"} <= {MessageToDict(event.data).get("step") for event in events if event.type == "step"}
     assert (done.state, done.progress) == (job_pb2.JOB_STATE_SUCCEEDED, 1.0)
 
     conversion_id = done.name.rpartition("/")[2]
@@ -183,11 +195,15 @@ async def test_an_adapter_becomes_a_published_model_with_everything_on_record(se
     adapter_manifest = service.artifacts.manifest(f"projects/{service.project}/{key}/")
     assert manifest.kind == "model"
     assert manifest.made_from == {"adapter": adapter_manifest.sha256, "base_model": adapter_manifest.metadata["base_model_sha256"]}
-    assert manifest.spec == {"adapter": key, "format": "safetensors", "type": "f16"}
+    assert (manifest.spec["adapter"], manifest.spec["format"], manifest.spec["type"]) == (key, "safetensors", "f16")
+    report = MessageToDict(done.report)
+    assert manifest.metadata["report"]["parity"]["weights"]["num_wrong"] == 0
+    assert report["parity"]["difference"]["rms"] == pytest.approx(manifest.metadata["report"]["parity"]["difference"]["rms"])
+    assert set(report["parity"]["perplexity"]) == {"base", "adapter", "converted"}
     assert manifest.attempt == f"{conversion_id}/1"
 
     folder = service.artifacts.fetch(done.artifact.prefix, tmp_path / "fetched")
-    assert {path.name for path in folder.iterdir()} == {path.name for path in base.iterdir()} - {"code.py"}
+    assert {path.name for path in folder.iterdir()} == {path.name for path in base.iterdir()}
     weights = load_file(folder / "model.safetensors")
     assert not any(weights[name].equal(tensor.half()) for name, tensor in load_file(base / "model.safetensors").items() if "_proj" in name)
 
@@ -228,7 +244,7 @@ async def test_an_adapter_unknown_or_of_another_project_is_not_found_at_creation
 
 async def test_a_wrong_spec_is_refused_with_its_field(service, publish_adapter, adapter):
     key = publish_adapter(adapter, project=service.project)
-    with pytest.raises(InvalidArgumentError, match="q8_0 exists in GGUF only"):
+    with pytest.raises(InvalidArgumentError, match="got q8_0 with format safetensors, wanted one of bf16, f16"):
         await service.create(key, type=conversion_pb2.OUTPUT_TYPE_Q8_0)
     with pytest.raises(InvalidArgumentError) as caught:
         await service.create("adapters/../../files/x")
@@ -309,7 +325,7 @@ async def test_a_worker_killed_9_is_followed_by_another_attempt_that_publishes_o
     [published] = service.published()
     manifest = service.artifacts.manifest(published)
     assert manifest.attempt.endswith("/2")
-    assert [entry.name for entry in manifest.objects] == ["model.q8_0.gguf"]
+    assert [entry.name for entry in manifest.objects] == ["Modelfile", "model.q8_0.gguf"]
 
 
 async def test_a_worker_killed_three_times_fails_the_conversion(service, publish_adapter, adapter):
@@ -341,23 +357,22 @@ async def test_what_a_dead_attempt_published_ends_the_job_well_even_if_cancelled
 
 def test_too_little_disk_is_said_before_anything_is_written_with_the_bytes_needed(base, adapter, tmp_path, monkeypatch):
     (tmp_path / "output").mkdir()
-    task = worker.Task(str(base), str(adapter), str(tmp_path / "output"), str(tmp_path), "safetensors", "bf16", "m", "")
-    usage = worker.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(worker.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    with pytest.raises(ResourceExhaustedError, match=r"needs 67,[0-9]{3},[0-9]{3} bytes .* 1,000,000 are free") as caught:
-        worker.convert(task, lambda step, share: None)
+    spec = {"adapter": f"adapters/{new_id('ftjob-')}-3"}
+    task = Task(spec, str(base), (str(adapter),), None, "plain", "float32", "cpu", str(tmp_path / "output"), str(tmp_path), "m", "")
+    usage = recipe.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(recipe.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    with pytest.raises(ResourceExhaustedError, match=r"needs [0-9]{2},[0-9]{3},[0-9]{3} bytes .* 1,000,000 are free") as caught:
+        recipe.cook(task, lambda step, share: None)
     assert caught.value.code == "disk_full"
     assert list((tmp_path / "output").iterdir()) == []
 
 
 @pytest.fixture
-def environment(seaweedfs, base, tmp_path):
+def environment(seaweedfs, base, converter_dir, tmp_path):
     """What a converter's process needs to start."""
     (tmp_path / "secret").write_text(SECRET)
     (tmp_path / "catalogue.yaml").write_text(f"models: [{{name: {BASE_MODEL}, path: {base}, max_sequence_length: 64}}]\n")
-    converter_dir = tmp_path / "converter"
-    converter_dir.mkdir()
-    (converter_dir / SCRIPT).write_text(WAITING_CONVERTER)
+    converter_dir = waiting_converter(tmp_path / "converter", converter_dir)
     settings = seaweedfs.settings
     return os.environ | {
         "PYTHONSAFEPATH": "1",

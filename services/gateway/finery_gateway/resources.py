@@ -195,6 +195,12 @@ class Dataset(Named):
     finish_time: datetime | None = None
 
 
+class HubPush(Resource):
+    commit_url: str = ""
+    """Empty until the push is done."""
+    error: JobError | None = None
+
+
 class Conversion(Named):
     spec: ConversionSpec
     state: str
@@ -203,6 +209,10 @@ class Conversion(Named):
     progress: float = 0.0
     create_time: datetime
     finish_time: datetime | None = None
+    report: dict[str, Any] | None = None
+    """What was measured before publication: parity, perplexities, tensors of another type than asked."""
+    hub: HubPush | None = None
+    """Of a spec that asks for a push."""
 
 
 class Rollout(Resource):

@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY
 
 from finery.common.v1 import job_pb2
 from finery.training.v1 import training_pb2
+from finery_common.conversion_spec import ConversionSpec
 from finery_common.errors import UnavailableError
 from finery_common.rpc.channel import ServiceChannel
 from finery_common.rpc.messages import artifact_to_proto
@@ -66,7 +67,7 @@ async def test_a_wrong_dataset_or_conversion_names_its_fields(native, world):
     assert answer.status_code == 404
     answer = await native.post("/conversions", json={"adapter": f"adapters/ftjob-{'0' * 24}-1", "type": "q8_0"})
     assert answer.status_code == 400
-    assert "GGUF only" in answer.json()["error"]["message"]
+    assert "got q8_0 with format safetensors, wanted one of bf16" in answer.json()["error"]["message"]
     assert (await native.get("/nonsense")).json()["error"]["code"] == "unknown_url"
     assert (await native.put("/datasets")).status_code == 405
 
@@ -92,7 +93,8 @@ async def test_an_estimate_of_what_cannot_be_names_the_field(native):
 async def test_a_conversion_is_created(native):
     made = await native.post("/conversions", json={"adapter": f"adapters/ftjob-{'0' * 24}-1", "format": "gguf", "type": "q8_0"})
     assert made.status_code == 201
-    assert made.json()["spec"] == {"adapter": f"adapters/ftjob-{'0' * 24}-1", "format": "gguf", "type": "q8_0"}
+    spec = {"adapter": f"adapters/ftjob-{'0' * 24}-1", "format": "gguf", "type": "q8_0"}
+    assert made.json()["spec"] == ConversionSpec.parse(spec).model_dump(mode="json"), "with every default said"
 
 
 async def test_what_a_conversion_published_is_listed_and_read(native, world):

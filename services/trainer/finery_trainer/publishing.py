@@ -55,18 +55,26 @@ class MetricsTable:
 
 
 class Publisher:
-    """Publishes for one attempt, which runs in `precision`.
+    """Publishes for one attempt, which runs in `precision` on `device`, cpu or cuda.
 
     `confirm` raises where the attempt no longer holds its job; it is asked before every manifest.
     """
 
     def __init__(
-        self, store: ArtifactStore, *, assignment: Assignment, base_sha256: str, precision: Precision, confirm: Callable[[], None]
+        self,
+        store: ArtifactStore,
+        *,
+        assignment: Assignment,
+        base_sha256: str,
+        precision: Precision,
+        device: str,
+        confirm: Callable[[], None],
     ) -> None:
         self._store = store
         self._assignment = assignment
         self._base_sha256 = base_sha256
         self._precision = precision
+        self._device = device
         self._confirm = confirm
 
     def state(self, folder: Path, *, step: int) -> ArtifactRef:
@@ -96,8 +104,9 @@ class Publisher:
             "base_model_sha256": self._base_sha256,
             "job_id": work.job_id,
             "step": step,
-            # What auto became here; NF4 weights can be made again by it.
+            # What auto became, and where: NF4 weights can be made again by these.
             "precision": self._precision.value,
+            "device": self._device,
         }
         with self._store.writer(prefix, kind=kind) as writer:
             writer.put_folder(folder)

@@ -125,6 +125,7 @@ class Worker:
             assignment=assignment,
             base_sha256=inputs.base_sha256,
             precision=engine.precision_of(assignment.spec.precision),
+            device=model.device.type,
             confirm=self._link.confirm,
         )
         run = _Run(model, assignment, inputs, work_dir=folder, publisher=publisher, link=self._link, was_stopped=self._was_stopped)

@@ -329,7 +329,9 @@ async def test_a_zombie_can_neither_report_nor_publish(system, launcher, wait_un
     (tmp_path / "adapter" / "weights").write_text("old")
     work = Assignment(system.project, zombie.job_id, zombie.epoch, TrainingSpec(base_model="tiny"), state, None, None)
     with Link(launcher.address, token=zombie.token, heartbeat_s=60, tolerance_s=1) as link:
-        publisher = Publisher(system.store, assignment=work, base_sha256="0" * 64, precision=Precision.FLOAT32, confirm=link.confirm)
+        publisher = Publisher(
+            system.store, assignment=work, base_sha256="0" * 64, precision=Precision.FLOAT32, device="cpu", confirm=link.confirm
+        )
         with pytest.raises(AttemptOver):
             await asyncio.to_thread(publisher.adapter, tmp_path / "adapter", step=6)
     assert not system.store.exists(f"projects/{system.project}/adapters/{zombie.job_id}-6/")

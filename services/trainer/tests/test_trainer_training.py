@@ -83,7 +83,7 @@ async def test_a_file_becomes_a_deployed_adapter(system):
     assert {entry.name for entry in manifest.objects} == {"adapter_config.json", "adapter_model.safetensors"}
     assert manifest.metadata["base_model"] == "tiny"
     assert (manifest.metadata["job_id"], manifest.metadata["step"]) == (job_id, 6)
-    assert manifest.metadata["precision"] == "float32", "what auto is on a CPU"
+    assert (manifest.metadata["precision"], manifest.metadata["device"]) == ("float32", "cpu"), "what auto is on a CPU"
     assert manifest.made_from["base_model"] == manifest.metadata["base_model_sha256"]
     assert manifest.spec["lora"]["rank"] == 4
 
