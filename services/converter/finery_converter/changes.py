@@ -19,7 +19,7 @@ from torch import nn
 
 from finery_common.errors import InvalidArgumentError, UnimplementedError
 from finery_converter.tensorfiles import StoredTensor, read_header
-from finery_converter.weights import BLOCK_BYTES, Weights, in_float32
+from finery_converter.weights import Weights, in_float32, stored_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,16 +172,16 @@ class AdaptedWeights:
                 )
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        blocks = self._replaced[name].blocks(BLOCK_BYTES) if name in self._replaced else self._weights.blocks(name)
+        blocks = stored_blocks(self._replaced[name]) if name in self._replaced else self._weights.blocks(name)
         if name not in self._pairs:
-            yield from (in_float32(block) for block in blocks)
+            yield from blocks
             return
         left, right = self._pairs[name].factors()
         norms_O = self._pairs[name].norms()
         row = 0
         for block in blocks:
             rows = slice(row, row + len(block))
-            yield _changed(in_float32(block), left[rows] @ right, None if norms_O is None else norms_O[rows])
+            yield _changed(block, left[rows] @ right, None if norms_O is None else norms_O[rows])
             row += len(block)
 
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:

@@ -64,8 +64,9 @@ def continue_greedily(
             state_NH[len(draft.prompt) - 1 : len(draft.prompt) + len(draft.guess) - 1]
             for draft, state_NH in zip(open_drafts, states, strict=True)
         ]
-        for draft, state_NH in zip(open_drafts, asked, strict=True):
-            draft.learn(_argmax(model, state_NH))
+        chosen = model.logits(torch.cat(asked)).argmax(-1)
+        for draft, tokens in zip(open_drafts, chosen.split([len(state_NH) for state_NH in asked]), strict=True):
+            draft.learn(tokens.tolist())
         if on_progress:
             on_progress((walk + 1) / max_walks)
     return [Continuation((*draft.prompt, *draft.guess[: draft.num_settled]), len(draft.prompt)) for draft in drafts]
@@ -75,7 +76,3 @@ def _draft(text: Sequence[int], num_prompt_tokens: int, num_tokens: int) -> _Dra
     num_prompt = max(1, min(num_prompt_tokens, len(text) // 2))
     guess = list(text[num_prompt : num_prompt + num_tokens])
     return _Draft(list(text[:num_prompt]), guess + [text[-1]] * (num_tokens - len(guess)))
-
-
-def _argmax(model: StreamedModel, states_NH: torch.Tensor) -> list[int]:
-    return model.logits(states_NH).argmax(-1).tolist()

@@ -138,7 +138,7 @@ async def service(object_store, base, converter_dir, tmp_path):
     catalogue = Catalogue([BaseModelEntry(name=BASE_MODEL, path=base, max_sequence_length=64)])
     sources = Sources(object_store, catalogue=catalogue, cache_dir=tmp_path / "cache")
     converter_dir = waiting_converter(tmp_path / "converter", converter_dir)
-    settings = ConverterSettings(state_dir=tmp_path, convert_hf_to_gguf=converter_dir, hub_tokens_dir=tmp_path / "hub-tokens")
+    settings = ConverterSettings(state_dir=tmp_path / "state", convert_hf_to_gguf=converter_dir, hub_tokens_dir=tmp_path / "hub-tokens")
     runner = ConversionRunner(Workplace(jobs, object_store, sources, settings), holder="test")
     servicer = servicer_of(ConversionServicer(jobs, artifacts=object_store, sources=sources, runner=runner, settings=settings))
     signer = TokenSigner(SECRET)

@@ -199,6 +199,15 @@ def test_sharded_weights_are_read_from_all_their_files(tmp_path):
     _assert_same(_streamed(StreamedModel(tmp_path)), _logits(model))
 
 
+def test_tensors_are_read_in_blocks(monkeypatch, tmp_path):
+    folder = _save(DENSE["llama"], tmp_path / "base", dtype=torch.bfloat16)
+    _adapter(folder, tmp_path / "adapter", use_dora=True)
+    whole = _streamed(StreamedModel(folder, adapter_dir=tmp_path / "adapter"))
+    monkeypatch.setattr("finery_converter.weights.BLOCK_BYTES", 1)
+    assert [len(block) for block in FolderWeights(folder).blocks("lm_head.weight")] == [128, 128, 64]
+    _assert_same(_streamed(StreamedModel(folder, adapter_dir=tmp_path / "adapter")), whole)
+
+
 def test_walks_of_few_tokens_say_what_one_walk_says(tmp_path):
     folder = _save(DENSE["gemma3"], tmp_path)
     _assert_same(_streamed(StreamedModel(folder, max_tokens=1)), _streamed(StreamedModel(folder)))
