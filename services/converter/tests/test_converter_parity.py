@@ -489,7 +489,10 @@ def test_a_type_that_costs_more_than_it_may_fails(bases, tmp_path):
     other = StreamedModel(_base("llama", tmp_path, seed=8))
     with pytest.raises(NotTheSameModelError, match=r"KL divergence is .* nats, the budget is .*; .*% of most probable tokens agree"):
         compare(base, other, type_="q8_0", sequences=SEQUENCES).check()
-    assert len(LOSSY["q8_0"].failures(mean_kl=math.nan, top1=math.nan)) == 2
+    budget = LOSSY["q8_0"]
+    assert len(budget.failures(mean_kl=math.nan, top1=math.nan)) == 2
+    assert budget.failures(mean_kl=0.01, top1=0.5) == ("50.0% of most probable tokens agree, the budget is 86%",)
+    assert budget.failures(mean_kl=0.002, top1=0.5) == ()
 
 
 def _dataset(folder: Path, rows: list[list[int]], *, prefix: str = "", name: str = "shard-00000.safetensors") -> None:
@@ -550,3 +553,21 @@ def test_smollm2_passes_and_fails_as_it_should(base_model_dir, std, tmp_path):
     _left_out(base_model_dir, adapter, tmp_path / "wrong")
     with pytest.raises(NotTheSameModelError, match=r"in 1 tensors such as model\.layers\.1\.self_attn\.v_proj\.weight"):
         check_conversion(base_model_dir, tmp_path / "wrong" / "merged", **arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["nf4", "fp8"])
+def test_what_a_form_costs_smollm2_is_within_its_budget(base_model_dir, form, tmp_path):
+    adapter = _adapter(base_model_dir, tmp_path / "adapter", std=0.05)
+    _quantized(base_model_dir, adapter, tmp_path / "out", form=form)
+    report = check_conversion(
+        base_model_dir,
+        tmp_path / "out",
+        adapter_dir=adapter,
+        dtype=torch.bfloat16,
+        type_=form,
+        sequences=passages(base_model_dir, vocab_size=49_152).sequences,
+    )
+    assert report.weights is not None
+    assert report.weights.num_rounded_otherwise < 1e-4 * report.weights.num_weights
+    assert report.difference.mean_kl > 0.2 * LOSSY[form].max_mean_kl
