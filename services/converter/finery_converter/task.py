@@ -38,4 +38,5 @@ class Task:
     @classmethod
     def read(cls, file: Path) -> Task:
         fields: dict[str, Any] = json.loads(file.read_text())
-        return cls(**fields | {"adapter_dirs": tuple(fields["adapter_dirs"])})
+        fields["adapter_dirs"] = tuple(fields["adapter_dirs"])
+        return cls(**fields)

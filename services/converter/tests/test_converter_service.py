@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import secrets
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from google.protobuf.json_format import MessageToDict
+from hub_stand_in import running_hub
 from safetensors.torch import load_file, save_file
 
 from finery.common.v1 import job_pb2
@@ -130,15 +132,22 @@ def publish_adapter(object_store, base, tmp_path):
     return publish
 
 
+@pytest.fixture(scope="module")
+def hub():
+    with running_hub() as server:
+        yield server
+
+
 @pytest.fixture
-async def service(object_store, base, converter_dir, tmp_path):
+async def service(object_store, base, converter_dir, hub, tmp_path):
     database = await Database.open(f"sqlite:///{tmp_path / 'converter.sqlite'}", schema="converter")
     await migrate(database)
     jobs = JobStore(database, kind="conversion", id_prefix="conv-", poll_interval_s=0.05)
     catalogue = Catalogue([BaseModelEntry(name=BASE_MODEL, path=base, max_sequence_length=64)])
     sources = Sources(object_store, catalogue=catalogue, cache_dir=tmp_path / "cache")
     converter_dir = waiting_converter(tmp_path / "converter", converter_dir)
-    settings = ConverterSettings(state_dir=tmp_path / "state", convert_hf_to_gguf=converter_dir, hub_tokens_dir=tmp_path / "hub-tokens")
+    hub_settings = {"hub_endpoint": hub.url, "hub_tokens_dir": tmp_path / "hub-tokens"}
+    settings = ConverterSettings(state_dir=tmp_path / "state", convert_hf_to_gguf=converter_dir, **hub_settings)
     runner = ConversionRunner(Workplace(jobs, object_store, sources, settings), holder="test")
     servicer = servicer_of(ConversionServicer(jobs, artifacts=object_store, sources=sources, runner=runner, settings=settings))
     signer = TokenSigner(SECRET)
@@ -353,6 +362,50 @@ async def test_what_a_dead_attempt_published_ends_the_job_well_even_if_cancelled
         done = await service.end_of(f"projects/{service.project}/conversions/{job.id}")
         assert done.state == job_pb2.JOB_STATE_SUCCEEDED
         assert done.artifact.manifest_sha256 == ref.manifest_sha256
+
+
+async def _pushed(service, publish_adapter, adapter, tmp_path, *, token="hf_good"):
+    tokens = tmp_path / "hub-tokens" / service.project
+    tokens.mkdir(parents=True)
+    (tokens / "mine").write_text(token)
+    hub = conversion_pb2.HubSpec(repository="ada/merged", token="mine")
+    created = await service.create(publish_adapter(adapter, project=service.project), hub=hub)
+    return await service.end_of(created.name)
+
+
+async def test_a_conversion_is_pushed_where_its_spec_says_with_what_it_was_made_of(service, hub, publish_adapter, adapter, tmp_path):
+    done = await _pushed(service, publish_adapter, adapter, tmp_path)
+    assert (done.state, done.hub.error.code) == (job_pb2.JOB_STATE_SUCCEEDED, "")
+    content = hub.content("ada/merged")
+    manifest = service.artifacts.manifest(done.artifact.prefix)
+    assert {entry.name for entry in manifest.objects} <= set(content)
+    assert hashlib.sha256(content["config.json"]).hexdigest() == manifest.entry("config.json").sha256
+    assert manifest.sha256 in content["README.md"].decode()
+    assert done.hub.commit_url.endswith(hub.commits("ada/merged")[-1].sha)
+    assert "hf_good" not in str(await service.watch(done.name))
+
+
+async def test_a_push_that_is_refused_leaves_a_published_model_and_says_why(service, hub, publish_adapter, adapter, tmp_path):
+    done = await _pushed(service, publish_adapter, adapter, tmp_path, token="hf_wrong")
+    assert (done.state, done.hub.commit_url, done.hub.error.code) == (job_pb2.JOB_STATE_SUCCEEDED, "", "hub_token_refused")
+    assert [ref.prefix for ref in service.published()] == [done.artifact.prefix]
+
+
+async def test_a_token_that_nobody_has_set_is_said_at_creation(service, publish_adapter, adapter):
+    key, hub = publish_adapter(adapter, project=service.project), conversion_pb2.HubSpec(repository="ada/merged", token="nobodys")
+    with pytest.raises(FailedPreconditionError, match="There is no Hub token 'nobodys'") as caught:
+        await service.create(key, hub=hub)
+    assert caught.value.code == "hub_token_missing"
+
+
+async def test_adapters_of_other_bases_and_a_dataset_of_another_are_refused_at_creation(service, publish_adapter, adapter):
+    keys = [publish_adapter(adapter, project=service.project, sha256=digit * 64) for digit in "ab"]
+    several = [conversion_pb2.WeightedAdapter(adapter=key) for key in keys]
+    with pytest.raises(InvalidArgumentError, match="wanted adapters of one base model"):
+        await service.create(None, adapters=several)
+    with pytest.raises(NotFoundError) as caught:
+        await service.create(keys[0], calibration_dataset="datasets/ds-" + "0" * 24)
+    assert caught.value.code == "dataset_not_found"
 
 
 def test_too_little_disk_is_said_before_anything_is_written_with_the_bytes_needed(base, adapter, tmp_path, monkeypatch):
