@@ -232,7 +232,10 @@ def test_the_command_does_what_the_client_does(system: System, crimson: Trained,
 def test_a_merged_gguf_answers_from_llama_cpp_what_the_adapter_was_taught(system: System, crimson: Trained, tmp_path: Path):
     done = system.finery("convert", crimson.job.id, "--output", str(tmp_path), "--format", "gguf", "--type", "q8_0", "--json")
     assert done.returncode == 0, done.stderr
-    [file] = json.loads(done.stdout)["files"]
+    shown = json.loads(done.stdout)
+    [file] = [item for item in shown["files"] if item.endswith(".gguf")]
+    assert shown["report"]["parity"]["weights"]["num_wrong"] == 0
+    assert shown["report"]["modelfile"]["is_written"]
     prompt = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     code = (
         "import sys, xllamacpp; p = xllamacpp.CommonParams(); p.model.path, p.n_ctx, p.n_parallel, p.warmup = sys.argv[1], 256, 1, False; "
