@@ -82,6 +82,8 @@ class Reconciler:
         aliases = [alias for alias in now.desired if alias.base_model == self._registry.base_model]
         self._publish(aliases)
         self._residency.keep([alias.version for alias in aliases if alias.pinned])
+        for rollout in rollouts:
+            await self._give_up_without_pool(rollout)
         for rollout in _due(rollouts, base_model=self._registry.base_model):
             self._continue(rollout)
         if not self._residency.ready:
@@ -117,6 +119,14 @@ class Reconciler:
             if is_owed and self._owed_s.get(version, 0.0) <= time.monotonic():
                 self._owed_s[version] = time.monotonic() + _INTERVAL_S
                 self._spawn(f"load {version}", self._load(served, wait_s=_PIN_WAIT_S if is_pinned else 0.0))
+
+    async def _give_up_without_pool(self, rollout: Rollout) -> None:
+        """Fails a rollout whose base model nobody serves any more: no agent works at it, and the alias' next one waits for it."""
+        served = self._registry.pools
+        if not self._registry.has_looked or not rollout.state.is_before_flip or rollout.base_model in served:
+            return
+        message = f"{rollout.version} was trained on {rollout.base_model!r}, which is served no more; served are: {', '.join(served)}."
+        await self._store.finish(rollout, error={"code": "base_model_not_served", "message": message, "param": "adapter"})
 
     def _continue(self, rollout: Rollout) -> None:
         """Begins the rollout, unless an earlier one of its alias is at work; each end is a change, which brings the next one's turn."""

@@ -4,7 +4,8 @@ Those of one base model are a pool, in which one leads. Owns this replica's row,
 load. Leaves what a replica ought to hold to `placement`.
 
 Clocks are compared with nobody's: a replica lives while its row's beat moves, by the reader's monotonic clock. A row that does not move is
-not believed, so that one of a killed agent leads nobody astray; one that has not moved for a minute is removed.
+not believed, so that one of a killed agent leads nobody astray; one that has not moved for a minute is removed, the last of a base
+model after 15, for it may only be starting anew.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _POLL_ALONE_S = 1.0
 _FORGOTTEN_S = 60.0
 _RATES_S = 10.0
 _REMEMBERED_S = 900.0
-"""A base model whose last replica has gone counts as served for this long: it may only be starting anew."""
+"""The row of a base model's last replica stays for this long, and with it that the base model is served."""
 
 log = structlog.get_logger(__name__)
 
@@ -150,8 +151,6 @@ class Registry:
         self._client = client
         self._changes = changes
         self._others: dict[str, _Seen] = {}
-        # The latest of each other base model, believed or not, and when it was seen.
-        self._remembered: dict[str, tuple[Replica, float]] = {}
         self._rates: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._counted_s = 0.0
@@ -212,8 +211,8 @@ class Registry:
         for replica in self.live:
             live.setdefault(replica.base_model, []).append(replica)
         pools = {base: pool_of(replicas, live=replicas) for base, replicas in live.items()}
-        for base, (replica, _) in self._remembered.items():
-            pools.setdefault(base, pool_of([replica], live=()))
+        for seen in self._others.values():
+            pools.setdefault(seen.replica.base_model, pool_of([seen.replica], live=()))
         return dict(sorted(pools.items()))
 
     def pool(self, base_model: str) -> Pool:
@@ -221,6 +220,11 @@ class Registry:
         pools = self.pools
         check_served(base_model, served=pools)
         return pools[base_model]
+
+    @property
+    def has_looked(self) -> bool:
+        """Whether the rows of others have been read once."""
+        return self._viewed[0] >= 0
 
     @property
     def leads(self) -> bool:
@@ -272,8 +276,13 @@ class Registry:
             await self._leave()
 
     async def _leave(self) -> None:
+        """Takes this replica's row out; the last one's of its base model stays and says that nothing answers, so that whoever starts
+        meanwhile knows of the base model.
+        """
+        own = self.own
+        is_last = not any(replica.base_model == own.base_model for replica in self.live[1:])
         try:
-            await asyncio.shield(self._forget(self._process.runtime.replica_id))
+            await asyncio.shield(self._write(replace(own, is_ready=False, versions={})) if is_last else self._forget(own.id))
         except FineryError as error:
             log.warning("this replica's row stays for others to remove", reason=error.message)
 
@@ -293,17 +302,14 @@ class Registry:
         own, now_s = self.own, time.monotonic()
         if own == self._written and now_s - self._beaten_s < _BEAT_S:
             return
-        self._beat += 1
-        row = ReplicaRow(
-            id=own.id,
-            base_model=own.base_model,
-            address=own.address,
-            beat=self._beat,
-            state=_REPLICA.dump_python(own, mode="json"),
-        )
-        async with self._db.begin() as session:
-            await session.merge(row)
+        await self._write(own)
         self._written, self._beaten_s = own, now_s
+
+    async def _write(self, own: Replica) -> None:
+        self._beat += 1
+        state = _REPLICA.dump_python(own, mode="json")
+        async with self._db.begin() as session:
+            await session.merge(ReplicaRow(id=own.id, base_model=own.base_model, address=own.address, beat=self._beat, state=state))
 
     async def _look(self) -> None:
         own_id = self._process.runtime.replica_id
@@ -313,7 +319,6 @@ class Registry:
             asked = (await session.scalars(select(LoadRequestRow).where(LoadRequestRow.replica_id == own_id))).all()
         now_s = time.monotonic()
         self._others = {row.id: self._seen(row, now_s) for row in rows if row.id != own_id}
-        self._remember(now_s)
         self.loads_asked = {row.version: ArtifactRef.model_validate(row.adapter) for row in asked}
         # Who has fallen silent since the last look is news as well.
         view = (revision, self.live[1:])
@@ -321,7 +326,8 @@ class Registry:
             self._viewed = view
             self._changes.notify()
         for replica_id, seen in self._others.items():
-            if now_s - seen.changed_s > _FORGOTTEN_S:
+            has_others = any(replica.base_model == seen.replica.base_model for replica in self.live)
+            if now_s - seen.changed_s > (_FORGOTTEN_S if has_others else _REMEMBERED_S):
                 log.warning("a replica is gone", replica=replica_id)
                 await self._forget(replica_id)
 
@@ -331,11 +337,6 @@ class Registry:
             return known
         replica = replace(_REPLICA.validate_python(row.state), base_model=row.base_model)
         return _Seen(replica, row.beat, now_s, is_believed=known is not None)
-
-    def _remember(self, now_s: float) -> None:
-        known = {base: item for base, item in self._remembered.items() if now_s - item[1] < _REMEMBERED_S}
-        seen = [item.replica for item in self._others.values() if item.replica.base_model != self.base_model]
-        self._remembered = known | {replica.base_model: (replica, now_s) for replica in seen}
 
     async def _forget(self, replica_id: str) -> None:
         async with changing(self._db) as session:

