@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from finery_common.spec import Spec, conflict
 
@@ -75,6 +75,7 @@ OUTPUT_TYPES: dict[OutputFormat, tuple[OutputType, ...]] = {
     OutputFormat.GGUF_ADAPTER: (_T.F16, _T.BF16, _T.F32, _T.Q8_0),
 }
 """The types of each format; the first is its default."""
+_WIDE_GGUF = frozenset({_T.F32, _T.F16, _T.BF16, _T.Q8_0})
 NEED_IMPORTANCE = frozenset({_T.IQ3_XXS, _T.IQ2_M, _T.IQ2_S, _T.IQ2_XS, _T.IQ2_XXS, _T.IQ1_M, _T.IQ1_S})
 """Types that say nothing sensible without an importance matrix."""
 
@@ -99,6 +100,14 @@ class HubSpec(Spec):
     """Of a repository that is made."""
     revision: str = Field(default="main", pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]{0,127}$")
     """The branch."""
+
+    @field_validator("token")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        # A token's own text must not come back in an error.
+        if value.startswith("hf_"):
+            raise ValueError("got what looks like a token itself, wanted the name of the secret that holds it; withdraw that token")
+        return value
 
 
 class ConversionSpec(Spec):
@@ -128,7 +137,8 @@ class ConversionSpec(Spec):
     """What an adapter that was trained on NF4 weights is merged into. trained: those weights, dequantized, so that the result is the
     model that was trained. original: the base's own; closer to the base, no longer what the adapter was trained to correct."""
     calibration_dataset: str | None = Field(default=None, pattern=r"^datasets/ds-[0-9a-f]{24}$")
-    """A prepared dataset of the project, for perplexities and the importance matrix; none: texts that the converter brings along."""
+    """A prepared dataset of the project: the importance matrix is made of its rows, and as many of them as of the converter's own texts are
+    compared on beside those."""
     importance_matrix: bool | None = Field(default=None, strict=True)
     """Weigh GGUF's rounding by the squares of each input. None: for the iq types, the lower of which are nothing without it."""
     max_file_size_bytes: int | None = Field(default=None, ge=1_000_000, strict=True)
@@ -187,6 +197,11 @@ def _conflicts(spec: ConversionSpec) -> Iterator[tuple[bool, str, str]]:
     chosen = spec.base_weights is not BaseWeights.TRAINED
     yield chosen and keeps_base, "base_weights", "got original where nothing is merged; leave it out"
     yield spec.importance_matrix is not None and not is_gguf, "importance_matrix", "got a choice without format gguf; leave it out"
+    yield (
+        spec.importance_matrix is True and is_gguf and spec.element_type in _WIDE_GGUF,
+        "importance_matrix",
+        f"got true with type {spec.element_type.value}, whose rounding it does not change; leave it out",
+    )
     yield (
         spec.importance_matrix is False and spec.element_type in NEED_IMPORTANCE,
         "importance_matrix",

@@ -45,6 +45,8 @@ TWO = [{"adapter": ADAPTER}, {"adapter": OTHER, "weight": 0.5}]
         ({"adapter": "adapters/../../files/x"}, "adapter", ""),
         ({"adapter": ADAPTER, "hub": {"repository": "no-owner"}}, "hub.repository", ""),
         ({"adapter": ADAPTER, "scale": 0.0}, "scale", ""),
+        ({"adapter": ADAPTER, "format": "gguf", "importance_matrix": True}, "importance_matrix", "got true with type f16"),
+        ({"adapter": ADAPTER, "hub": {"repository": "a/b", "token": "hf_secret"}}, "hub.token", "wanted the name of the secret"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_the_field_to_change(fields, field, said):
@@ -82,3 +84,9 @@ def test_iq_types_weigh_inputs_unless_told_not_to():
 def test_a_spec_comes_back_from_the_wire_as_it_was(fields):
     spec = ConversionSpec.parse(fields)
     assert ConversionSpec.from_proto(spec.to_proto(conversion_pb2.ConversionSpec)) == spec
+
+
+def test_a_token_given_for_its_name_is_not_repeated():
+    with pytest.raises(InvalidArgumentError) as caught:
+        ConversionSpec.parse({"adapter": ADAPTER, "hub": {"repository": "a/b", "token": "hf_secret"}})
+    assert "hf_secret" not in str(caught.value)

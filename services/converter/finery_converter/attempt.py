@@ -49,6 +49,10 @@ MAX_WORKER_DEATHS = 3
 _WORKER_SHARE, _UPLOADED_SHARE = 0.9, 0.97
 _UPLOAD_BYTES = 8 * 1024 * 1024
 
+_CANCELLED_PUSH = {
+    "error": {"code": "hub_push_cancelled", "message": "The conversion was cancelled before its push was done.", "param": None}
+}
+
 log = structlog.get_logger(__name__)
 
 
@@ -106,9 +110,11 @@ class Attempt:
                 self._woken.clear()
                 if await self._is_cancelled():
                     await _stop(work)
-                    # An earlier attempt may have published: then the cancellation came too late.
+                    # An earlier attempt may have published, or this one before its push: then the conversion itself is done.
                     ref = await self._published()
-                    await self._end(JobState.SUCCEEDED if ref else JobState.CANCELLED, ref=ref)
+                    await self._end(
+                        JobState.SUCCEEDED if ref else JobState.CANCELLED, ref=ref, hub=_CANCELLED_PUSH if self._spec.hub else None
+                    )
                     return
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(RENEW_S):
@@ -148,6 +154,8 @@ class Attempt:
         except Exception as error:  # noqa: BLE001  translated: the job must not stay RUNNING for ever
             await self._end(JobState.FAILED, error=unknown_error(error))
         else:
+            # What is published stays; what follows can be cancelled again.
+            self._publishing = False
             hub = await self._push(ref) if self._spec.hub else None
             await self._end(JobState.SUCCEEDED, ref=ref, hub=hub)
 
@@ -170,8 +178,9 @@ class Attempt:
         try:
             await launcher.run(task, scratch_dir=self._scratch_dir, on_report=lambda step, share: self._report(step, share * _WORKER_SHARE))
         except FineryError:
-            # What was measured of a conversion that is not published is worth reading most.
-            await self._note_report()
+            # What was measured of a conversion that is not published is worth reading most; the reason goes before it.
+            with contextlib.suppress(UnavailableError):
+                await self._note_report()
             raise
         await self._note_report()
         return await self._publish(self._output_dir, found)
@@ -240,12 +249,12 @@ class Attempt:
                 scratch_dir=self._scratch_dir,
                 on_report=lambda step, share: self._report(step, _UPLOADED_SHARE + (1 - _UPLOADED_SHARE) * share),
             )
-        except FineryError as error:
+        except AbortedError:
+            raise
+        except Exception as error:  # noqa: BLE001  translated: whatever a push fails by, the model is published and the job done
             PUSHES.labels("failed").inc()
-            return {"error": error_fields(error)}
-        except launcher.WorkerDiedError as error:
-            PUSHES.labels("failed").inc()
-            return {"error": error_fields(InternalError(str(error), code="push_died"))}
+            died = InternalError(str(error), code="push_died") if isinstance(error, launcher.WorkerDiedError) else None
+            return {"error": error_fields(died or (error if isinstance(error, FineryError) else unknown_error(error)))}
         PUSHES.labels("pushed").inc()
         return {"commit_url": pushed.url}
 
@@ -385,10 +394,10 @@ async def _uninterrupted(work: Coroutine[None, None, ArtifactRef]) -> ArtifactRe
 
 
 def _read_report(file: Path) -> dict[str, object]:
-    """What the worker has measured; nothing where it did not get so far."""
+    """What the worker has measured; nothing where it did not get so far, or could not write it down."""
     try:
         return json.loads(file.read_text())
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return {}
 
 

@@ -177,10 +177,10 @@ def dataset_rows(folder: Path, *, vocab_size: int, max_tokens: int, row_tokens: 
     without rows, a shard of another form, or a token id that is not below `vocab_size`.
     """
     shards = [_Shard(path) for path in sorted(folder.glob("shard-*.safetensors"))]
-    num_rows = sum(shard.num_rows for shard in shards)
-    if not num_rows:
+    num_tokens = sum(min(length, row_tokens) for shard in shards for length in shard.row_lengths)
+    if not num_tokens:
         raise _invalid(f"The dataset in {folder.name} has no rows; prepare it again.")
-    step = max(1, num_rows * row_tokens // max(1, max_tokens))
+    step = max(1, num_tokens // max(1, max_tokens))
     rows: list[tuple[int, ...]] = []
     left = max_tokens
     for row in _rows(shards, step):
@@ -190,6 +190,9 @@ def dataset_rows(folder: Path, *, vocab_size: int, max_tokens: int, row_tokens: 
                 f"input_ids: got {min(ids)} to {max(ids)}, wanted ids below {vocab_size}; prepare the dataset with this base model."
             )
         left -= len(ids)
+        if left <= 0:
+            rows.append(ids)
+            break
         if len(ids) > 1:
             rows.append(ids)
     return TokenSet("dataset", tuple(rows))
@@ -235,6 +238,10 @@ class _Shard:
     @property
     def num_rows(self) -> int:
         return len(self._offsets) - 1
+
+    @property
+    def row_lengths(self) -> list[int]:
+        return [end - start for start, end in zip(self._offsets, self._offsets[1:], strict=False)]
 
     def row(self, index: int) -> _RowReader:
         return _RowReader(self._ids, self._offsets[index], self._offsets[index + 1])

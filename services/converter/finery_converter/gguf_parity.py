@@ -8,6 +8,7 @@ is too much) and the token ids to the caller.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -212,14 +213,18 @@ class _Statistics:
         num_next = max(1, self.num_next)
         return Comparison(
             num_positions=len(kl),
-            # Rounding leaves sums of nothing a little below it.
-            mean_kl=max(0.0, float(kl.mean())),
-            max_kl=max(0.0, float(kl.max())),
-            p99_kl=max(0.0, float(np.quantile(kl, 0.99))),
+            mean_kl=_not_negative(float(kl.mean())),
+            max_kl=_not_negative(float(kl.max())),
+            p99_kl=_not_negative(float(np.quantile(kl, 0.99))),
             top1_agreement=self.num_same / len(kl),
             reference_perplexity=float(np.exp(self.reference_loss / num_next)),
             candidate_perplexity=float(np.exp(self.candidate_loss / num_next)),
         )
+
+
+def _not_negative(value: float) -> float:
+    """Rounding leaves sums of nothing a little below it. NaN, of logits that are none, stays NaN, which no budget lets pass."""
+    return value if math.isnan(value) else max(0.0, value)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

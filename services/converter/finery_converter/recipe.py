@@ -6,7 +6,9 @@ nothing to publish: what the parity gate has not passed never leaves the scratch
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ from finery_common.errors import InvalidArgumentError, ResourceExhaustedError, U
 from finery_converter import adapters, calibration, ggufparts, importance, parity, quantize
 from finery_converter import gguf as hf_to_gguf
 from finery_converter.gguf_parity import Comparison, GgufModel, compare, compare_with_logits
+from finery_converter.lora import adapter_tensors
 from finery_converter.merge import Form, MergePlan, merge, plan_merge
 from finery_converter.modelfile import adds_bos, make_modelfile
 from finery_converter.streamed import StreamedModel
@@ -141,8 +144,12 @@ class Recipe:
 
     @cached_property
     def _texts(self) -> calibration.TokenSet:
-        """What everything is compared on."""
-        return self._token_set(max_tokens=calibration.GATE_TOKENS)
+        """What everything is compared on: the fixed passages, and as much again of the dataset where there is one."""
+        fixed = calibration.passages(self._base_dir, vocab_size=_vocab_size(self._base_dir))
+        if self._task.dataset_dir is None:
+            return fixed
+        rows = self._token_set(max_tokens=calibration.GATE_TOKENS)
+        return calibration.TokenSet("dataset", (*fixed.sequences, *rows.sequences))
 
     def _token_set(self, *, max_tokens: int) -> calibration.TokenSet:
         vocab_size = _vocab_size(self._base_dir)
@@ -171,8 +178,14 @@ class Recipe:
         return folder
 
     def _check_adapter(self, _: Progress) -> None:
-        """That every tensor has its place in the base, by headers alone."""
+        """That every tensor has its place in the base, and is finite."""
+        assert self._adapter_dir is not None
         plan_merge(self._base_dir, self._adapter_dir, stored_as=torch.float32)
+        for tensor in adapter_tensors(self._adapter_dir).values():
+            if not all(bool(block.isfinite().all()) for block in tensor.blocks()):
+                raise InvalidArgumentError(
+                    f"{tensor.file.name}: tensor {tensor.name} has NaN or Inf; train the adapter again.", code="not_finite"
+                )
 
     def _write_adapter(self, _: Progress) -> None:
         assert self._adapter_dir is not None
@@ -203,8 +216,10 @@ class Recipe:
         """Of all files that are there at the same time."""
         if self.spec.format is OutputFormat.SAFETENSORS:
             return self._plan.size_bytes
+        # llama.cpp's own quantization is split afterwards; its converter writes parts at once.
         copies = 1 if self.spec.max_file_size_bytes is None else 2
-        written = 2 * self._plan.num_elements * (1 if self._is_quantized else copies * (2 if self._type is OutputType.F32 else 1))
+        sixteenths = {OutputType.F32: 64, OutputType.Q8_0: 17}.get(self._type, 32)
+        written = sixteenths * self._plan.num_elements // 16
         quantized = copies * 9 * self._plan.num_elements // 8 if self._is_quantized else 0
         logits = 4 * _vocab_size(self._base_dir) * calibration.GATE_TOKENS
         return self._plan.size_bytes + written + quantized + logits
@@ -284,6 +299,7 @@ class Recipe:
         self._files = made.files
         self.report["tensor_types"] = dict(made.type_counts)
         self.report["tensors_of_other_types"] = [asdict(item) for item in made.fallbacks]
+        self.report["tensors_without_importance"] = list(made.without_importance)
 
     def _compare_quantized(self, on_progress: Progress) -> None:
         reference, candidate = GgufModel(file=self._gguf_file), GgufModel(file=self._files[0])
@@ -328,7 +344,20 @@ def cook(task: Task, on_report: Callable[[str, float], None]) -> None:
             recipe.report["parity"] = error.report.to_metadata()
         raise
     finally:
-        (Path(task.scratch_dir) / REPORT_FILE).write_text(json.dumps(recipe.report, allow_nan=False, default=str))
+        # On a full disk the reason why the conversion failed is worth more.
+        with contextlib.suppress(OSError):
+            (Path(task.scratch_dir) / REPORT_FILE).write_text(json.dumps(_plain(recipe.report), allow_nan=False))
+
+
+def _plain(value: object) -> object:
+    """`value` as JSON can say it: NaN and infinities in words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _check_room(needed_bytes: int, *, folder: Path) -> None:

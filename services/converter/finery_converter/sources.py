@@ -11,7 +11,7 @@ from typing import Literal
 
 from finery_common.artifacts import ArtifactRef, ArtifactStore, Manifest
 from finery_common.catalogue import BaseModelEntry, Catalogue, folder_sha256, materialize
-from finery_common.conversion_spec import ConversionSpec
+from finery_common.conversion_spec import BaseWeights, ConversionSpec
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 
 _LOOK_AT = {
@@ -104,10 +104,12 @@ class Sources:
         base_model, base_model_sha256 = _said(first, "base_model", key=key), _said(first, "base_model_sha256", key=key)
         for other, manifest in manifests.items():
             _check_same_base(key, base_model_sha256, other, _said(manifest, "base_model_sha256", key=other))
-        if {adapter.quantization == "nf4" for adapter in adapters} == {True, False}:
+        kinds = {(item.quantization, item.precision, item.device) for item in adapters}
+        if len(kinds) > 1 and any(item.quantization == "nf4" for item in adapters) and spec.base_weights is BaseWeights.TRAINED:
+            got = ", ".join(" ".join(kind) for kind in sorted(kinds))
             raise InvalidArgumentError(
-                "adapters: got some that were trained on NF4 weights and some that were not, wanted all of one kind, since one set of base "
-                "weights goes with them; train them alike.",
+                f"adapters: got some that were trained on other base weights than others ({got}), wanted one kind; train them alike, "
+                "or use base_weights original.",
                 param="spec.adapters",
             )
         self._catalogue.get(base_model)

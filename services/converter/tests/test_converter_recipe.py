@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from finery_common.errors import FineryError, InvalidArgumentError
-from finery_converter import lora, recipe
+from finery_converter import gguf_parity, lora, parity, recipe
 from finery_converter.parity import NotTheSameModelError
 from finery_converter.recipe import cook
 from finery_converter.task import REPORT_FILE, Task
@@ -182,3 +182,40 @@ def test_nan_in_a_base_is_found(run, base, adapters, tmp_path):
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FineryError, match=r"layers\.0\.mlp\.up_proj"):
         run(adapters[0], base_dir=broken)
+
+
+def test_nan_in_an_adapter_is_found_where_nothing_is_merged(run, adapters, tmp_path):
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_bytes((adapters[0] / "adapter_config.json").read_bytes())
+    tensors = load_file(adapters[0] / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, broken / "adapter_model.safetensors")
+    with pytest.raises(InvalidArgumentError, match=f"tensor {name} has NaN or Inf"):
+        run(broken, format="adapter")
+
+
+def test_logits_that_are_no_numbers_pass_no_budget():
+    statistics = gguf_parity._Statistics()
+    rows = torch.randn(4, 16, generator=torch.Generator().manual_seed(1)).numpy()
+    wrong = rows.copy()
+    wrong[-1] = float("nan")
+    statistics.add(rows, wrong, torch.tensor([1, 2, 3]).numpy())
+    found = statistics.result()
+    for budget in parity.LOSSY.values():
+        assert budget.failures(mean_kl=found.mean_kl, top1=found.top1_agreement)
+
+
+def test_a_report_can_hold_what_json_cannot(run, adapters, monkeypatch, tmp_path):
+    def fails(self, _):
+        self.report["perplexity"] = {"base": float("inf"), "merged": [float("nan"), 1.5]}
+        raise InvalidArgumentError("the reason")
+
+    monkeypatch.setattr(recipe.Recipe, "_compare", fails)
+    with pytest.raises(InvalidArgumentError, match="the reason"):
+        run(adapters[0])
+    [report] = tmp_path.glob(f"*/{REPORT_FILE}")
+    assert json.loads(report.read_text()) == {"perplexity": {"base": "inf", "merged": ["nan", 1.5]}}

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from google.protobuf.json_format import MessageToDict
-from hub_stand_in import running_hub
+from hub_stand_in import Fault, running_hub
 from safetensors.torch import load_file, save_file
 
 from finery.common.v1 import job_pb2
@@ -388,6 +388,23 @@ async def test_a_conversion_is_pushed_where_its_spec_says_with_what_it_was_made_
 async def test_a_push_that_is_refused_leaves_a_published_model_and_says_why(service, hub, publish_adapter, adapter, tmp_path):
     done = await _pushed(service, publish_adapter, adapter, tmp_path, token="hf_wrong")
     assert (done.state, done.hub.commit_url, done.hub.error.code) == (job_pb2.JOB_STATE_SUCCEEDED, "", "hub_token_refused")
+    assert [ref.prefix for ref in service.published()] == [done.artifact.prefix]
+
+
+async def test_a_push_is_cancelled_and_the_model_stays(service, hub, publish_adapter, adapter, tmp_path):
+    tokens = tmp_path / "hub-tokens" / service.project
+    tokens.mkdir(parents=True)
+    (tokens / "mine").write_text("hf_good")
+    hub.faults.append(Fault("POST", "ada/cancelled/commit", hangs_s=10))
+    spec = conversion_pb2.HubSpec(repository="ada/cancelled", token="mine")
+    created = await service.create(publish_adapter(adapter, project=service.project), hub=spec)
+    async with asyncio.timeout(100):
+        while not hub.asked("POST .*ada/cancelled/commit"):  # noqa: ASYNC110  another process asks
+            await asyncio.sleep(0.1)
+    await service.stub.CancelConversion(conversion_pb2.CancelConversionRequest(name=created.name), metadata=service.metadata())
+    async with asyncio.timeout(20):
+        done = await service.end_of(created.name)
+    assert (done.state, done.hub.error.code) == (job_pb2.JOB_STATE_SUCCEEDED, "hub_push_cancelled")
     assert [ref.prefix for ref in service.published()] == [done.artifact.prefix]
 
 

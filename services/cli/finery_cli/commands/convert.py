@@ -95,15 +95,15 @@ def _source(gateway: Gateway, job_id: str, *, step: int | None) -> dict[str, obj
     """The adapter of `step`, by default the final one; of a job that trained all weights its model."""
     if step is not None:
         return {"adapter": f"adapters/{job_id}-{step}"}
+    if (status := gateway.openai.fine_tuning.jobs.retrieve(job_id).status) != "succeeded":
+        fail(f"{job_id} is {status}; `finery jobs watch {job_id}` shows how far it is, and --step converts a checkpoint of it.")
     newest = next(iter(gateway.openai.fine_tuning.jobs.checkpoints.list(job_id, limit=1)), None)
-    if newest is not None:
-        return {"adapter": f"adapters/{job_id}-{newest.step_number}"}
-    if gateway.openai.fine_tuning.jobs.retrieve(job_id).status != "succeeded":
-        fail(f"{job_id} has published nothing yet; `finery jobs watch {job_id}` shows how far it is.")
-    return {"model": f"models/{job_id}"}
+    return {"model": f"models/{job_id}"} if newest is None else {"adapter": f"adapters/{job_id}-{newest.step_number}"}
 
 
 def _finished(gateway: Gateway, conversion: _Conversion) -> _Conversion:
+    """The conversion at its end. Its id is said at once: it goes on whatever becomes of this command."""
+    err.print(conversion.id)
     with Progress(console=err) as progress:
         task = progress.add_task("converting", total=1.0)
         while conversion.state not in _FINAL:
