@@ -80,6 +80,10 @@ POOL = {"name": "one"}
         ({"serving.pools": [POOL | {"baseModel": "Lama"}]}, 'serving.pools[one].baseModel: got "Lama", wanted one of baseModels.models'),
         ({"serving.pools": [POOL, POOL]}, "serving.pools: got a name twice"),
         (
+            {"serving.pools": [POOL | {"nodes": 2, "tensorParallelSize": 8, "adapterCacheClaim": "adapters"}, {"name": "one-0"}]},
+            "serving.pools[one-0].name: a pool of several nodes, one, makes StatefulSets of that name",
+        ),
+        (
             {"fullnameOverride": "n" * 40, "serving.pools": [{"name": "four"}]},
             f"serving.pools[four].name: got {'n' * 40}-serving-four, 53 characters, wanted 52 at the most; shorten the pool's name",
         ),

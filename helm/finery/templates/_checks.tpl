@@ -38,6 +38,17 @@
 {{- fail (printf "serving.pools[%s].autoscaling: KEDA asks Prometheus; set monitoring.prometheusUrl to its address" .name) -}}
 {{- end -}}
 {{- end -}}
+{{- /* A group of several nodes makes a StatefulSet of its own for its followers, named by a number behind the pool's. */ -}}
+{{- range .Values.serving.pools -}}
+{{- if gt (int (.nodes | default 1)) 1 -}}
+{{- $group := .name -}}
+{{- range $other := $pools -}}
+{{- if regexMatch (printf "^%s-[0-9]+$" $group) $other -}}
+{{- fail (printf "serving.pools[%s].name: a pool of several nodes, %s, makes StatefulSets of that name; call it something else" $other $group) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if ne (len $pools) (len (uniq $pools)) -}}
 {{- fail (printf "serving.pools: got a name twice (%s); give each pool a name of its own" (join ", " $pools)) -}}
 {{- end -}}
