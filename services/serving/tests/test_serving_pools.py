@@ -135,6 +135,32 @@ async def test_the_end_of_one_pool_leaves_the_other_alone(serving, publish, monk
             await other.route("m-base", timeout_s=1.0)
 
 
+async def test_a_rollout_that_no_pool_is_left_for_fails_and_lets_the_next_one_of_its_alias_through(serving, publish, monkeypatch):
+    async with serving(name="b", base=OTHER) as other:
+        async with serving(name="a") as base:
+            await until(lambda: know_each_other([base, other]))
+        await until(lambda: len(other.here.registry.live) == 1)
+        await other.deploy(publish(), "m")
+        monkeypatch.setattr(registry, "_REMEMBERED_S", 0.0)
+        failed = await other.until("FAILED", "m")
+        assert failed.rollout.error.code == "base_model_not_served"
+        assert (await other.served(publish(base=OTHER), "m")).base_model == "other-base"
+
+
+async def test_an_agent_that_starts_after_the_last_of_a_base_model_has_left_knows_of_that_base_model(serving, publish):
+    async with serving(name="b", base=OTHER) as other:
+        async with serving(name="a") as base:
+            await until(lambda: know_each_other([base, other]))
+        await until(lambda: len(other.here.registry.live) == 1)
+    async with serving(name="c", base=OTHER) as again:
+        await until(lambda: "base" in again.here.registry.pools)
+        with pytest.raises(UnavailableError, match="vLLM is starting"):
+            await again.route("base", timeout_s=1.0)
+        with pytest.raises(InvalidArgumentError, match="base model's own name"):
+            await again.deploy(publish(base=OTHER), "base")
+        assert (await again.deploy(publish(), "m")).base_model == "base"
+
+
 async def test_a_cold_version_is_loaded_by_its_own_pool_whoever_is_asked(serving, publish):
     async with serving(name="a", max_cpu_loras=1) as base, serving(name="b", base=OTHER) as other:
         await until(lambda: know_each_other([base, other]))
