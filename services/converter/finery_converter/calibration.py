@@ -180,7 +180,7 @@ def dataset_rows(folder: Path, *, vocab_size: int, max_tokens: int, row_tokens: 
     num_tokens = sum(min(length, row_tokens) for shard in shards for length in shard.row_lengths)
     if not num_tokens:
         raise _invalid(f"The dataset in {folder.name} has no rows; prepare it again.")
-    step = max(1, num_tokens // max(1, max_tokens))
+    step = max(1, -(-num_tokens // max(1, max_tokens)))
     rows: list[tuple[int, ...]] = []
     left = max_tokens
     for row in _rows(shards, step):
@@ -190,11 +190,10 @@ def dataset_rows(folder: Path, *, vocab_size: int, max_tokens: int, row_tokens: 
                 f"input_ids: got {min(ids)} to {max(ids)}, wanted ids below {vocab_size}; prepare the dataset with this base model."
             )
         left -= len(ids)
-        if left <= 0:
-            rows.append(ids)
-            break
         if len(ids) > 1:
             rows.append(ids)
+        if left <= 0:
+            break
     return TokenSet("dataset", tuple(rows))
 
 

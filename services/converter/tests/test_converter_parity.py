@@ -511,6 +511,8 @@ def test_rows_of_a_dataset_are_spread_over_its_shards(tmp_path):
     found = dataset_rows(tmp_path, vocab_size=320, max_tokens=12, row_tokens=3)
     assert found.sequences == ((0, 1, 2), (5, 6, 7), (100, 101), (105, 106))
     assert found.num_tokens == 10
+    many = dataset_rows(tmp_path, vocab_size=320, max_tokens=40)
+    assert many.num_tokens > 20, "rows are shorter than they may be, and all the more are taken"
     (tmp_path / "pairs").mkdir()
     _dataset(tmp_path / "pairs", [[7, 8, 9]], prefix="chosen_")
     assert dataset_rows(tmp_path / "pairs", vocab_size=320, max_tokens=100).sequences == ((7, 8, 9),)
