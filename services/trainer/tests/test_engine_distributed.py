@@ -19,7 +19,7 @@ from finery_trainer.engine import distributed
 from finery_trainer.engine.data import TokenDataset
 from finery_trainer.engine.distributed import ReplicaLostError, shares
 from finery_trainer.engine.loop import Action, StepReport
-from finery_trainer.engine.passes import most_tokens
+from finery_trainer.engine.passes import most_tokens, packed_passes
 from finery_trainer.worker import Inputs, _method_of
 
 CPU = torch.device("cpu")
@@ -121,6 +121,26 @@ def test_two_replicas_take_the_steps_of_one_and_resume_to_the_bit(case, tmp_path
     assert [(report.step, report.loss) for report in pieces] == [(step, together[step - 1].loss) for step in (1, 2, 2, 3)]
     for name, weight in weights_of(resumed).items():
         assert torch.equal(weight, after[3][name]), name
+
+
+def test_memory_is_planned_when_collectives_have_taken_theirs(case, monkeypatch):
+    """NCCL takes buffers at the first collective of each kind: 850 MiB, which a plan before it would have given away."""
+    calls: list[str] = []
+
+    def noted(place, name):
+        call = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, **k: (calls.append(name), call(*a, **k))[1])
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        noted(torch.distributed, "broadcast")
+        noted(torch.distributed, "all_reduce")
+        passes = packed_passes(case.model(), case.spec, TokenDataset(case.training_dir))
+        noted(passes, "plan_memory")
+        distributed.SharedPasses(passes).stepper(NUM_STEPS)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert calls == ["broadcast", "all_reduce", "all_reduce", "plan_memory"]
 
 
 def test_what_a_replica_raises_ends_the_run(case, tmp_path):

@@ -173,12 +173,17 @@ class SharedPasses:
         self._before_step = before_step
 
     def stepper(self, num_steps: int) -> Stepper:
-        """See Passes. Trained values become replica 0's."""
-        stepper = self._passes.stepper(num_steps)
-        for group in self._passes.stack.groups:
+        """See Passes. Trained values become replica 0's.
+
+        Every collective of a step is done once before memory is planned: NCCL takes its buffers at the first of each kind.
+        """
+        stack = self._passes.stack
+        for group in stack.groups:
             dist.broadcast(group.values_N, src=0)
+            group.grads_N.zero_()
+        self._sum(torch.zeros((), device=stack.device))
         self._passes.refresh()
-        return stepper
+        return self._passes.stepper(num_steps)
 
     def prepare(self, rows: Sequence[Row]) -> None:
         """See Passes."""
@@ -192,12 +197,16 @@ class SharedPasses:
         num_labels = count_labels(rows)
         stack = self._passes.stack
         loss = self._passes.gradients(mine, num_labels=num_labels) if mine else torch.zeros((), device=stack.device)
+        self._sum(loss)
+        return loss
+
+    def _sum(self, loss: torch.Tensor) -> None:
+        """Gradients and `loss` become their sums over all replicas."""
         try:
-            for tensor in (*(group.grads_N for group in stack.groups), loss):
+            for tensor in (*(group.grads_N for group in self._passes.stack.groups), loss):
                 dist.all_reduce(tensor)
         except RuntimeError as error:
             raise ReplicaLostError(f"Gradients cannot be summed over the replicas: {error}") from error
-        return loss
 
     def mean_loss(self, data: Samples[Row]) -> float:
         """See Passes."""

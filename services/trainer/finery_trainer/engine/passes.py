@@ -41,6 +41,8 @@ SampleT_contra = TypeVar("SampleT_contra", contravariant=True)
 _CPU_PACK_TOKENS = 4096
 _CONTEXT_BYTES = 1 << 30
 """What CUDA's context takes of a card at the most, where the memory that is free is not asked for."""
+_COLLECTIVES_BYTES = 1 << 30
+"""What NCCL takes beside it for several GPUs: 850 MiB between two H100s."""
 RESERVE_BYTES = 512 << 20
 """Left free on a GPU: what fragments, and other libraries' workspaces."""
 
@@ -277,7 +279,8 @@ def _card_bytes(spec: TrainingSpec, device: torch.device, *, is_fixed: bool) -> 
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
-    ours = (total - _CONTEXT_BYTES if is_fixed else free + torch.cuda.memory_reserved(device)) - RESERVE_BYTES
+    fixed = total - _CONTEXT_BYTES - (_COLLECTIVES_BYTES if spec.gpus > 1 else 0)
+    ours = (fixed if is_fixed else free + torch.cuda.memory_reserved(device)) - RESERVE_BYTES
     return spec.memory.budget_bytes(ours) - allocated
 
 
