@@ -107,6 +107,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "objectStore.minio.existingSecret": "own-minio",
         "postgres.bundled.existingSecret": "own-postgres",
     },
+    "a Hub and a public store": {
+        "converter.hub.endpoint": "https://hub.example.org:8443",
+        "converter.hub.tokens": [
+            {"existingSecret": "own-hub"},
+            {"project": "research", "name": "write", "existingSecret": "own-hub", "key": "w"},
+        ],
+        "objectStore.publicEndpoint": "https://s3.example.org",
+    },
     "digests": {"gateway.image.digest": f"sha256:{'a' * 64}", "image.registry": "registry.example.org/finery"},
     "a name": {"fullnameOverride": "ours"},
 }

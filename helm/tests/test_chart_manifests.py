@@ -28,7 +28,7 @@ CUSTOM_KINDS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
 # Made by whoever installs the chart with these values.
 MADE_BEFOREHAND = {
     "finery-s3", "finery-postgres", "finery-token", "hugging-face", "own-token", "own-minio", "own-postgres", "own-tls", "company-ca",
-    "finery-models", "adapters", "registry-internal",
+    "finery-models", "adapters", "registry-internal", "own-hub",
 }  # fmt: skip
 
 

@@ -104,6 +104,27 @@ def test_files_that_variables_name_are_mounted(render):
                 assert file in mounted_below(folder, template), f"{where}: {entry['name']}"
 
 
+def test_the_converter_finds_its_tokens_and_the_hub_and_clients_the_store(render, monkeypatch, tmp_path):
+    manifests = render(CASES["a Hub and a public store"])
+    templates = dict(manifests.pods)
+    for where, component, entries in environments(manifests):
+        has_hub = {"FINERY_HUB_ENDPOINT", "FINERY_HUB_TOKENS_DIR"} <= entries.keys()
+        assert (has_hub, "FINERY_S3_PUBLIC_ENDPOINT" in entries) == (component == "converter", component == "gateway"), where
+        if has_hub:
+            converter, variables = templates[where], entries
+    for file in mounted_below("/etc/finery", converter):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(file)
+    for name, entry in variables.items():
+        monkeypatch.setenv(name, entry.get("value", "x").replace("/etc/finery", str(tmp_path)))
+    settings = ConverterSettings()
+    assert settings.hub_endpoint == "https://hub.example.org:8443"
+    assert settings.hub_token("default", "default") == "hub-tokens/default/default"
+    assert settings.hub_token("research", "write") == "hub-tokens/research/write"
+    egress = manifests.one("NetworkPolicy", "demo-finery-converter")["spec"]["egress"]
+    assert {"ports": [{"port": 8443}], "to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]} in egress
+
+
 def test_no_pod_has_a_secret_that_it_does_not_need(render):
     secrets = {
         component: {name for name in entries if name in {"FINERY_TOKEN_SECRET_FILE", "FINERY_DATABASE_URL"}}

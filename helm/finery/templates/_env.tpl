@@ -80,7 +80,22 @@
 dns:///{{ include "finery.fullname" . }}-serving:9000
 {{- end -}}
 
-{{/* {root, token?, store?, catalogue?, sources?, jobTemplate?, vllmCa?, vllmKey?}: the sources of the volume that is mounted at /etc/finery. */}}
+{{/* Where the converter pushes to, and the tokens that it may use. */}}
+{{- define "finery.env.hub" -}}
+{{- with .Values.converter.hub -}}
+- name: FINERY_HUB_ENDPOINT
+  value: {{ .endpoint | quote }}
+{{- if .tokens }}
+- name: FINERY_HUB_TOKENS_DIR
+  value: /etc/finery/hub-tokens
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/*
+{root, token?, store?, catalogue?, sources?, jobTemplate?, vllmCa?, vllmKey?, hubTokens?}: the sources of the volume that is mounted at
+/etc/finery.
+*/}}
 {{- define "finery.configSources" -}}
 {{- $minio := ne .root.Values.objectStore.kind "external" -}}
 {{- $external := .root.Values.objectStore.external -}}
@@ -125,5 +140,10 @@ dns:///{{ include "finery.fullname" . }}-serving:9000
 - secret:
     name: {{ include "finery.vllmTlsSecretName" .root }}
     items: [{key: tls.crt, path: vllm-tls.crt}, {key: tls.key, path: vllm-tls.key}]
+{{- end }}
+{{- range .hubTokens }}
+- secret:
+    name: {{ .existingSecret }}
+    items: [{key: {{ .key | default "token" }}, path: hub-tokens/{{ .project | default "default" }}/{{ .name | default "default" }}}]
 {{- end }}
 {{- end -}}
