@@ -236,6 +236,14 @@ def test_a_merged_gguf_answers_from_llama_cpp_what_the_adapter_was_taught(system
     [file] = [item for item in shown["files"] if item.endswith(".gguf")]
     assert shown["report"]["parity"]["weights"]["num_wrong"] == 0
     assert shown["report"]["modelfile"]["is_written"]
+    [listed] = json.loads(system.finery("conversions", "list", "--json").stdout)
+    assert (listed["id"], listed["state"], listed["type"], listed["artifact"]) == (
+        shown["id"],
+        "succeeded",
+        "q8_0",
+        f"models/{shown['id']}",
+    )
+    assert json.loads(system.finery("conversions", "get", shown["id"], "--json").stdout)["report"] == shown["report"]
     prompt = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     code = (
         "import sys, xllamacpp; p = xllamacpp.CommonParams(); p.model.path, p.n_ctx, p.n_parallel, p.warmup = sys.argv[1], 256, 1, False; "

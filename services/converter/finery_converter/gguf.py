@@ -91,10 +91,9 @@ def convert_lora(
     """Writes the LoRA adapter in `adapter_dir` (PEFT's files) as a GGUF adapter, which llama.cpp puts on top of the base's GGUF file.
 
     `base_dir` needs its configuration and tokenizer. Scales that GGUF has no place for (rsLoRA, ranks or alphas of single modules) go into
-    the matrices. Raises InvalidArgumentError for what a GGUF adapter can not hold (DoRA, biases, whole modules), else as `convert`.
+    the matrices. Raises as `check_lora` and `convert`.
     """
-    config = json.loads((adapter_dir / "adapter_config.json").read_text())
-    _check_lora(config)
+    config = check_lora(adapter_dir)
     with TemporaryDirectory(dir=output_file.parent) as scratch:
         source = _with_plain_scale(adapter_dir, config, Path(scratch)) if _has_own_scales(config) else adapter_dir
         arguments = ["--base", str(base_dir), "--outtype", type_, "--outfile", str(output_file), str(source)]
@@ -103,7 +102,9 @@ def convert_lora(
         raise InternalError(f"The GGUF adapter converter ended well but wrote no {output_file.name}.")
 
 
-def _check_lora(config: Mapping[str, object]) -> None:
+def check_lora(adapter_dir: Path) -> dict[str, Any]:
+    """Its configuration. Raises InvalidArgumentError for what a GGUF adapter can not hold: DoRA, biases, whole modules."""
+    config: dict[str, Any] = json.loads((adapter_dir / "adapter_config.json").read_text())
     kept = ("peft_type", "use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices", "fan_in_fan_out")
     plain = {"peft_type": ("LORA",), "bias": ("none", None)}
     bad = {key: config.get(key) for key in kept if config.get(key) not in plain.get(key, (None, False, [], {}))}
@@ -113,6 +114,7 @@ def _check_lora(config: Mapping[str, object]) -> None:
             f"A GGUF adapter holds plain LoRA matrices only, and this one has {said}; merge it into its base instead.",
             code="gguf_adapter_unsupported",
         )
+    return config
 
 
 def _has_own_scales(config: Mapping[str, object]) -> bool:

@@ -52,6 +52,8 @@ BaseWeights = Literal["trained", "original"]
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 _COPIED_NAMES = ("LICENSE", "NOTICE")
 _READ_AHEAD, _WRITE_BEHIND = 4, 4
+_HEADER_BYTES, _ENTRY_BYTES = 64, 160
+"""At most what a header of safetensors takes by itself, and for each tensor beside its name."""
 _LEAST_SHARE = 0.5
 """Of a model's weights, without embeddings and head, that must be in linear layers for a quantized form to be worth its name."""
 
@@ -115,12 +117,11 @@ def plan_merge(
     """Checks that `adapter_dir` fits `base_dir` to the last tensor; without an adapter the base itself is converted.
 
     `stored_as` is the type of all floating-point tensors; with `form` linear layers are quantized. `trained_dtype` is what weights had
-    before NF4 quantized them, `trained_arithmetic` where that was. `max_shard_bytes` splits the weights anew; one
-    tensor may be larger.
+    before NF4 quantized them, `trained_arithmetic` where that was. `max_shard_bytes` splits the weights anew.
 
-    Raises InvalidArgumentError for an adapter key that matches nothing, a missing half of a pair, a wrong shape, a broken file, or original
-    weights of a base that has none; UnimplementedError for kinds of adapter, base and form that this merge does not know;
-    FailedPreconditionError for a base without weights.
+    Raises InvalidArgumentError for an adapter key that matches nothing, a missing half of a pair, a wrong shape, a broken file, original
+    weights of a base that has none, or a tensor larger than a shard may be; UnimplementedError for kinds of adapter, base and form that this
+    merge does not know; FailedPreconditionError for a base without weights.
     """
     files = base_tensors(base_dir)
     base = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
@@ -180,12 +181,20 @@ def _quantized(plan: MergePlan, layers: Layers, *, form: Form) -> MergePlan:
 def _resharded(plan: MergePlan, max_bytes: int) -> MergePlan:
     """The same tensors in files of at most `max_bytes`, filled in order."""
     groups: list[dict[str, BaseTensor]] = [{}]
-    filled_bytes = 0
+    filled_bytes = _HEADER_BYTES
     for tensor in (tensor for tensors in plan.shards.values() for tensor in tensors.values()):
-        size_bytes = _size_bytes(plan.specs(tensor))
-        if groups[-1] and filled_bytes + size_bytes > max_bytes:
+        specs = plan.specs(tensor)
+        size_bytes = _size_bytes(specs) + sum(len(name) + _ENTRY_BYTES for name, _, _ in specs)
+        if _HEADER_BYTES + size_bytes > max_bytes:
+            raise InvalidArgumentError(
+                f"max_file_size_bytes: got {max_bytes:,}, but {tensor.name} alone takes {_HEADER_BYTES + size_bytes:,}; "
+                "allow at least that.",
+                code="part_too_small",
+                param="max_file_size_bytes",
+            )
+        if filled_bytes + size_bytes > max_bytes:
             groups.append({})
-            filled_bytes = 0
+            filled_bytes = _HEADER_BYTES
         groups[-1][tensor.name] = tensor
         filled_bytes += size_bytes
     if len(groups) == 1:

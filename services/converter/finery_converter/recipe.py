@@ -87,7 +87,7 @@ class Recipe:
             case OutputFormat.ADAPTER:
                 return prepare, Step("checking", 0.5, self._check_adapter), Step("writing the adapter", 0.5, self._write_adapter)
             case OutputFormat.GGUF_ADAPTER:
-                return prepare, Step("checking", 0.5, self._check_adapter), Step("writing GGUF", 0.5, self._write_gguf_adapter)
+                return prepare, *self._gguf_adapter_steps()
             case OutputFormat.SAFETENSORS:
                 return prepare, Step("merging", 0.5, self._merge), Step("comparing", 0.5, self._compare)
             case OutputFormat.GGUF:
@@ -107,6 +107,14 @@ class Recipe:
             steps += [Step("quantizing", 0.2, self._quantize), Step("comparing the quantized", 0.1, self._compare_quantized)]
         return [*steps, Step("writing the Modelfile", 0.01, self._write_modelfile)]
 
+    def _gguf_adapter_steps(self) -> Sequence[Step]:
+        return (
+            Step("checking", 0.05, self._check_gguf_adapter),
+            Step("preparing the base", 0.3, self._write_plain_base),
+            Step("writing GGUF", 0.05, self._write_gguf_adapter),
+            Step("comparing GGUF", 0.6, self._compare_gguf_adapter),
+        )
+
     @property
     def _is_quantized(self) -> bool:
         """By llama.cpp's own quantization, from a 16-bit file."""
@@ -121,8 +129,13 @@ class Recipe:
         """GGUF files of 8 bits and more are written from float32, so that their own rounding is the only one and vectors, which GGUF keeps
         in float32, lose nothing; smaller ones from a 16-bit model, which they are then compared with.
         """
-        if self.spec.format is OutputFormat.SAFETENSORS:
-            return self._type
+        match self.spec.format:
+            case OutputFormat.SAFETENSORS:
+                return self._type
+            case OutputFormat.GGUF_ADAPTER:
+                return OutputType.F32
+            case _:
+                pass
         return OutputType.BF16 if self._is_quantized else OutputType.F32
 
     @cached_property
@@ -131,9 +144,9 @@ class Recipe:
         is_folder = spec.format is OutputFormat.SAFETENSORS
         return plan_merge(
             self._base_dir,
-            self._adapter_dir,
+            None if spec.format is OutputFormat.GGUF_ADAPTER else self._adapter_dir,
             stored_as=torch.bfloat16 if form else _DTYPES[self._merged_type],
-            fits=None if is_folder else _DTYPES.get(self._type),
+            fits=_DTYPES.get(self._type) if spec.format is OutputFormat.GGUF else None,
             form=form,
             trained_on=self._task.trained_on,
             trained_dtype=_PRECISIONS[self._task.precision],
@@ -192,16 +205,54 @@ class Recipe:
         for file in sorted(self._adapter_dir.iterdir()):
             shutil.copyfile(file, self._output_dir / file.name)
 
+    def _check_gguf_adapter(self, on_progress: Progress) -> None:
+        assert self._adapter_dir is not None
+        hf_to_gguf.check_lora(self._adapter_dir)
+        self._check_adapter(on_progress)
+        self._check_gguf(on_progress)
+        _check_room(self._needed_bytes, folder=self._scratch_dir)
+
+    def _write_plain_base(self, on_progress: Progress) -> None:
+        """The base in float32, as a folder and as a GGUF file, for an adapter must be seen at work; neither is published."""
+        self._merged_dir.mkdir()
+        merge(self._plan, self._merged_dir, on_progress=lambda share: on_progress(share / 2))
+        self._files = hf_to_gguf.convert(
+            self._merged_dir,
+            self._scratch_dir / "base.gguf",
+            type_="f32",
+            model_name=self._task.model_name,
+            converter_dir=self._converter_dir,
+            on_progress=lambda share: on_progress(0.5 + share / 2),
+        )
+
     def _write_gguf_adapter(self, on_progress: Progress) -> None:
         assert self._adapter_dir is not None
         hf_to_gguf.convert_lora(
             self._adapter_dir,
-            self._base_dir,
-            self._output_dir / f"adapter.{self._type}.gguf",
+            self._merged_dir,
+            self._gguf_adapter_file,
             converter_dir=self._converter_dir,
             on_progress=on_progress,
             type_=self._type.value,
         )
+
+    @property
+    def _gguf_adapter_file(self) -> Path:
+        return self._output_dir / f"adapter.{self._type}.gguf"
+
+    def _compare_gguf_adapter(self, on_progress: Progress) -> None:
+        """llama.cpp's reading of base and adapter against base + adapter; and that no number of the adapter is missing."""
+        assert self._adapter_dir is not None
+        wanted = sum(tensor.num_elements for tensor in adapter_tensors(self._adapter_dir).values())
+        got = sum(fact.num_elements for fact in ggufparts.read_header(self._gguf_adapter_file).tensors.values())
+        if got != wanted:
+            raise parity.NotTheSameModelError(
+                f"The GGUF adapter holds {got:,} numbers and the adapter that it was made of {wanted:,}; it is not published."
+            )
+        model = StreamedModel(self._merged_dir, adapter_dir=self._adapter_dir)
+        candidate = GgufModel(file=self._files[0], lora=self._gguf_adapter_file)
+        self._judge(self._compared(model, candidate, on_progress), self._type.value, budget=_READINGS[self._type.value], name="gguf")
+        self._note_texts()
 
     def _check_gguf(self, _: Progress) -> None:
         hf_to_gguf.check_supported(self._base_dir, converter_dir=self._converter_dir, scratch_dir=self._scratch_dir)
@@ -218,7 +269,8 @@ class Recipe:
             return self._plan.size_bytes
         # llama.cpp's own quantization is split afterwards; its converter writes parts at once.
         copies = 1 if self.spec.max_file_size_bytes is None else 2
-        sixteenths = {OutputType.F32: 64, OutputType.Q8_0: 17}.get(self._type, 32)
+        written_as = self._type if self.spec.format is OutputFormat.GGUF else OutputType.F32
+        sixteenths = {OutputType.F32: 64, OutputType.Q8_0: 17}.get(written_as, 32)
         written = sixteenths * self._plan.num_elements // 16
         quantized = copies * 9 * self._plan.num_elements // 8 if self._is_quantized else 0
         logits = 4 * _vocab_size(self._base_dir) * calibration.GATE_TOKENS
@@ -238,6 +290,9 @@ class Recipe:
             on_progress=on_progress,
         )
         self.report["parity"] = report.to_metadata()
+        self._note_texts()
+
+    def _note_texts(self) -> None:
         self.report["calibration"] = {"source": self._texts.source, "num_tokens": self._texts.num_tokens}
 
     @property
@@ -260,8 +315,13 @@ class Recipe:
 
     def _compare_gguf(self, on_progress: Progress) -> None:
         """llama.cpp's reading of the file against the merged folder's."""
+        found = self._compared(StreamedModel(self._merged_dir), GgufModel(file=self._files[0]), on_progress)
+        type_ = "bf16" if self._is_quantized else self._type.value
+        self._judge(found, type_, budget=_READINGS[type_], name="gguf")
+
+    def _compared(self, model: StreamedModel, candidate: GgufModel, on_progress: Progress) -> Comparison:
+        """`candidate` by llama.cpp against `model` by torch, on all texts."""
         sequences, file = self._texts.sequences, self._scratch_dir / "logits.npy"
-        model = StreamedModel(self._merged_dir)
         states = model.states(sequences, on_progress=lambda share: on_progress(share / 2))
         rows = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(self._texts.num_tokens, model.vocab_size))
         done = 0
@@ -269,10 +329,11 @@ class Recipe:
             rows[done : done + len(state)] = model.logits(state).numpy()
             done += len(state)
         rows.flush()
-        found = compare_with_logits(file, GgufModel(file=self._files[0]), sequences, on_progress=lambda share: on_progress(0.5 + share / 2))
+        found = compare_with_logits(
+            file, candidate, sequences, on_progress=lambda share: on_progress(0.5 + share / 2), num_threads=_NUM_THREADS
+        )
         file.unlink()
-        type_ = "bf16" if self._is_quantized else self._type.value
-        self._judge(found, type_, budget=_READINGS[type_], name="gguf")
+        return found
 
     def _weigh(self, on_progress: Progress) -> None:
         texts = self._token_set(max_tokens=_IMPORTANCE_TOKENS)

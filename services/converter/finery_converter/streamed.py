@@ -29,12 +29,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from finery_common.errors import InvalidArgumentError, UnimplementedError
+from finery_common.errors import InvalidArgumentError, ResourceExhaustedError, UnimplementedError
 from finery_converter.changes import AdaptedWeights, LoraPair, place, read_adapter
 from finery_converter.parameters import Parameters, skeleton
 from finery_converter.weights import Weights, folder_weights
 
 MAX_TOKENS = 2048
+_NO_MEMORY = "can't allocate memory"
+"""In the words of torch's allocator for CPUs."""
 Observer = Callable[[str, torch.Tensor], None]
 """Called with a linear layer's name and its inputs (N, I), padding left out."""
 
@@ -127,6 +129,8 @@ class StreamedModel:
             with torch.no_grad():
                 self._outputs = base(input_ids=ids_BT, use_cache=False)
         except (NotImplementedError, AttributeError, TypeError, RuntimeError, StopIteration) as error:
+            if _NO_MEMORY in str(error):
+                raise ResourceExhaustedError(f"There is no memory for a pass of {longest} tokens: {error}", code="out_of_memory") from error
             raise UnimplementedError(
                 f"{type(self._model).__name__} uses weights in a way that a streamed pass does not follow: {error}"
             ) from error

@@ -351,14 +351,17 @@ def test_a_model_without_an_adapter_only_changes_its_type(base, tmp_path):
 
 def test_shards_are_cut_at_the_size_wanted_and_load(base, adapter, tmp_path):
     whole = load_file(_merged(base, adapter, tmp_path / "whole") / "model.safetensors")
-    out = _merged(base, adapter, tmp_path / "out", max_shard_bytes=30_000)
+    most_bytes = max(tensor.nbytes for tensor in whole.values()) + 500
+    with pytest.raises(InvalidArgumentError, match=r"max_file_size_bytes: got 1,000, but \S+ alone takes [0-9,]+; allow at least that"):
+        plan_merge(base, adapter, stored_as=torch.bfloat16, max_shard_bytes=1000)
+    out = _merged(base, adapter, tmp_path / "out", max_shard_bytes=most_bytes)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = sorted({*index["weight_map"].values()})
     assert files == sorted(path.name for path in out.glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
     shards = {file: load_file(out / file) for file in files}
-    for tensors in shards.values():
-        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 30_000
+    assert len(files) > 1
+    assert all((out / file).stat().st_size <= most_bytes for file in files)
     assert {name: file for file, tensors in shards.items() for name in tensors} == index["weight_map"]
     for name, tensor in whole.items():
         assert torch.equal(shards[index["weight_map"][name]][name], tensor)

@@ -126,9 +126,30 @@ def test_a_quantized_gguf_file_of_a_real_model_passes_its_gate_and_tells_what_fe
 
 
 def test_an_adapter_becomes_a_gguf_adapter(run, adapters):
-    output, _ = run(adapters[0], format="gguf_adapter")
+    output, report = run(adapters[0], format="gguf_adapter")
     assert [path.name for path in output.iterdir()] == ["adapter.f16.gguf"]
     assert (output / "adapter.f16.gguf").read_bytes()[:4] == b"GGUF"
+    assert report["gguf"]["mean_kl"] < 1e-4
+    assert report["gguf"]["candidate_perplexity"] == pytest.approx(report["gguf"]["reference_perplexity"], rel=1e-3)
+
+
+def test_a_gguf_adapter_that_says_something_else_or_lacks_a_number_is_not_published(run, adapters, monkeypatch):
+    right = recipe.hf_to_gguf.convert_lora
+
+    def doubled(adapter_dir, base_dir, output_file, **options):
+        monkeypatch.setattr(recipe.hf_to_gguf, "_has_own_scales", lambda _: True)
+        monkeypatch.setattr(recipe.hf_to_gguf, "_of_module", lambda *_, default: 2 * default)
+        right(adapter_dir, base_dir, output_file, **options)
+
+    def halved(adapter_dir, base_dir, output_file, **options):
+        right(adapter_dir, base_dir, output_file, **options)
+        right(adapters[1], base_dir, output_file, **options)
+
+    for wrong, reason in ((doubled, "the KL divergence is"), (halved, "holds .* numbers and the adapter that it was made of")):
+        with monkeypatch.context() as patch:
+            patch.setattr(recipe.hf_to_gguf, "convert_lora", wrong)
+            with pytest.raises(NotTheSameModelError, match=reason):
+                run(adapters[0], format="gguf_adapter")
 
 
 def test_a_merge_that_leaves_an_adapters_tensor_out_is_not_published(run, adapters, monkeypatch):

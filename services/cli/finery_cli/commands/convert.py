@@ -1,8 +1,9 @@
-"""`finery convert`: what a job has trained, in a format that other engines read."""
+"""`finery convert` and `finery conversions`: what jobs have trained, in a format that other engines read."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +13,17 @@ import typer
 from rich.progress import Progress
 
 from finery_cli.client import Gateway, connected
-from finery_cli.commands.options import Json
-from finery_cli.output import err, fail, show
-from finery_common.conversion_spec import BaseWeights, OutputFormat, OutputType
+from finery_cli.commands.artifacts import download_with_progress
+from finery_cli.commands.options import Json, Limit
+from finery_cli.downloads import list_files
+from finery_cli.output import err, fail, say, show
+from finery_common.conversion_spec import BaseWeights, Combination, OutputFormat, OutputType
 
 _POLL_S = 0.5
 _FINAL = ("succeeded", "failed", "cancelled")
+COLUMNS = ("id", "state", "progress", "source", "format", "type", "artifact", "create_time", "error")
+
+conversions = typer.Typer(no_args_is_help=True, help="Conversions that run or have run; `finery convert` makes one.")
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,15 @@ class _Conversion:
 
 
 def register(app: typer.Typer) -> None:
-    """Adds `finery convert` to `app`."""
+    """Adds both to `app`."""
     app.command()(convert)
+    app.add_typer(conversions, name="conversions")
 
 
 def convert(
-    job_id: Annotated[str, typer.Argument(help="The job whose adapter, or whole model, is converted.")],
+    job_ids: Annotated[
+        list[str], typer.Argument(help="The job whose adapter, or whole model, is converted; of several, their adapters in one.")
+    ],
     *,
     output: Annotated[Path, typer.Option(help="Folder to put the files into; made where missing.")],
     step: Annotated[int | None, typer.Option(help="A checkpoint instead of the final adapter.")] = None,
@@ -48,6 +57,9 @@ def convert(
     ] = OutputFormat.GGUF,
     output_type: Annotated[OutputType | None, typer.Option("--type", help="Such as f16 or q4_k_m; by default 16 bits.")] = None,
     scale: Annotated[float | None, typer.Option(help="Multiply the adapter's update.")] = None,
+    combination: Annotated[Combination | None, typer.Option(help="How several adapters become one; by default their exact sum.")] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="Of an adapter among several; once for each, in order.")] = None,
+    density: Annotated[float | None, typer.Option(help="The share that ties and dare keep of each adapter.")] = None,
     base_weights: Annotated[BaseWeights | None, typer.Option(help="Of adapters trained on NF4: what to merge into.")] = None,
     calibration_dataset: Annotated[str | None, typer.Option(help="A prepared dataset to measure with, by id.")] = None,
     importance_matrix: Annotated[bool | None, typer.Option(help="Weigh GGUF's rounding by the inputs' squares.")] = None,
@@ -57,11 +69,16 @@ def convert(
     hub_public: Annotated[bool, typer.Option("--hub-public", help="Make the repository a public one, where it is made.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge a job's adapter into its base model, prove that it is the same model, and fetch the result."""
+    """Merge a job's adapter into its base model, prove that it is the same model, and fetch the result.
+
+    Interrupted, it leaves the conversion running: `finery conversions get` shows it, `finery artifacts download models/ID` fetches it.
+    """
     asked: dict[str, object] = {
         "format": output_format.value,
         "type": output_type and output_type.value,
         "scale": scale,
+        "combination": combination and combination.value,
+        "density": density,
         "base_weights": base_weights and base_weights.value,
         "calibration_dataset": calibration_dataset and f"datasets/{calibration_dataset}",
         "importance_matrix": importance_matrix,
@@ -70,10 +87,12 @@ def convert(
     }
     body = {name: value for name, value in asked.items() if value is not None}
     with connected() as gateway:
-        conversion = _finished(gateway, _parsed(gateway.native.post("/conversions", json=_source(gateway, job_id, step=step) | body)))
+        source = _source(gateway, job_ids, step=step, weights=weight)
+        conversion = _finished(gateway, _parsed(gateway.native.post("/conversions", json=source | body)))
         if conversion.state != "succeeded":
             fail(f"The conversion {conversion.id} {conversion.state}: {conversion.reason}")
-        files = _fetch(gateway, conversion.id, output)
+        address = f"models/{conversion.id}"
+        files = download_with_progress(gateway, address, output, files=list_files(gateway, address))
     show(
         {"id": conversion.id, "files": [str(file) for file in files], "report": conversion.report, "hub": conversion.hub},
         columns=("id", "files"),
@@ -91,7 +110,20 @@ def _hub(repository: str | None, *, token: str | None, is_public: bool) -> dict[
     return {"repository": repository, "private": not is_public, **({} if token is None else {"token": token})}
 
 
-def _source(gateway: Gateway, job_id: str, *, step: int | None) -> dict[str, object]:
+def _source(gateway: Gateway, job_ids: Sequence[str], *, step: int | None, weights: Sequence[float] | None) -> dict[str, object]:
+    """What is converted. Of several jobs, all of which have adapters, each with its weight."""
+    if weights and len(weights) != len(job_ids):
+        fail(f"--weight: got {len(weights)}, wanted one for each of {len(job_ids)} jobs, or none")
+    sources = [_trained(gateway, job_id, step=step) for job_id in job_ids]
+    if len(sources) == 1 and not weights:
+        return sources[0]
+    if whole := next((source["model"] for source in sources if "model" in source), None):
+        fail(f"{whole} was trained whole; only adapters can be combined.")
+    given = weights or [1.0] * len(sources)
+    return {"adapters": [source | {"weight": weight} for source, weight in zip(sources, given, strict=True)]}
+
+
+def _trained(gateway: Gateway, job_id: str, *, step: int | None) -> dict[str, object]:
     """The adapter of `step`, by default the final one; of a job that trained all weights its model."""
     if step is not None:
         return {"adapter": f"adapters/{job_id}-{step}"}
@@ -120,16 +152,43 @@ def _parsed(answer: httpx.Response) -> _Conversion:
     return _Conversion(body["id"], body["state"], body["progress"], reason, body.get("report"), body.get("hub"))
 
 
-def _fetch(gateway: Gateway, conversion_id: str, folder: Path) -> list[Path]:
-    """Every file under its own name; one that breaks off leaves nothing under that name."""
-    fetched: list[Path] = []
-    for entry in gateway.native.get(f"/conversions/{conversion_id}/files").json():
-        target = folder / entry["name"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        with gateway.native.stream("GET", f"/conversions/{conversion_id}/files/{entry['name']}") as answer, partial.open("wb") as file:
-            for chunk in answer.iter_bytes():
-                file.write(chunk)
-        partial.replace(target)
-        fetched.append(target)
-    return fetched
+@conversions.command("list")
+def list_conversions(*, limit: Limit = 20, as_json: Json = False) -> None:
+    """List conversions, newest first."""
+    with connected() as gateway:
+        rows = gateway.native.get("/conversions", params={"page_size": limit}).json()["data"]
+    show([_row(row) for row in rows], columns=COLUMNS[:-1], as_json=as_json)
+
+
+@conversions.command()
+def get(conversion_id: str, *, as_json: Json = False) -> None:
+    """Show one conversion, and what was measured of its result."""
+    _show(conversion_id, method="GET", action="", as_json=as_json)
+
+
+@conversions.command()
+def cancel(conversion_id: str, *, as_json: Json = False) -> None:
+    """Stop a conversion; nothing of it is published."""
+    _show(conversion_id, method="POST", action="/cancel", as_json=as_json)
+
+
+@conversions.command()
+def delete(conversion_id: str) -> None:
+    """Delete a conversion that has ended, and what it has published."""
+    with connected() as gateway:
+        gateway.native.delete(f"/conversions/{conversion_id}")
+    say(f"{conversion_id} and what it published are deleted")
+
+
+def _show(conversion_id: str, *, method: str, action: str, as_json: bool) -> None:
+    with connected() as gateway:
+        row = _row(gateway.native.request(method, f"/conversions/{conversion_id}{action}").json())
+    show(row, columns=(*COLUMNS, "report", "hub"), as_json=as_json)
+
+
+def _row(conversion: dict[str, Any]) -> dict[str, Any]:
+    """A conversion as a table has it."""
+    spec, artifact = conversion["spec"], conversion["artifact"]
+    source = spec.get("adapter") or spec.get("model") or ", ".join(item["adapter"] for item in spec.get("adapters") or ())
+    address = f"models/{conversion['id']}" if artifact else None
+    return conversion | {"source": source, "format": spec["format"], "type": spec["type"], "artifact": address}

@@ -34,8 +34,9 @@ async def create_conversion(spec: ConversionSpec, gateway: GatewayParts, project
 
 @router.get("")
 async def list_conversions(gateway: GatewayParts, project: Project, *, page_size: PageSize = 50, page_token: str = "") -> Page[Conversion]:
-    """Conversions, newest first."""
-    return await gateway.conversions.list(project, page_size=page_size, page_token=page_token)
+    """Conversions, newest first, without their reports."""
+    page = await gateway.conversions.list(project, page_size=page_size, page_token=page_token)
+    return page.model_copy(update={"data": tuple(item.model_copy(update={"report": None}) for item in page.data)})
 
 
 @router.get("/{conversion_id}")

@@ -1,0 +1,89 @@
+"""`finery convert` of several adapters and `finery conversions`, against a gateway that only notes what it is asked."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from finery_cli.__main__ import build_app
+from finery_cli.client import Gateway
+from finery_cli.commands import convert
+
+CONVERSION: dict[str, object] = {
+    "id": "conv-1",
+    "state": "running",
+    "progress": 0.25,
+    "spec": {"adapter": "adapters/ftjob-1-20", "format": "gguf", "type": "q4_k_m"},
+    "artifact": None,
+    "error": None,
+    "create_time": "2026-01-01T00:00:00Z",
+}
+FAILED = CONVERSION | {"state": "failed", "error": {"message": "not the same model"}}
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, str, dict]]:
+    """What the gateway was asked: it answers a list with a conversion that runs, a POST with one that has failed."""
+    asked: list[tuple[str, str, dict]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        path = request.url.path.removeprefix("/api/v1/conversions")
+        asked.append((request.method, path, json.loads(request.content) if request.content else {}))
+        listed = {"data": [CONVERSION], "next_page_token": ""}
+        return httpx.Response(200, json=listed if (request.method, path) == ("GET", "") else FAILED)
+
+    gateway = Gateway("http://gateway", "key")
+    vars(gateway)["native"] = httpx.Client(base_url="http://gateway/api/v1", transport=httpx.MockTransport(answer))
+    newest = SimpleNamespace(list=lambda job_id, limit: [SimpleNamespace(step_number=20)] if "whole" not in job_id else [])
+    jobs = SimpleNamespace(retrieve=lambda _: SimpleNamespace(status="succeeded"), checkpoints=newest)
+    vars(gateway)["openai"] = SimpleNamespace(fine_tuning=SimpleNamespace(jobs=jobs))
+
+    @contextmanager
+    def connected():
+        yield gateway
+
+    monkeypatch.setattr(convert, "connected", connected)
+    return asked
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(build_app(), arguments)
+
+
+def test_several_jobs_become_one_by_their_weights(asked, tmp_path):
+    options = ("--combination", "ties", "--density", "0.5", "--format", "adapter", "--output", str(tmp_path))
+    done = run("convert", "ftjob-a", "ftjob-b", "--weight", "1", "--weight", "0.5", *options)
+    assert done.exit_code == 1
+    assert "not the same model" in done.output
+    [(_, _, body)] = asked
+    assert body["adapters"] == [{"adapter": "adapters/ftjob-a-20", "weight": 1.0}, {"adapter": "adapters/ftjob-b-20", "weight": 0.5}]
+    assert (body["combination"], body["density"], body["format"]) == ("ties", 0.5, "adapter")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ftjob-a", "ftjob-b", "--weight", "1"), "--weight: got 1, wanted one for each of 2 jobs, or none"),
+        (("ftjob-a", "ftjob-whole"), "models/ftjob-whole was trained whole; only adapters can be combined."),
+    ],
+)
+def test_what_cannot_be_combined_is_said_before_anything_is_asked_for(asked, tmp_path, arguments, message):
+    done = run("convert", *arguments, "--output", str(tmp_path))
+    assert (done.exit_code, asked) == (1, [])
+    assert message in done.output
+
+
+def test_conversions_are_listed_shown_cancelled_and_deleted(asked):
+    listed = run("conversions", "list")
+    assert "conv-1" in listed.output
+    assert "adapters/ftjob-1-20" in listed.output
+    assert "running" in listed.output
+    shown = run("conversions", "get", "conv-1")
+    assert "not the same model" in shown.output
+    assert run("conversions", "cancel", "conv-1").exit_code == run("conversions", "delete", "conv-1").exit_code == 0
+    assert [item[:2] for item in asked] == [("GET", ""), ("GET", "/conv-1"), ("POST", "/conv-1/cancel"), ("DELETE", "/conv-1")]
