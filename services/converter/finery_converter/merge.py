@@ -120,8 +120,8 @@ def plan_merge(
     before NF4 quantized them, `trained_arithmetic` where that was. `max_shard_bytes` splits the weights anew.
 
     Raises InvalidArgumentError for an adapter key that matches nothing, a missing half of a pair, a wrong shape, a broken file, original
-    weights of a base that has none, or a tensor larger than a shard may be; UnimplementedError for kinds of adapter, base and form that this
-    merge does not know; FailedPreconditionError for a base without weights.
+    weights of a base that has none, or a tensor larger than a shard may be; UnimplementedError for kinds of adapter, base and form that
+    this merge does not know; FailedPreconditionError for a base without weights.
     """
     files = base_tensors(base_dir)
     base = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}

@@ -9,8 +9,8 @@ bitsandbytes does not quantize alike everywhere. Its GPU kernels take the neares
 of 65,536 steps, which takes a neighbour for 3 scales in 1,000. `Arithmetic` says whose result is wanted. "cpu" is bit-equal, as tests show,
 with as many threads, since torch's mean sums in an order of their number. "gpu" follows the kernels' source; what it cannot follow is the
 order in which a GPU sums for the mean and its approximate reciprocal, which may move an offset or a code that lies on a border: of random
-weights in 16 bits every 4-bit code is that of an H100, the offset within 1.3 units in the last place, and at most 4 of 100,000 scales are
-the next one; of float32 weights one code in 5 million differs.
+weights in 16 bits every 4-bit code is that of an H100, the offset within 1.3 units in the last place, and at most 7 of 100,000 scales are
+the next one; of float32 weights up to one code in 8 million differs.
 
 Letters: N rows, K columns, B blocks of 64 values, C blocks of 256 scales.
 """
