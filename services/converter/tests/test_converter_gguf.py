@@ -1,4 +1,4 @@
-"""GGUF files and adapters of a trained SmolLM2, answered from by a real llama.cpp runtime."""
+"""A trained SmolLM2 in each format, answered from by the engine that it is for: llama.cpp's runtime, transformers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError, UnimplementedError
 from finery_converter import gguf
 from finery_converter.gguf_parity import GgufModel, compare_with_logits, greedy
+from finery_converter.merge import merge, plan_merge
 from finery_converter.quantize import quantize
 
+ROOT = Path(__file__).resolve().parents[3]
 # A fact that the base model does not know and the adapter is trained on.
 PROMPT = "The old smith of Ferrow is called"
 ANSWER = " Tobias Quillhammer."
@@ -42,6 +44,16 @@ def _llama_answer(file: Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+ANSWER_BY_TRANSFORMERS = f"""
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer, model = AutoTokenizer.from_pretrained(sys.argv[1]), AutoModelForCausalLM.from_pretrained(sys.argv[1])
+inputs = tokenizer({PROMPT!r}, return_tensors="pt")
+out = model.generate(**inputs, max_new_tokens={NUM_TOKENS}, do_sample=False)
+print(tokenizer.decode(out[0, inputs["input_ids"].shape[1]:]))
+"""
 
 
 def _transformers_answer(model_dir: Path) -> str:
@@ -110,6 +122,19 @@ def test_llama_cpp_continues_an_f16_gguf_as_transformers_continues_the_merged_mo
     said = _transformers_answer(merged_dir)
     assert said.startswith(ANSWER)
     assert _llama_answer(file) == said.removesuffix("<|im_end|>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "python"), [(None, sys.executable), ("nf4", sys.executable), ("fp8", ROOT / ".venv-vllm" / "bin" / "python")]
+)
+def test_transformers_knows_the_trained_fact_from_merged_folders(base_model_dir, adapter, tmp_path, form, python):
+    """FP8 in the environment of vLLM, which has compressed-tensors."""
+    merge(plan_merge(base_model_dir, adapter, stored_as=torch.bfloat16, form=form), tmp_path, on_progress=_nothing)
+    command = [python, "-c", ANSWER_BY_TRANSFORMERS, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith(ANSWER)
 
 
 @pytest.mark.slow
