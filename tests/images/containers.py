@@ -37,9 +37,9 @@ exec chroot "$ROOT" setpriv --reuid="${OWNER%:*}" --regid="${OWNER#*:}" --clear-
 """
 
 
-def absent() -> list[str]:
+def absent(programs: Sequence[str] = PROGRAMS) -> list[str]:
     """Programs that are not installed and have to be."""
-    return [program for program in PROGRAMS if shutil.which(program) is None]
+    return [program for program in programs if shutil.which(program) is None]
 
 
 def forbidden() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from images.compose_host import prepare
 from images.service_settings import SETTINGS
 
 from finery_common.catalogue import Catalogue
@@ -42,11 +43,8 @@ def _environment(name: str) -> dict[str, str]:
 
 @pytest.fixture
 def prepared(tmp_path) -> Path:
-    """deploy/, after prepare.sh."""
-    shutil.copytree(ROOT / "deploy", tmp_path / "deploy", ignore=shutil.ignore_patterns("secrets", "models", ".env"))
-    folder = tmp_path / "deploy" / "compose"
-    subprocess.run(["sh", str(folder / "prepare.sh")], check=True, timeout=60)
-    return folder
+    """deploy/compose, after prepare.sh."""
+    return prepare(tmp_path)
 
 
 def test_it_is_what_the_compose_specification_allows():

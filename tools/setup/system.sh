@@ -9,6 +9,7 @@ for program in buildah mmdebstrap; do
     command -v "$program" >/dev/null || missing="$missing $program"
 done
 command -v promtool >/dev/null && command -v prometheus >/dev/null || missing="$missing prometheus"
+command -v ip >/dev/null || missing="$missing iproute2"
 [ -z "$missing" ] && exit 0
 if [ "$(id -u)" != 0 ]; then
     echo "The tests need Debian packages that are not installed:$missing" >&2
