@@ -5,10 +5,11 @@ cd "$(dirname "$0")"
 command -v openssl >/dev/null || { echo "prepare.sh wants openssl, which is not installed" >&2; exit 1; }
 
 [ -e .env ] || cp .env.example .env
-mkdir -p models secrets
+mkdir -p models secrets/hub_tokens/default
 # Compose mounts the files as they are, for users of several containers: all may read them, but only who may enter the folder gets there.
 chmod 700 secrets
 umask 022
+chmod 755 secrets/hub_tokens secrets/hub_tokens/default
 
 random() { # NAME BYTES
     [ -e "secrets/$1" ] || openssl rand -hex "$2" >"secrets/$1"
@@ -47,4 +48,4 @@ if [ -n "$missing" ]; then
     cp "$work/crt" secrets/vllm_tls_cert
     cp "$work/key" secrets/vllm_tls_key
 fi
-chmod 444 secrets/*
+find secrets -type f -exec chmod 444 {} +

@@ -112,24 +112,30 @@ def test_every_volume_secret_and_dependency_exists_and_is_used():
             assert "healthcheck" in SERVICES[dependency]
 
 
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 def test_prepare_makes_every_file_that_is_mounted_and_changes_nothing_the_second_time(prepared):
     mounted = [source for service in SERVICES.values() for source in _mounts(service).values() if source.startswith(".")]
     files = [*mounted, *(secret["file"] for secret in COMPOSE["secrets"].values()), ".env"]
     assert [file for file in files if not (prepared / file).exists()] == []
-    before = {path: path.read_bytes() for path in (prepared / "secrets").iterdir()}
+    before = {path: path.read_bytes() for path in _files(prepared / "secrets")}
     (prepared / ".env").write_text("TAG=mine\n")
     subprocess.run(["sh", str(prepared / "prepare.sh")], check=True, timeout=60)
-    assert {path: path.read_bytes() for path in (prepared / "secrets").iterdir()} == before
+    assert {path: path.read_bytes() for path in _files(prepared / "secrets")} == before
     assert (prepared / ".env").read_text() == "TAG=mine\n"
 
 
 def test_secrets_are_random_long_enough_and_behind_a_closed_folder(prepared, tmp_path):
     secrets = prepared / "secrets"
     assert stat.S_IMODE(secrets.stat().st_mode) == 0o700
-    assert {stat.S_IMODE(path.stat().st_mode) for path in secrets.iterdir()} == {0o444}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in _files(secrets)} == {0o444}
+    # Behind that folder the converter's user may look for tokens.
+    assert stat.S_IMODE((secrets / "hub_tokens" / "default").stat().st_mode) == 0o755
     settings = ServiceSettings(token_secret_file=secrets / "token_secret")
     assert len(settings.token_secret()) == 64
-    values = [path.read_text() for path in secrets.iterdir()]
+    values = [path.read_text() for path in _files(secrets)]
     assert len(set(values)) == len(values)
     # MinIO's own bounds.
     assert 3 <= len((secrets / "s3_access_key").read_text().strip()) <= 20

@@ -52,6 +52,12 @@ class OutputType(StrEnum):
     IQ1_M = "iq1_m"
     IQ1_S = "iq1_s"
 
+    @classmethod
+    def _missing_(cls, value: object) -> OutputType | None:
+        """llama.cpp's own spelling is Q4_K_M."""
+        is_known = isinstance(value, str) and value != value.lower() and value.lower() in set(cls)
+        return cls(str(value).lower()) if is_known else None
+
 
 class Combination(StrEnum):
     LINEAR = "linear"
@@ -208,7 +214,7 @@ def _conflicts(spec: ConversionSpec) -> Iterator[tuple[bool, str, str]]:
         f"got false with type {spec.element_type.value}, which needs it; leave it out",
     )
     yield (
-        spec.calibration_dataset is not None and is_adapter,
+        spec.calibration_dataset is not None and spec.format is OutputFormat.ADAPTER,
         "calibration_dataset",
         f"got one with format {spec.format.value}, which measures nothing; leave it out",
     )

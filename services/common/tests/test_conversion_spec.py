@@ -90,3 +90,9 @@ def test_a_token_given_for_its_name_is_not_repeated():
     with pytest.raises(InvalidArgumentError) as caught:
         ConversionSpec.parse({"adapter": ADAPTER, "hub": {"repository": "a/b", "token": "hf_secret"}})
     assert "hf_secret" not in str(caught.value)
+
+
+def test_types_are_known_as_llama_cpp_writes_them():
+    assert ConversionSpec.parse({"adapter": ADAPTER, "format": "gguf", "type": "Q4_K_M"}).type is OutputType.Q4_K_M
+    with pytest.raises(InvalidArgumentError, match="type: got 'Q4_K_X'"):
+        ConversionSpec.parse({"adapter": ADAPTER, "format": "gguf", "type": "Q4_K_X"})

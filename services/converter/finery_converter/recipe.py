@@ -194,7 +194,9 @@ class Recipe:
         """That every tensor has its place in the base, and is finite."""
         assert self._adapter_dir is not None
         plan_merge(self._base_dir, self._adapter_dir, stored_as=torch.float32)
-        for tensor in adapter_tensors(self._adapter_dir).values():
+        tensors = adapter_tensors(self._adapter_dir).values()
+        self.report["adapter"] = {"num_tensors": len(tensors), "num_numbers": sum(tensor.num_elements for tensor in tensors)}
+        for tensor in tensors:
             if not all(bool(block.isfinite().all()) for block in tensor.blocks()):
                 raise InvalidArgumentError(
                     f"{tensor.file.name}: tensor {tensor.name} has NaN or Inf; train the adapter again.", code="not_finite"

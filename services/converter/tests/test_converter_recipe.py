@@ -86,7 +86,7 @@ def test_several_adapters_are_summed_and_scaled(run, base, adapters):
 def test_an_adapter_stays_one(run, base, adapters):
     output, report = run(adapters[0], format="adapter", scale=2.0)
     assert json.loads((output / "adapter_config.json").read_text())["lora_alpha"] == 16
-    assert report == {}
+    assert report == {"adapter": {"num_tensors": 28, "num_numbers": 32768}}
     assert not torch.allclose(logits(base, output), logits(base, adapters[0]))
 
 
@@ -129,6 +129,7 @@ def test_an_adapter_becomes_a_gguf_adapter(run, adapters):
     output, report = run(adapters[0], format="gguf_adapter")
     assert [path.name for path in output.iterdir()] == ["adapter.f16.gguf"]
     assert (output / "adapter.f16.gguf").read_bytes()[:4] == b"GGUF"
+    assert report["adapter"]["num_tensors"] == len(load_file(adapters[0] / "adapter_model.safetensors"))
     assert report["gguf"]["mean_kl"] < 1e-4
     assert report["gguf"]["candidate_perplexity"] == pytest.approx(report["gguf"]["reference_perplexity"], rel=1e-3)
 

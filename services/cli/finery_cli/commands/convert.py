@@ -55,7 +55,9 @@ def convert(
     output_format: Annotated[
         OutputFormat, typer.Option("--format", help="A merged Hugging Face folder, GGUF, or the adapter by itself.")
     ] = OutputFormat.GGUF,
-    output_type: Annotated[OutputType | None, typer.Option("--type", help="Such as f16 or q4_k_m; by default 16 bits.")] = None,
+    output_type: Annotated[
+        OutputType | None, typer.Option("--type", case_sensitive=False, help="Such as f16 or q4_k_m; by default 16 bits.")
+    ] = None,
     scale: Annotated[float | None, typer.Option(help="Multiply the adapter's update.")] = None,
     combination: Annotated[Combination | None, typer.Option(help="How several adapters become one; by default their exact sum.")] = None,
     weight: Annotated[list[float] | None, typer.Option(help="Of an adapter among several; once for each, in order.")] = None,
@@ -86,16 +88,26 @@ def convert(
         "hub": _hub(hub, token=hub_token, is_public=hub_public),
     }
     body = {name: value for name, value in asked.items() if value is not None}
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        fail(f"--output: {output} is {'a folder that holds files' if output.is_dir() else 'no folder'}; name a new or an empty one.")
     with connected() as gateway:
         source = _source(gateway, job_ids, step=step, weights=weight)
         conversion = _finished(gateway, _parsed(gateway.native.post("/conversions", json=source | body)))
+        if conversion.state == "cancelled":
+            fail(f"The conversion {conversion.id} was cancelled; nothing of it is published.")
         if conversion.state != "succeeded":
-            fail(f"The conversion {conversion.id} {conversion.state}: {conversion.reason}")
+            fail(f"The conversion {conversion.id} failed: {conversion.reason}")
         address = f"models/{conversion.id}"
         files = download_with_progress(gateway, address, output, files=list_files(gateway, address))
     show(
-        {"id": conversion.id, "files": [str(file) for file in files], "report": conversion.report, "hub": conversion.hub},
-        columns=("id", "files"),
+        {
+            "id": conversion.id,
+            "files": [str(file) for file in files],
+            "measured": _measured(conversion.report or {}),
+            "report": conversion.report,
+            "hub": conversion.hub,
+        },
+        columns=("id", "files", "measured"),
         as_json=as_json,
     )
     if problem := (conversion.hub or {}).get("error"):
@@ -138,12 +150,32 @@ def _finished(gateway: Gateway, conversion: _Conversion) -> _Conversion:
     err.print(conversion.id)
     with Progress(console=err) as progress:
         task = progress.add_task("converting", total=1.0)
-        while conversion.state not in _FINAL:
-            progress.update(task, completed=conversion.progress)
-            time.sleep(_POLL_S)
-            conversion = _parsed(gateway.native.get(f"/conversions/{conversion.id}"))
-        progress.update(task, completed=1.0)
+        try:
+            while conversion.state not in _FINAL:
+                progress.update(task, completed=conversion.progress)
+                time.sleep(_POLL_S)
+                conversion = _parsed(gateway.native.get(f"/conversions/{conversion.id}"))
+        except KeyboardInterrupt:
+            say(
+                f"{conversion.id} goes on; `finery conversions get {conversion.id}` shows it, `cancel` stops it, "
+                f"`finery artifacts download models/{conversion.id}` fetches what it makes"
+            )
+            raise
+        progress.update(task, completed=conversion.progress)
     return conversion
+
+
+def _measured(report: dict[str, Any]) -> str:
+    """What of a report everybody asks about."""
+    parity, said = report.get("parity") or {}, list[str]()
+    if perplexity := parity.get("perplexity"):
+        said.append("perplexity " + ", ".join(f"{name} {value:.4g}" for name, value in perplexity.items()))
+    for name in ("gguf", "quantized"):
+        if found := report.get(name):
+            said.append(f"{found['type']}: KL {found['mean_kl']:.3g} nats, top-1 {found['top1_agreement']:.1%}")
+    if reason := (report.get("modelfile") or {}).get("reason"):
+        said.append(f"no Modelfile: {reason}")
+    return "; ".join(said)
 
 
 def _parsed(answer: httpx.Response) -> _Conversion:
