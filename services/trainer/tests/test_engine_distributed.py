@@ -131,7 +131,8 @@ def test_memory_is_planned_when_collectives_have_taken_theirs(case, monkeypatch)
         call = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *a, **k: (calls.append(name), call(*a, **k))[1])
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         noted(torch.distributed, "broadcast")
         noted(torch.distributed, "all_reduce")
