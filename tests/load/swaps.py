@@ -202,7 +202,7 @@ def summary(swaps: Swaps, bare: Bare, margins: Margins) -> dict[str, object]:
         "swaps": len(swaps.swap_s),
         "requests": len(swaps.seen),
         "failed": len(swaps.failed),
-        "failures": Counter(f"{reply.status} after {reply.ended_s - reply.started_s:.0f} s: {reply.error}" for reply in swaps.failed),
+        "failures": dict(Counter(f"{reply.status} after {reply.ended_s - reply.started_s:.0f} s: {reply.error}" for reply in swaps.failed)),
         "mixed": len(swaps.mixed),
         "outdated": len(swaps.outdated),
         "output_tokens_per_s": round(len(whole) * swaps.num_tokens / wall_s, 1),
