@@ -84,7 +84,7 @@ dns:///{{ include "finery.fullname" . }}-serving:9000
 {{- define "finery.env.hub" -}}
 {{- with .Values.converter.hub -}}
 - name: FINERY_HUB_ENDPOINT
-  value: {{ .endpoint | quote }}
+  value: {{ .endpoint | default "https://huggingface.co" | quote }}
 {{- if .tokens }}
 - name: FINERY_HUB_TOKENS_DIR
   value: /etc/finery/hub-tokens
