@@ -247,7 +247,8 @@ class Recipe:
         assert self._adapter_dir is not None
         wanted = sum(tensor.num_elements for tensor in adapter_tensors(self._adapter_dir).values())
         got = sum(fact.num_elements for fact in ggufparts.read_header(self._gguf_adapter_file).tensors.values())
-        if got != wanted:
+        # Where llama.cpp splits a layer, each part has the whole of A.
+        if got < wanted:
             raise parity.NotTheSameModelError(
                 f"The GGUF adapter holds {got:,} numbers and the adapter that it was made of {wanted:,}; it is not published."
             )

@@ -98,6 +98,7 @@ def convert(
         if conversion.state != "succeeded":
             fail(f"The conversion {conversion.id} failed: {conversion.reason}")
         address = f"models/{conversion.id}"
+        say(f"converted; broken off from here on, `finery artifacts download {address} --output {output}` goes on where it was")
         files = download_with_progress(gateway, address, output, files=list_files(gateway, address))
     show(
         {
