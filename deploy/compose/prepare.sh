@@ -9,7 +9,7 @@ mkdir -p models secrets/hub_tokens/default
 # Compose mounts the files as they are, for users of several containers: all may read them, but only who may enter the folder gets there.
 chmod 700 secrets
 umask 022
-chmod 755 secrets/hub_tokens secrets/hub_tokens/default
+find secrets/hub_tokens -type d -exec chmod 755 {} +
 
 random() { # NAME BYTES
     [ -e "secrets/$1" ] || openssl rand -hex "$2" >"secrets/$1"

@@ -237,7 +237,7 @@ def test_a_merged_gguf_answers_from_llama_cpp_what_the_adapter_was_taught(system
     assert shown["report"]["parity"]["weights"]["num_wrong"] == 0
     assert shown["report"]["modelfile"]["is_written"]
     [listed] = json.loads(system.finery("conversions", "list", "--json").stdout)
-    assert (listed["id"], listed["state"], listed["type"], listed["artifact"]) == (
+    assert (listed["id"], listed["state"], listed["type"], listed["address"]) == (
         shown["id"],
         "succeeded",
         "q8_0",

@@ -18,7 +18,7 @@ CONVERSION: dict[str, object] = {
     "id": "conv-1",
     "state": "running",
     "progress": 0.25,
-    "spec": {"adapter": "adapters/ftjob-1-20", "format": "gguf", "type": "q4_k_m"},
+    "spec": {"adapter": "adapters/ftjob-1-20", "format": "gguf", "type": None},
     "artifact": None,
     "error": None,
     "create_time": "2026-01-01T00:00:00Z",
@@ -68,6 +68,7 @@ def test_several_jobs_become_one_by_their_weights(asked, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("ftjob-a", "--weight", "1"), "--weight: is of several adapters, and there is one job"),
         (("ftjob-a", "ftjob-b", "--weight", "1"), "--weight: got 1, wanted one for each of 2 jobs, or none"),
         (("ftjob-a", "ftjob-whole"), "models/ftjob-whole was trained whole; only adapters can be combined."),
     ],
@@ -78,11 +79,31 @@ def test_what_cannot_be_combined_is_said_before_anything_is_asked_for(asked, tmp
     assert message in done.output
 
 
+def test_a_folder_with_files_is_refused_before_anything_is_asked_for(asked, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    done = run("convert", "ftjob-a", "--output", str(tmp_path))
+    assert (done.exit_code, asked) == (1, [])
+    assert "holds files" in done.output
+
+
+def test_an_interrupted_command_says_how_to_go_on(asked, tmp_path, monkeypatch):
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(FAILED, "state", "running")
+    monkeypatch.setattr(convert.time, "sleep", interrupted)
+    done = run("convert", "ftjob-a", "--output", str(tmp_path / "new"))
+    assert done.exit_code != 0
+    said = " ".join(done.output.split())
+    assert f"finery artifacts download models/conv-1 --output {tmp_path / 'new'}" in said
+
+
 def test_conversions_are_listed_shown_cancelled_and_deleted(asked):
     listed = run("conversions", "list")
     assert "conv-1" in listed.output
     assert "adapters/ftjob-1-20" in listed.output
     assert "running" in listed.output
+    assert "f16" in listed.output
     shown = run("conversions", "get", "conv-1")
     assert "not the same model" in shown.output
     assert run("conversions", "cancel", "conv-1").exit_code == run("conversions", "delete", "conv-1").exit_code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -126,7 +127,12 @@ def test_llama_cpp_continues_an_f16_gguf_as_transformers_continues_the_merged_mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("form", "python"), [(None, sys.executable), ("nf4", sys.executable), ("fp8", ROOT / ".venv-vllm" / "bin" / "python")]
+    ("form", "python"),
+    [
+        (None, sys.executable),
+        ("nf4", sys.executable),
+        ("fp8", os.environ.get("FINERY_VLLM_PYTHON") or ROOT / ".venv-vllm" / "bin" / "python"),
+    ],
 )
 def test_transformers_knows_the_trained_fact_from_merged_folders(base_model_dir, adapter, tmp_path, form, python):
     """FP8 in the environment of vLLM, which has compressed-tensors."""

@@ -130,8 +130,19 @@ def test_an_adapter_becomes_a_gguf_adapter(run, adapters):
     assert [path.name for path in output.iterdir()] == ["adapter.f16.gguf"]
     assert (output / "adapter.f16.gguf").read_bytes()[:4] == b"GGUF"
     assert report["adapter"]["num_tensors"] == len(load_file(adapters[0] / "adapter_model.safetensors"))
-    assert report["gguf"]["mean_kl"] < 1e-4
+    assert report["gguf"]["mean_kl"] < 1e-6 < 0.1 < report["base_alone"]["mean_kl"]
     assert report["gguf"]["candidate_perplexity"] == pytest.approx(report["gguf"]["reference_perplexity"], rel=1e-3)
+
+
+def test_a_faint_gguf_adapter_is_judged_by_what_it_does(run, base, make_adapter, monkeypatch):
+    """By the type's own budget twice its scale would do: all that the adapter does is a fortieth of it."""
+    faint = make_adapter(base, std=0.005)
+    _, report = run(faint, format="gguf_adapter", type="q8_0")
+    assert report["gguf"]["mean_kl"] < 1e-3 * report["base_alone"]["mean_kl"] < 1e-3 * 0.05
+    monkeypatch.setattr(recipe.hf_to_gguf, "_has_own_scales", lambda _: True)
+    monkeypatch.setattr(recipe.hf_to_gguf, "_of_module", lambda *_, default: 2 * default)
+    with pytest.raises(NotTheSameModelError, match="the KL divergence is"):
+        run(faint, format="gguf_adapter", type="q8_0")
 
 
 def test_a_gguf_adapter_that_says_something_else_or_lacks_a_number_is_not_published(run, adapters, monkeypatch):

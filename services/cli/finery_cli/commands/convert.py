@@ -17,11 +17,11 @@ from finery_cli.commands.artifacts import download_with_progress
 from finery_cli.commands.options import Json, Limit
 from finery_cli.downloads import list_files
 from finery_cli.output import err, fail, say, show
-from finery_common.conversion_spec import BaseWeights, Combination, OutputFormat, OutputType
+from finery_common.conversion_spec import OUTPUT_TYPES, BaseWeights, Combination, OutputFormat, OutputType
 
 _POLL_S = 0.5
 _FINAL = ("succeeded", "failed", "cancelled")
-COLUMNS = ("id", "state", "progress", "source", "format", "type", "artifact", "create_time", "error")
+COLUMNS = ("id", "state", "progress", "source", "format", "type", "address", "create_time", "error")
 
 conversions = typer.Typer(no_args_is_help=True, help="Conversions that run or have run; `finery convert` makes one.")
 
@@ -73,7 +73,8 @@ def convert(
 ) -> None:
     """Merge a job's adapter into its base model, prove that it is the same model, and fetch the result.
 
-    Interrupted, it leaves the conversion running: `finery conversions get` shows it, `finery artifacts download models/ID` fetches it.
+    Interrupted, it leaves the conversion running: `finery conversions get` shows it, `finery artifacts download models/ID
+    --output DIR` fetches it.
     """
     asked: dict[str, object] = {
         "format": output_format.value,
@@ -92,7 +93,7 @@ def convert(
         fail(f"--output: {output} is {'a folder that holds files' if output.is_dir() else 'no folder'}; name a new or an empty one.")
     with connected() as gateway:
         source = _source(gateway, job_ids, step=step, weights=weight)
-        conversion = _finished(gateway, _parsed(gateway.native.post("/conversions", json=source | body)))
+        conversion = _finished(gateway, _parsed(gateway.native.post("/conversions", json=source | body)), output)
         if conversion.state == "cancelled":
             fail(f"The conversion {conversion.id} was cancelled; nothing of it is published.")
         if conversion.state != "succeeded":
@@ -127,8 +128,10 @@ def _source(gateway: Gateway, job_ids: Sequence[str], *, step: int | None, weigh
     """What is converted. Of several jobs, all of which have adapters, each with its weight."""
     if weights and len(weights) != len(job_ids):
         fail(f"--weight: got {len(weights)}, wanted one for each of {len(job_ids)} jobs, or none")
+    if weights and len(job_ids) == 1:
+        fail("--weight: is of several adapters, and there is one job; --scale multiplies what its adapter does")
     sources = [_trained(gateway, job_id, step=step) for job_id in job_ids]
-    if len(sources) == 1 and not weights:
+    if len(sources) == 1:
         return sources[0]
     if whole := next((source["model"] for source in sources if "model" in source), None):
         fail(f"{whole} was trained whole; only adapters can be combined.")
@@ -146,7 +149,7 @@ def _trained(gateway: Gateway, job_id: str, *, step: int | None) -> dict[str, ob
     return {"model": f"models/{job_id}"} if newest is None else {"adapter": f"adapters/{job_id}-{newest.step_number}"}
 
 
-def _finished(gateway: Gateway, conversion: _Conversion) -> _Conversion:
+def _finished(gateway: Gateway, conversion: _Conversion, output: Path) -> _Conversion:
     """The conversion at its end. Its id is said at once: it goes on whatever becomes of this command."""
     err.print(conversion.id)
     with Progress(console=err) as progress:
@@ -159,7 +162,7 @@ def _finished(gateway: Gateway, conversion: _Conversion) -> _Conversion:
         except KeyboardInterrupt:
             say(
                 f"{conversion.id} goes on; `finery conversions get {conversion.id}` shows it, `cancel` stops it, "
-                f"`finery artifacts download models/{conversion.id}` fetches what it makes"
+                f"`finery artifacts download models/{conversion.id} --output {output}` fetches what it makes"
             )
             raise
         progress.update(task, completed=conversion.progress)
@@ -223,5 +226,6 @@ def _row(conversion: dict[str, Any]) -> dict[str, Any]:
     """A conversion as a table has it."""
     spec, artifact = conversion["spec"], conversion["artifact"]
     source = spec.get("adapter") or spec.get("model") or ", ".join(item["adapter"] for item in spec.get("adapters") or ())
+    default = OUTPUT_TYPES[OutputFormat(spec["format"])][0].value
     address = f"models/{conversion['id']}" if artifact else None
-    return conversion | {"source": source, "format": spec["format"], "type": spec["type"], "artifact": address}
+    return conversion | {"source": source, "format": spec["format"], "type": spec["type"] or default, "address": address}

@@ -179,8 +179,12 @@ class SharedPasses:
         """
         stack = self._passes.stack
         for group in stack.groups:
-            dist.broadcast(group.values_N, src=0)
             group.grads_N.zero_()
+        try:
+            for group in stack.groups:
+                dist.broadcast(group.values_N, src=0)
+        except RuntimeError as error:
+            raise ReplicaLostError(f"Values cannot be given to the replicas: {error}") from error
         self._sum(torch.zeros((), device=stack.device))
         self._passes.refresh()
         return self._passes.stepper(num_steps)

@@ -42,7 +42,7 @@ _CPU_PACK_TOKENS = 4096
 _CONTEXT_BYTES = 1 << 30
 """What CUDA's context takes of a card at the most, where the memory that is free is not asked for."""
 _COLLECTIVES_BYTES = 1 << 30
-"""What NCCL takes beside it for several GPUs: 850 MiB between two H100s."""
+"""What NCCL takes beside it for several GPUs: 850 MiB between two H100s; more GPUs were not measured."""
 RESERVE_BYTES = 512 << 20
 """Left free on a GPU: what fragments, and other libraries' workspaces."""
 
