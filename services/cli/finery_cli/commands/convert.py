@@ -93,27 +93,24 @@ def convert(
         fail(f"--output: {output} is {'a folder that holds files' if output.is_dir() else 'no folder'}; name a new or an empty one.")
     with connected() as gateway:
         source = _source(gateway, job_ids, step=step, weights=weight)
-        conversion = _finished(gateway, _parsed(gateway.native.post("/conversions", json=source | body)), output)
-        if conversion.state == "cancelled":
-            fail(f"The conversion {conversion.id} was cancelled; nothing of it is published.")
-        if conversion.state != "succeeded":
-            fail(f"The conversion {conversion.id} failed: {conversion.reason}")
-        address = f"models/{conversion.id}"
-        say(f"converted; broken off from here on, `finery artifacts download {address} --output {output}` goes on where it was")
-        files = download_with_progress(gateway, address, output, files=list_files(gateway, address))
-    show(
-        {
-            "id": conversion.id,
-            "files": [str(file) for file in files],
-            "measured": _measured(conversion.report or {}),
-            "report": conversion.report,
-            "hub": conversion.hub,
-        },
-        columns=("id", "files", "measured"),
-        as_json=as_json,
-    )
-    if problem := (conversion.hub or {}).get("error"):
+        done = _converted(gateway, source | body, output)
+    show(done, columns=("id", "files", "measured"), as_json=as_json)
+    if problem := (done["hub"] or {}).get("error"):
         fail(f"The model is converted and fetched, but was not pushed: {problem['message']}")
+
+
+def _converted(gateway: Gateway, request: dict[str, object], output: Path) -> dict[str, Any]:
+    """What came of `request`, its files in `output`."""
+    conversion = _finished(gateway, _parsed(gateway.native.post("/conversions", json=request)), output)
+    if conversion.state == "cancelled":
+        fail(f"The conversion {conversion.id} was cancelled; nothing of it is published.")
+    if conversion.state != "succeeded":
+        fail(f"The conversion {conversion.id} failed: {conversion.reason}")
+    address = f"models/{conversion.id}"
+    say(f"converted; broken off from here on, `finery artifacts download {address} --output {output}` goes on where it was")
+    files = download_with_progress(gateway, address, output, files=list_files(gateway, address))
+    measured = {"measured": _measured(conversion.report or {}), "report": conversion.report, "hub": conversion.hub}
+    return {"id": conversion.id, "files": [str(file) for file in files], **measured}
 
 
 def _hub(repository: str | None, *, token: str | None, is_public: bool) -> dict[str, object] | None:
@@ -173,7 +170,8 @@ def _measured(report: dict[str, Any]) -> str:
     """What of a report everybody asks about."""
     parity, said = report.get("parity") or {}, list[str]()
     if perplexity := parity.get("perplexity"):
-        said.append("perplexity " + ", ".join(f"{name} {value:.4g}" for name, value in perplexity.items()))
+        # What JSON cannot say as a number is there in words.
+        said.append("perplexity " + ", ".join(f"{name} {float(value):.4g}" for name, value in perplexity.items()))
     for name in ("gguf", "quantized"):
         if found := report.get(name):
             said.append(f"{found['type']}: KL {found['mean_kl']:.3g} nats, top-1 {found['top1_agreement']:.1%}")
