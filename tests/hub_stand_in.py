@@ -119,7 +119,7 @@ class HubStandIn:
         return {path: self.objects[item.sha256] if item.sha256 else item.content for path, item in files.items() if path[0] != "."}
 
     def asked(self, pattern: str) -> list[str]:
-        """Paths of the requests whose method and path match."""
+        """Paths of the requests that have come so far, answered or not, whose method and path match."""
         return [path for method, path in self.requests if re.search(pattern, f"{method} {path}")]
 
 
@@ -155,12 +155,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         hub, path = self.stand_in, urlsplit(self.path).path
+        hub.requests.append((self.command, path))
         fault = self._fault(path)
         if fault is not None and not fault.after_it_is_done and self._befalls(fault):
             return
         body = self.rfile.read(int(self.headers.get("content-length") or 0)) if "transfer-encoding" not in self.headers else self._chunks()
         with hub.lock:
-            hub.requests.append((self.command, path))
             try:
                 status, answer, headers = self._answer(path, body)
             except _Refusal as error:

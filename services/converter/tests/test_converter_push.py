@@ -322,7 +322,7 @@ async def test_a_process_of_its_own_pushes_and_reports(hub, folder, tmp_path, mo
 
 
 async def test_a_push_that_is_cancelled_leaves_no_commit_and_the_next_goes_on(hub, folder, tmp_path):
-    hub.faults.append(Fault("PUT", r"/storage/\w+/3$", hangs_s=3))
+    hub.faults.append(Fault("PUT", r"/storage/\w+/3$", hangs_s=100))
     running = asyncio.create_task(push_process.run(task_of(hub, folder), token=TOKEN, scratch_dir=tmp_path, on_report=_ignored))
     small = hashlib.sha256((folder / "small.safetensors").read_bytes()).hexdigest()
     # Files are sent side by side: the large one may be the first to get so far.

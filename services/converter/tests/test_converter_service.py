@@ -395,7 +395,7 @@ async def test_a_push_is_cancelled_and_the_model_stays(service, hub, publish_ada
     tokens = tmp_path / "hub-tokens" / service.project
     tokens.mkdir(parents=True)
     (tokens / "mine").write_text("hf_good")
-    hub.faults.append(Fault("POST", "ada/cancelled/commit", hangs_s=10))
+    hub.faults.append(Fault("POST", "ada/cancelled/commit", hangs_s=100))
     spec = conversion_pb2.HubSpec(repository="ada/cancelled", token="mine")
     created = await service.create(publish_adapter(adapter, project=service.project), hub=spec)
     async with asyncio.timeout(100):
