@@ -20,7 +20,7 @@ FIRST_BYTE_SECONDS = Histogram(
 )
 TOKENS = Counter("finery_gateway_tokens_total", "Tokens of finished requests; kind is prompt or completion.", ["project", "kind"])
 UPLOAD_BYTES = Counter("finery_gateway_upload_bytes_total", "Bytes of files published.", ["project"])
-RETRIED = Counter("finery_gateway_upstream_retries_total", "Inference requests sent a second time, by cause.", ["cause"])
+RETRIED = Counter("finery_gateway_upstream_retries_total", "Inference requests sent again, by cause.", ["cause"])
 RATE_LIMITED = Counter(
     "finery_gateway_rate_limited_total", "Requests refused by a limit of their key: requests, tokens or streams.", ["limit"]
 )

@@ -12,6 +12,7 @@ import hmac
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -46,6 +47,9 @@ EMBEDDINGS_PATH = "/v1/embeddings"
 _ERROR_BYTES = 64 * 1024
 # One health interval of serving's registry, after which a dead replica is in no route.
 _SUSPECTED_S = 5.0
+# By what the route was found to be wrong. What was refused as retired has cost nothing and not been begun, and on a busy machine an alias
+# may move on more than once, or its version be evicted again, in the time that a request takes to vLLM.
+_MAX_TRIES = {"connection": 2, "token": 2, "retired": 8}
 log = structlog.get_logger(__name__)
 
 
@@ -97,12 +101,13 @@ class Proxy:
     async def open(self, generation: Generation) -> Answer:
         """vLLM's answer, its body still to be read; the caller closes it.
 
-        Tries twice, at another replica where one has not answered and there is another: a retired version, a restarted vLLM and a broken
+        Tries again, at another replica where one has not answered and there is another: a retired version, a restarted vLLM and a broken
         connection all mean that the route is no longer good. Raises FineryError where there is no answer with status 200.
         """
         failure: FineryError | None = None
         version = generation.model
-        for _ in range(2):
+        num_failed: Counter[str] = Counter()
+        while all(num < _MAX_TRIES[cause] for cause, num in num_failed.items()):
             known = await self._routes.route(generation.project, generation.model)
             target = chosen(known.targets, key=generation.sticky_key)
             version = generation.record.version = target.version
@@ -125,6 +130,7 @@ class Proxy:
                     self._count(generation, version, "refused" if failure.http_status < 500 else "failed")
                     raise failure
                 cause = "retired" if response.status == 409 else "token"
+            num_failed[cause] += 1
             RETRIED.labels(cause).inc()
             self._routes.forget(generation.project, generation.model, route=known)
         self._count(generation, version, "failed")
@@ -285,7 +291,7 @@ async def _failure(response: Answer, generation: Generation, *, version: str) ->
         return ResourceExhaustedError(message or "The model has too many requests; try again.", retry_after_s=2)
     if response.status == 501:
         return InvalidArgumentError(message or "The model does not offer this.", param=param, code="not_supported")
-    if response.status == 503:
+    if response.status == 503 or _is_outdated(response):
         return _not_there(generation.model)
     log.error("vLLM failed", status=response.status, model=generation.model, error=message)
     return InternalError(f"{generation.model} failed on this request; the operator's log says more. Try again, or change the request.")

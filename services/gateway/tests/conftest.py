@@ -8,7 +8,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -361,6 +361,8 @@ class FakeVllm:
     break_off: bool = False
     embeds: bool = False
     paths: list[str] = field(default_factory=list)
+    on_request: Callable[[str], None] | None = None
+    """Called with the version of each request before it is looked at."""
     go_on: asyncio.Event | None = None
     """Where set, a stream says its version in each chunk, and waits for this before the second."""
     floods: bool = False
@@ -381,6 +383,8 @@ class FakeVllm:
         fields = json.loads(body)
         self.requests.append((headers, fields))
         self.paths.append(scope["path"])
+        if self.on_request is not None:
+            self.on_request(fields["model"])
         if headers.get("x-finery-replica-token") != REPLICA_TOKEN:
             await self._json(send, 401, {"error": {"message": "token"}})
         elif headers["x-finery-version"] not in self.admitted:

@@ -105,6 +105,20 @@ async def test_a_retired_version_is_resolved_again_before_the_first_byte(client,
     assert [body["model"] for _, body in world.vllm.requests] == ["v1", "v1", "v2"]
 
 
+async def test_an_alias_that_moves_on_while_its_request_is_under_way_costs_its_caller_nothing(client, world):
+    versions = ["v1", "v2", "v3", "v4", "v5"]
+    world.serving.flip(world.project, "m", "v1")
+
+    def move_on(version: str) -> None:
+        newer = versions[min(versions.index(version) + 1, 4)]
+        world.vllm.admitted = {newer}
+        world.serving.flip(world.project, "m", newer)
+
+    world.vllm.on_request = move_on
+    assert (await _chat(client, model="m")).model == "m"
+    assert [body["model"] for _, body in world.vllm.requests] == versions
+
+
 async def test_a_flip_reaches_the_gateway_by_the_watch(client, world):
     world.vllm.admitted |= {"v1", "v2"}
     world.serving.flip(world.project, "m", "v1")
@@ -128,7 +142,7 @@ async def test_a_version_that_stays_retired_is_503_with_retry_after(client, worl
         await _chat(client, model="m")
     assert caught.value.status_code == 503
     assert int(caught.value.response.headers["retry-after"]) >= 1
-    assert len(world.vllm.requests) == 2
+    assert len(world.vllm.requests) == 8
 
 
 async def test_a_cold_model_is_503_with_retry_after_when_it_takes_too_long(client, world):

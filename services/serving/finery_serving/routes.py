@@ -2,7 +2,7 @@
 
 Owns waiting: for a rollout that is under way, for vLLM to start, for cold versions to load. The gateway asks, keeps the answer, splits
 requests over its targets and their replicas by itself, sends each to a replica as `middleware/finery_vllm_middleware.py` says, and asks
-again when the replica answers 409 with `x-finery-retired`, 401, or not at all before the first byte. Repeat such a request once with the
+again when the replica answers 409 with `x-finery-retired`, 401, or not at all before the first byte. Repeat such a request with the
 new route, at another replica where there is one. Ask without `after_epoch` then: a version may be gone because it had to make room, and
 the answer brings the same one back under the same epoch.
 """

@@ -19,7 +19,7 @@ nothing of vLLM's inside. Beyond them:
 
     400                              tools are needed, and this vLLM was not started for them.
     409 with `x-finery-retired: 1`   the version is not admitted here (swapped out, evicted, or not loaded again after a restart). Nothing
-                                     was started: resolve the model again and repeat the request once.
+                                     was started: resolve the model again and repeat the request.
     401                              the token is not this replica's, which also happens after its agent restarted: resolve again as well.
     404                              the path is not open.
     503                              vLLM's engine has ended and is started again; within a stream an error of code `stream_broken`.
