@@ -74,7 +74,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def _logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(TOKENS).logits.double()
+        return model(TOKENS.to(next(model.parameters()).device)).logits.double().cpu()
 
 
 def _linear(name: str) -> bool:
@@ -373,9 +373,8 @@ def test_fp8_loads_in_transformers_with_compressed_tensors(fp8_folders, base, ad
         assert (found[form].double() - expected).norm() < budget < 0.5 * (before - expected).norm()
 
 
-@pytest.mark.slow
-def test_fp8_by_channel_runs_in_vllm(fp8_folders, base, adapter, adapter_on_base, tmp_path):
-    """On CPUs vLLM has no kernels for FP8 in blocks, nor for bitsandbytes: transformers opens those."""
+def _logprobs_of_vllm(folder: Path, tmp_path: Path) -> torch.Tensor:
+    """What vLLM gives the token after each row of `TOKENS`."""
     program = (
         "import sys, torch; from vllm import LLM, SamplingParams; from safetensors.torch import save_file\n"
         "if __name__ == '__main__':\n"
@@ -385,10 +384,40 @@ def test_fp8_by_channel_runs_in_vllm(fp8_folders, base, adapter, adapter_on_base
         "    found = [[answer.outputs[0].logprobs[0][token].logprob for token in range(320)] for answer in answers]\n"
         "    save_file({'logprobs': torch.tensor(found)}, sys.argv[2])"
     )
-    found = _by_vllm_python(program, fp8_folders["fp8"], tmp_path)["logprobs"].double()
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    rounded = _in_fp8(adapter_on_base(base, adapter).merge_and_unload(), "fp8")
-    models = (adapter_on_base(base, adapter), rounded, plain)
-    expected, in_fp8, before = (_logits(model)[:, -1].log_softmax(-1) for model in models)
+    return _by_vllm_python(program, folder, tmp_path)["logprobs"].double()
+
+
+def _logprobs(model: torch.nn.Module) -> torch.Tensor:
+    return _logits(model)[:, -1].log_softmax(-1)
+
+
+def _check_fp8_in_vllm(form: str, folder: Path, base: Path, adapter: Path, adapter_on_base, tmp_path: Path) -> None:
+    found = _logprobs_of_vllm(folder, tmp_path)
+    expected = _logprobs(adapter_on_base(base, adapter))
+    in_fp8 = _logprobs(_in_fp8(adapter_on_base(base, adapter).merge_and_unload(), form))
+    before = _logprobs(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64))
     budget = 1.2 * (in_fp8 - expected).norm()
+    assert (found - expected).norm() < budget < 0.5 * (before - expected).norm()
+
+
+@pytest.mark.slow
+def test_fp8_by_channel_runs_in_vllm(fp8_folders, base, adapter, adapter_on_base, tmp_path):
+    """On CPUs vLLM has no kernels for FP8 in blocks, nor for bitsandbytes: transformers opens those, and vLLM on a GPU."""
+    _check_fp8_in_vllm("fp8", fp8_folders["fp8"], base, adapter, adapter_on_base, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["fp8", "fp8_block"])
+def test_fp8_runs_in_vllm_on_a_gpu(fp8_folders, base, adapter, adapter_on_base, tmp_path, form):
+    _check_fp8_in_vllm(form, fp8_folders[form], base, adapter, adapter_on_base, tmp_path)
+
+
+@pytest.mark.gpu
+def test_merged_nf4_runs_in_vllm_on_a_gpu(base, adapter, adapter_on_base, tmp_path):
+    out = _written(base, adapter, tmp_path / "out", form="nf4")
+    found = _logprobs_of_vllm(out, tmp_path)
+    expected = _logprobs(adapter_on_base(base, adapter))
+    in_nf4 = _logprobs(AutoModelForCausalLM.from_pretrained(out))
+    before = _logprobs(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64))
+    budget = 1.2 * (in_nf4 - expected).norm()
     assert (found - expected).norm() < budget < 0.5 * (before - expected).norm()

@@ -76,6 +76,7 @@ async def _serve(settings: ServingSettings) -> None:
             releases=services.releases,
             routes=services.routes,
             registry=services.registry,
+            residency=services.residency,
             changes=agent.changes,
         )
         server = RpcServer(address=settings.grpc_address, servicers=[servicer_of(servicer)], authenticate=token_authenticator(signer))

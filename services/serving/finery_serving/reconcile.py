@@ -141,7 +141,7 @@ class Reconciler:
 
         A vLLM that was started since holds nothing of it.
         """
-        while rollout.replaced and not await self._wants(rollout.replaced):
+        while rollout.replaced and not (await self._store.snapshot()).wants(rollout.replaced):
             if rollout.replaced in self._residency.versions:
                 await self._residency.drop(rollout.replaced)
             seen = self._changes.count
@@ -150,10 +150,6 @@ class Reconciler:
                 break
             await self._changes.wait_after(seen, timeout_s=_INTERVAL_S)
         await self._store.finish(rollout)
-
-    async def _wants(self, version: str) -> bool:
-        now = await self._store.snapshot()
-        return version in _versions(now.desired) | {other.version for other in now.rollouts if other.state.is_before_flip}
 
     async def _load(self, served: Served, *, wait_s: float = 0.0) -> None:
         path = await self._staging.fetch(served.adapter)

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import Counter as Tally
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from finery_serving.vllm_client import RETRY_AFTER_S, ReplicaState, VllmClient
 from finery_serving.vllm_process import VllmProcess
 
 _POLL_S = 0.1
+_REFUSE_S = 0.5
+"""Those who wait to hear of a flip wait no longer for what it replaced to be refused."""
 
 log = structlog.get_logger(__name__)
 
@@ -136,6 +138,16 @@ class Residency:
                         "Every adapter that vLLM has room for is answering requests; repeat later.", retry_after_s=RETRY_AFTER_S
                     )
                 await asyncio.sleep(_POLL_S)
+
+    async def refuse(self, version: str) -> None:
+        """Lets no request for `version` in, unless somebody pins it; unloading it is left to `drop`.
+
+        Gives up where vLLM or the work at it takes long: that, too, is left to `drop` then.
+        """
+        with suppress(FineryError, TimeoutError):
+            async with asyncio.timeout(_REFUSE_S), self._lock:
+                if not self._pins[version] and self.state_of(version) == "loaded":
+                    await self._retire(version)
 
     async def drop(self, version: str) -> None:
         """Lets no request in, waits until the last one in flight has ended, then unloads; given up where somebody pins it meanwhile.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator, Mapping, Set
 from functools import partial
 from typing import cast
 
@@ -21,6 +21,7 @@ from finery_serving.deployments import Deployments
 from finery_serving.records import Alias
 from finery_serving.registry import Pool, Registry
 from finery_serving.releases import Releases
+from finery_serving.residency import Residency
 from finery_serving.routes import Routes, Target
 
 
@@ -35,6 +36,7 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         releases: Releases,
         routes: Routes,
         registry: Registry,
+        residency: Residency,
         changes: Changes,
     ) -> None:
         self._store = store
@@ -42,6 +44,7 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         self._releases = releases
         self._routes = routes
         self._registry = registry
+        self._residency = residency
         self._changes = changes
         self._ending = False
 
@@ -119,7 +122,12 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         known: dict[str, Alias] = {}
         while not self._ending:
             seen = self._changes.count
-            current = (await self._store.snapshot()).of_project(project)
+            snapshot = await self._store.snapshot()
+            current = snapshot.of_project(project)
+            # Whoever hears of a flip is answered by what it brought: vLLM refuses what it replaced before anybody hears.
+            for version in _versions(known) - _versions(current):
+                if not snapshot.wants(version):
+                    await self._residency.refuse(version)
             for alias in current.values():
                 if known.get(alias.alias) != alias:
                     yield serving_pb2.AliasEvent(alias=_alias_to_proto(alias))
@@ -142,6 +150,10 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
             max_model_len=route.max_model_len,
             targets=[_target_to_proto(target) for target in route.targets],
         )
+
+
+def _versions(aliases: Mapping[str, Alias]) -> Set[str]:
+    return {served.version for alias in aliases.values() for served in alias.serving}
 
 
 def servicer_of(servicer: ServingServicer) -> Servicer:

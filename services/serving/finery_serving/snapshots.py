@@ -42,6 +42,11 @@ class Snapshot:
         """Aliases that serve something."""
         return tuple(alias for alias in self.aliases if alias.version)
 
+    def wants(self, version: str) -> bool:
+        """Whether an alias serves `version`, or is about to."""
+        coming = any(rollout.version == version and rollout.state.is_before_flip for rollout in self.rollouts)
+        return coming or any(served.version == version for alias in self.desired for served in alias.serving)
+
     def of_project(self, project: str) -> dict[str, Alias]:
         """A project's aliases by name."""
         return {alias.alias: alias for alias in self.aliases if alias.project == project}

@@ -166,6 +166,7 @@ def serving(running, project):
                 releases=here.releases,
                 routes=here.routes,
                 registry=here.registry,
+                residency=here.residency,
                 changes=here.agent.changes,
             )
             server = RpcServer(address="127.0.0.1:0", servicers=[servicer_of(servicer)], authenticate=token_authenticator(SIGNER))

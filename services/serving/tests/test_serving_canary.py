@@ -10,10 +10,12 @@ from prometheus_client import REGISTRY
 
 from finery.serving.v1 import serving_pb2
 from finery_common.errors import AbortedError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from finery_common.rpc.channel import stream
 from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
 from finery_serving.records import RolloutState
 from finery_serving.releases import Releases
+from finery_serving.vllm_client import VllmClient
 
 STEP_S = 30.0
 
@@ -66,6 +68,32 @@ async def test_a_promotion_drains_what_served(serving, publish):
         await client.until("READY")
         assert old.version not in client.here.residency.versions
         assert (await request).json()["model"] == "m"
+
+
+@pytest.mark.parametrize("how", ["flipped", "promoted"])
+async def test_nobody_hears_of_a_version_before_what_it_replaced_is_refused(serving, publish, monkeypatch, how):
+    """With a vLLM that is slow to be told."""
+    retire = VllmClient.retire
+
+    async def retire_slowly(self, version):
+        await asyncio.sleep(0.2)
+        return await retire(self, version)
+
+    async with serving() as client:
+        before = (await client.served(publish())).version
+        monkeypatch.setattr(VllmClient, "retire", retire_slowly)
+        second = publish(step=2)
+        if how == "promoted":
+            await client.with_canary(second)
+        watch = client.stub.WatchAliases(
+            serving_pb2.WatchAliasesRequest(parent=f"projects/{client.project}"), metadata=client.metadata, timeout=STEP_S
+        )
+        events = aiter(stream(watch))
+        assert (await anext(events)).alias.version == before
+        await (client.call("PromoteAlias") if how == "promoted" else client.deploy(second))
+        while (await anext(events)).alias.version == before:
+            pass
+        assert before not in (await client.here.agent.client.state()).admitted
 
 
 async def test_a_canary_that_is_rolled_back_finishes_what_it_began_and_is_unloaded(serving, publish):

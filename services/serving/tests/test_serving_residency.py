@@ -137,6 +137,33 @@ async def test_a_version_that_is_kept_is_dropped_all_the_same(vllm, residency):
     assert residency.versions == ()
 
 
+async def test_what_is_refused_stays_for_its_last_request_and_a_pin_keeps_it_from_being_refused(vllm, residency):
+    await ensure(residency, "a")
+    with residency.pinned("a"):
+        await residency.refuse("a")
+        assert vllm.admitted == {"a"}
+    await residency.refuse("a")
+    assert (vllm.admitted, residency.versions, residency.state_of("a")) == (set(), ("a",), "draining")
+    await ensure(residency, "a")
+    assert (vllm.loads, vllm.admitted) == (["a"], {"a"})
+    await residency.refuse("cold")
+
+
+async def test_refusing_waits_only_a_moment_for_other_work(vllm, residency, monkeypatch):
+    await ensure(residency, "a")
+    hangs = asyncio.Event()
+
+    async def retire(version):
+        await hangs.wait()
+
+    monkeypatch.setattr(vllm, "retire", retire)
+    async with asyncio.timeout(5):
+        await residency.refuse("a")
+    monkeypatch.undo()
+    await residency.drop("a")
+    assert residency.versions == ()
+
+
 async def test_a_dropped_version_goes_after_its_last_request(vllm, residency):
     await ensure(residency, "a")
     vllm.in_flight["a"] = 1
