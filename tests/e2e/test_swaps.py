@@ -29,8 +29,10 @@ NUM_TOKENS = 6
 NUM_WORDS = 8
 SETTLED = 20
 """Swaps after which nothing grows any more."""
-MEMORY_SLACK_BYTES = 32 << 20
+AGENT_SLACK_BYTES = 32 << 20
 """For the agent, to which an adapter is a few numbers."""
+VLLM_SLACK_BYTES = 96 << 20
+"""For vLLM, whose allocator keeps what a larger batch than any before took: 30 MB at a time, and 55 in 40 swaps, were seen."""
 COUNT_SLACK = 4
 """What is open or draining differs from one moment to the next."""
 ALIAS = "swapped"
@@ -99,18 +101,19 @@ async def test_swaps_under_streams_fail_none_mix_none_and_leave_nothing_behind(
 def growth_per_swap(footprints: Sequence[Footprint]) -> float:
     """Bytes by which vLLM's memory typically grows with a swap.
 
-    A median over pairs of swaps, not what it grew by as a whole: a larger batch than any before takes its memory once (30 MB were seen),
-    and when such a batch comes is chance. What a swap leaves behind comes with each of them.
+    A median over pairs of swaps, not what it grew by as a whole: when a larger batch than any before comes is chance, while what a swap
+    leaves behind comes with each of them.
     """
     pairs = zip(footprints, footprints[2:], strict=False)
     return statistics.median((late.vllm_rss_bytes - early.vllm_rss_bytes) / 2 for early, late in pairs)
 
 
 def assert_flat(footprints: Sequence[Footprint]) -> None:
-    """Neither the agent nor what is counted is more at the end: memory by its median over a few swaps, counts by their maximum."""
+    """Nothing is more at the end: memory by its median over a few swaps, counts by their maximum."""
     early, late = footprints[:10], footprints[-10:]
-    was, now = (statistics.median(item.agent_rss_bytes for item in items) for items in (early, late))
-    assert now < was + MEMORY_SLACK_BYTES, (was, now)
+    for name, slack_bytes in (("agent_rss_bytes", AGENT_SLACK_BYTES), ("vllm_rss_bytes", VLLM_SLACK_BYTES)):
+        was, now = (statistics.median(getattr(item, name) for item in items) for items in (early, late))
+        assert now < was + slack_bytes, (name, was, now)
     for name in ("num_fds", "num_staged", "num_registered"):
         was, now = (max(getattr(item, name) for item in items) for items in (early, late))
         assert now <= was + COUNT_SLACK, (name, was, now)

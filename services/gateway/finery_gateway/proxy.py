@@ -47,9 +47,10 @@ EMBEDDINGS_PATH = "/v1/embeddings"
 _ERROR_BYTES = 64 * 1024
 # One health interval of serving's registry, after which a dead replica is in no route.
 _SUSPECTED_S = 5.0
-# By what the route was found to be wrong. What was refused as retired has cost nothing and not been begun, and on a busy machine an alias
-# may move on more than once, or its version be evicted again, in the time that a request takes to vLLM.
+# Tries by what failed. What was refused as retired was not begun, and on a busy machine an alias may move on more than once, or its
+# version be evicted again, in the time that a request takes to vLLM.
 _MAX_TRIES = {"connection": 2, "token": 2, "retired": 8}
+_PAUSE_S = 0.05
 log = structlog.get_logger(__name__)
 
 
@@ -102,12 +103,16 @@ class Proxy:
         """vLLM's answer, its body still to be read; the caller closes it.
 
         Tries again, at another replica where one has not answered and there is another: a retired version, a restarted vLLM and a broken
-        connection all mean that the route is no longer good. Raises FineryError where there is no answer with status 200.
+        connection all mean that the route is no longer good. Each has its number of tries; none begins after the time in which a model
+        has to be there. Raises FineryError where there is no answer with status 200.
         """
+        give_up_s = time.monotonic() + self._routes.cold_wait_s
         failure: FineryError | None = None
         version = generation.model
         num_failed: Counter[str] = Counter()
-        while all(num < _MAX_TRIES[cause] for cause, num in num_failed.items()):
+        while all(num < _MAX_TRIES[cause] for cause, num in num_failed.items()) and (not num_failed or time.monotonic() < give_up_s):
+            # At once after the first: the alias has moved on. After another, serving may have to see first that it is evicted.
+            await asyncio.sleep(_PAUSE_S * max(0, num_failed["retired"] - 1))
             known = await self._routes.route(generation.project, generation.model)
             target = chosen(known.targets, key=generation.sticky_key)
             version = generation.record.version = target.version
@@ -129,11 +134,12 @@ class Proxy:
                 if not _is_outdated(response):
                     self._count(generation, version, "refused" if failure.http_status < 500 else "failed")
                     raise failure
-                cause = "retired" if response.status == 409 else "token"
+                cause = "retired" if _is_retired(response) else "token"
             num_failed[cause] += 1
             RETRIED.labels(cause).inc()
             self._routes.forget(generation.project, generation.model, route=known)
         self._count(generation, version, "failed")
+        log.warning("no vLLM took a request", model=generation.model, version=version, failed=dict(num_failed))
         raise _not_there(generation.model) from failure
 
     def _count(self, generation: Generation, version: str, outcome: Outcome) -> None:
@@ -267,9 +273,14 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+def _is_retired(response: Answer) -> bool:
+    """The version is not admitted there, or no more."""
+    return response.status == 409 and response.headers.get("x-finery-retired") == "1"
+
+
 def _is_outdated(response: Answer) -> bool:
     """The route is no longer good: a version that is not admitted, a token of an earlier vLLM, a name vLLM does not know."""
-    return (response.status == 409 and response.headers.get("x-finery-retired") == "1") or response.status in (401, 403, 404)
+    return _is_retired(response) or response.status in (401, 403, 404)
 
 
 async def _failure(response: Answer, generation: Generation, *, version: str) -> FineryError:
@@ -291,7 +302,7 @@ async def _failure(response: Answer, generation: Generation, *, version: str) ->
         return ResourceExhaustedError(message or "The model has too many requests; try again.", retry_after_s=2)
     if response.status == 501:
         return InvalidArgumentError(message or "The model does not offer this.", param=param, code="not_supported")
-    if response.status == 503 or _is_outdated(response):
+    if response.status == 503 or _is_retired(response):
         return _not_there(generation.model)
     log.error("vLLM failed", status=response.status, model=generation.model, error=message)
     return InternalError(f"{generation.model} failed on this request; the operator's log says more. Try again, or change the request.")

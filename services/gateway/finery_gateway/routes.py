@@ -39,7 +39,8 @@ class Routes:
     ) -> None:
         self._serving = serving
         self._training = training
-        self._cold_wait_s = cold_wait_s
+        self.cold_wait_s = cold_wait_s
+        """How long a model may take to be there."""
         self._clock = clock
         self._known: dict[_Key, tuple[Route, float]] = {}
         self._asking: dict[_Key, asyncio.Task[Route]] = {}
@@ -85,7 +86,7 @@ class Routes:
 
     async def _resolve(self, key: _Key) -> Route:
         project, model = key
-        give_up_s = self._clock() + self._cold_wait_s
+        give_up_s = self._clock() + self.cold_wait_s
         was_ready = False
         while True:
             try:
@@ -123,7 +124,7 @@ class Routes:
 
     def _too_slow(self, model: str) -> UnavailableError:
         return UnavailableError(
-            f"{model} is being loaded and was not ready within {self._cold_wait_s:.0f} s; try again.", retry_after_s=5, code="model_loading"
+            f"{model} is being loaded and was not ready within {self.cold_wait_s:.0f} s; try again.", retry_after_s=5, code="model_loading"
         )
 
     async def _watch(self, project: str) -> None:

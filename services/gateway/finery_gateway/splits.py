@@ -17,7 +17,7 @@ _HASH_BITS = 53
 
 
 def new_key() -> str:
-    """For a request that names no caller: each has a draw of its own, the same for its second try."""
+    """For a request that names no caller: each has a draw of its own, the same for its further tries."""
     return secrets.token_hex(8)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter as Tally
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,8 @@ class _Resident:
     last_used_s: float
     is_admitted: bool = False
     """Noted before vLLM is told otherwise and after it is told so: whatever becomes of the call, nobody is sent where he is refused."""
+    is_refused: bool = False
+    """vLLM has said that it lets no request in, and was not told otherwise since."""
     is_probed: bool = False
 
 
@@ -53,6 +55,8 @@ class Residency:
         self._resident: dict[str, _Resident] = {}
         # The drop that is at each; another, or none, once somebody has pinned the version meanwhile.
         self._draining: dict[str, object] = {}
+        # What each `refuse` at work has left to do.
+        self._refusing: list[set[str]] = []
         self._failed: set[str] = set()
         self._pins: Tally[str] = Tally()
         self._kept: frozenset[str] = frozenset()
@@ -116,6 +120,8 @@ class Residency:
         """Keeps `version` from having to make room, and from being dropped, while the block runs."""
         self._pins[version] += 1
         self._draining.pop(version, None)
+        for left in self._refusing:
+            left.discard(version)
         try:
             yield
         finally:
@@ -139,15 +145,24 @@ class Residency:
                     )
                 await asyncio.sleep(_POLL_S)
 
-    async def refuse(self, version: str) -> None:
-        """Lets no request for `version` in, unless somebody pins it; unloading it is left to `drop`.
+    async def refuse(self, versions: Iterable[str]) -> None:
+        """Lets no request for `versions` in, but for those that somebody pins now or meanwhile; unloading them is left to `drop`.
 
-        Gives up where vLLM or the work at it takes long: that, too, is left to `drop` then.
+        Gives up where vLLM, or a load that is at work, takes longer than a moment: refusing is left to `drop`, too, then.
         """
-        with suppress(FineryError, TimeoutError):
-            async with asyncio.timeout(_REFUSE_S), self._lock:
-                if not self._pins[version] and self.state_of(version) == "loaded":
-                    await self._retire(version)
+        left = {version for version in versions if self._may_be_let_in(version) and not self._pins[version]}
+        if not left:
+            return
+        self._refusing.append(left)
+        try:
+            with suppress(FineryError, TimeoutError):
+                async with asyncio.timeout(_REFUSE_S), self._lock:
+                    while left:
+                        version = left.pop()
+                        if self._may_be_let_in(version):
+                            await self._retire(version)
+        finally:
+            self._refusing = [other for other in self._refusing if other is not left]
 
     async def drop(self, version: str) -> None:
         """Lets no request in, waits until the last one in flight has ended, then unloads; given up where somebody pins it meanwhile.
@@ -198,6 +213,7 @@ class Residency:
             if version not in self._resident:
                 await self._register(version, path=path)
                 self._resident[version] = _Resident(None, path, time.monotonic())
+            self._resident[version].is_refused = False
             try:
                 known = await self._client.admit(version)
             except FailedPreconditionError:
@@ -228,6 +244,7 @@ class Residency:
         idle = [version for version in self._resident if self._may_go(version) and not state.in_flight.get(version)]
         for version in sorted(idle, key=lambda name: self._idle_s(name, state), reverse=True):
             if await self._retire(version):
+                self._resident[version].is_refused = False
                 await self._client.admit(version)
                 self._resident[version].is_admitted = True
                 continue
@@ -245,9 +262,15 @@ class Residency:
     def _may_go(self, version: str) -> bool:
         return not self._pins[version] and version not in self._kept
 
+    def _may_be_let_in(self, version: str) -> bool:
+        return version in self.versions and not self._resident[version].is_refused
+
     async def _retire(self, version: str) -> int:
-        self._resident[version].is_admitted = False
-        return await self._client.retire(version)
+        resident = self._resident[version]
+        resident.is_admitted = False
+        num_in_flight = await self._client.retire(version)
+        resident.is_refused = True
+        return num_in_flight
 
     async def _unload(self, version: str) -> None:
         adapter_id = self._resident[version].adapter_id

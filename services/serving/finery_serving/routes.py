@@ -152,6 +152,9 @@ class Routes:
         """
         if holders := [replica for replica in ready if self._serves(replica, served.version)]:
             return holders
+        # Where the alias has moved on since it was read, what it served is not let in again: the next look finds what serves now.
+        if not (await self._store.snapshot()).wants(served.version):
+            return []
         by_id = {replica.id: replica for replica in ready}
         first = by_id[Placement.preferred(alias, by_id)[0]]
         if first.id == self._registry.own.id:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Set
+from collections.abc import AsyncIterator, Set
 from functools import partial
 from typing import cast
 
@@ -75,18 +75,22 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
 
     async def GetAlias(self, request: serving_pb2.GetAliasRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
         name = parse_name(request.name, collection="aliases", project=require_project())
-        return _alias_to_proto(await self._store.get(name.project, name.id))
+        alias = await self._store.get(name.project, name.id)
+        await self._refuse_replaced()
+        return _alias_to_proto(alias)
 
     async def ListAliases(
         self, request: serving_pb2.ListAliasesRequest, context: grpc.aio.ServicerContext
     ) -> serving_pb2.ListAliasesResponse:
         project = parse_parent(request.parent, project=require_project())
         found, next_page_token = await self._store.list(project, page_size=request.page_size, page_token=request.page_token)
+        await self._refuse_replaced()
         return serving_pb2.ListAliasesResponse(aliases=[_alias_to_proto(alias) for alias in found], next_page_token=next_page_token)
 
     async def DeleteAlias(self, request: serving_pb2.DeleteAliasRequest, context: grpc.aio.ServicerContext) -> empty_pb2.Empty:
         name = parse_name(request.name, collection="aliases", project=require_project())
         await self._store.delete(name.project, name.id, etag=request.etag)
+        await self._refuse_replaced()
         return empty_pb2.Empty()
 
     async def SetCanaryWeight(self, request: serving_pb2.SetCanaryWeightRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
@@ -95,16 +99,16 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
 
     async def PromoteAlias(self, request: serving_pb2.PromoteAliasRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
         name = parse_name(request.name, collection="aliases", project=require_project())
-        return _alias_to_proto(
-            await self._releases.promote(name.project, name.id, request_id=request.request_id, etag=request.etag),
-        )
+        alias = await self._releases.promote(name.project, name.id, request_id=request.request_id, etag=request.etag)
+        await self._refuse_replaced()
+        return _alias_to_proto(alias)
 
     async def RollBackAlias(self, request: serving_pb2.RollBackAliasRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
         name = parse_name(request.name, collection="aliases", project=require_project())
         served = self._registry.pools
-        return _alias_to_proto(
-            await self._releases.roll_back(name.project, name.id, served=served, request_id=request.request_id, etag=request.etag),
-        )
+        alias = await self._releases.roll_back(name.project, name.id, served=served, request_id=request.request_id, etag=request.etag)
+        await self._refuse_replaced()
+        return _alias_to_proto(alias)
 
     async def PinAlias(self, request: serving_pb2.PinAliasRequest, context: grpc.aio.ServicerContext) -> serving_pb2.Alias:
         name = parse_name(request.name, collection="aliases", project=require_project())
@@ -122,12 +126,8 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
         known: dict[str, Alias] = {}
         while not self._ending:
             seen = self._changes.count
-            snapshot = await self._store.snapshot()
-            current = snapshot.of_project(project)
-            # Whoever hears of a flip is answered by what it brought: vLLM refuses what it replaced before anybody hears.
-            for version in _versions(known) - _versions(current):
-                if not snapshot.wants(version):
-                    await self._residency.refuse(version)
+            current = (await self._store.snapshot()).of_project(project)
+            await self._refuse_replaced()
             for alias in current.values():
                 if known.get(alias.alias) != alias:
                     yield serving_pb2.AliasEvent(alias=_alias_to_proto(alias))
@@ -151,9 +151,12 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
             targets=[_target_to_proto(target) for target in route.targets],
         )
 
-
-def _versions(aliases: Mapping[str, Alias]) -> Set[str]:
-    return {served.version for alias in aliases.values() for served in alias.serving}
+    async def _refuse_replaced(self) -> None:
+        """Before somebody hears of an alias: vLLM here refuses what no alias serves any more, so that nobody who has heard is answered by
+        it, though a gateway has not.
+        """
+        now = await self._store.snapshot()
+        await self._residency.refuse(version for version in self._residency.versions if not now.wants(version))
 
 
 def servicer_of(servicer: ServingServicer) -> Servicer:

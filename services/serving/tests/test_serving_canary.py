@@ -82,6 +82,7 @@ async def test_nobody_hears_of_a_version_before_what_it_replaced_is_refused(serv
     async with serving() as client:
         before = (await client.served(publish())).version
         monkeypatch.setattr(VllmClient, "retire", retire_slowly)
+        monkeypatch.setattr("finery_serving.residency._REFUSE_S", STEP_S)
         second = publish(step=2)
         if how == "promoted":
             await client.with_canary(second)
@@ -94,6 +95,22 @@ async def test_nobody_hears_of_a_version_before_what_it_replaced_is_refused(serv
         while (await anext(events)).alias.version == before:
             pass
         assert before not in (await client.here.agent.client.state()).admitted
+
+
+async def test_a_route_looked_for_during_a_flip_does_not_let_the_old_version_in_again(serving, publish, monkeypatch):
+    is_healthy, flips = VllmClient.is_healthy, []
+
+    async def after_a_flip(self):
+        monkeypatch.setattr(VllmClient, "is_healthy", is_healthy)
+        flips.append(await client.served(second))
+        return await is_healthy(self)
+
+    async with serving() as client:
+        before, second = (await client.served(publish())).version, publish(step=2)
+        monkeypatch.setattr(VllmClient, "is_healthy", after_a_flip)
+        found = (await client.route()).version
+        assert found == flips[0].version != before
+        assert before not in client.here.residency.versions
 
 
 async def test_a_canary_that_is_rolled_back_finishes_what_it_began_and_is_unloaded(serving, publish):

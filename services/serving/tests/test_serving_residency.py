@@ -140,28 +140,81 @@ async def test_a_version_that_is_kept_is_dropped_all_the_same(vllm, residency):
 async def test_what_is_refused_stays_for_its_last_request_and_a_pin_keeps_it_from_being_refused(vllm, residency):
     await ensure(residency, "a")
     with residency.pinned("a"):
-        await residency.refuse("a")
+        await residency.refuse(["a"])
         assert vllm.admitted == {"a"}
-    await residency.refuse("a")
+    await residency.refuse(["a"])
     assert (vllm.admitted, residency.versions, residency.state_of("a")) == (set(), ("a",), "draining")
     await ensure(residency, "a")
     assert (vllm.loads, vllm.admitted) == (["a"], {"a"})
-    await residency.refuse("cold")
+    await residency.refuse(["cold"])
 
 
-async def test_refusing_waits_only_a_moment_for_other_work(vllm, residency, monkeypatch):
+@pytest.fixture
+def loading(vllm, monkeypatch):
+    """Loads take until `goes_on`, once it is asked for."""
+    load, events = vllm.load, SimpleNamespace(begun=asyncio.Event(), goes_on=asyncio.Event())
+
+    async def load_slowly(version, *, path):
+        events.begun.set()
+        await events.goes_on.wait()
+        await load(version, path=path)
+
+    monkeypatch.setattr(vllm, "load", load_slowly)
+    return events
+
+
+async def test_refusing_waits_only_a_moment_for_a_load(vllm, residency, loading):
+    loading.goes_on.set()
     await ensure(residency, "a")
-    hangs = asyncio.Event()
-
-    async def retire(version):
-        await hangs.wait()
-
-    monkeypatch.setattr(vllm, "retire", retire)
+    loading.begun.clear()
+    loading.goes_on.clear()
+    other = asyncio.create_task(ensure(residency, "b"))
+    await loading.begun.wait()
     async with asyncio.timeout(5):
-        await residency.refuse("a")
-    monkeypatch.undo()
-    await residency.drop("a")
-    assert residency.versions == ()
+        await residency.refuse(["a"])
+    assert vllm.admitted == {"a"}
+    loading.goes_on.set()
+    await other
+    await residency.refuse(["a"])
+    assert vllm.admitted == {"b"}
+
+
+async def test_what_was_wanted_again_meanwhile_is_not_refused(vllm, residency, loading, monkeypatch):
+    monkeypatch.setattr("finery_serving.residency._REFUSE_S", 30.0)
+    loading.goes_on.set()
+    await ensure(residency, "a")
+    loading.begun.clear()
+    loading.goes_on.clear()
+    other = asyncio.create_task(ensure(residency, "b"))
+    await loading.begun.wait()
+    refusing = asyncio.create_task(residency.refuse(["a"]))
+    await asyncio.sleep(0)
+    with residency.pinned("a"):
+        pass
+    loading.goes_on.set()
+    await asyncio.gather(other, refusing)
+    assert vllm.admitted == {"a", "b"}
+    assert residency.serves("a")
+
+
+async def test_refusing_waits_for_vllm_to_hear_of_a_drop_that_is_under_way(vllm, residency, monkeypatch):
+    await ensure(residency, "a")
+    vllm.in_flight["a"] = 1
+    retire, begun = vllm.retire, asyncio.Event()
+
+    async def retire_slowly(version):
+        begun.set()
+        await asyncio.sleep(0.1)
+        return await retire(version)
+
+    monkeypatch.setattr(vllm, "retire", retire_slowly)
+    dropping = asyncio.create_task(residency.drop("a"))
+    await begun.wait()
+    assert vllm.admitted == {"a"}
+    await residency.refuse(["a"])
+    assert vllm.admitted == set()
+    vllm.in_flight.clear()
+    await dropping
 
 
 async def test_a_dropped_version_goes_after_its_last_request(vllm, residency):
