@@ -103,16 +103,16 @@ class Proxy:
         """vLLM's answer, its body still to be read; the caller closes it.
 
         Tries again, at another replica where one has not answered and there is another: a retired version, a restarted vLLM and a broken
-        connection all mean that the route is no longer good. Each has its number of tries; none begins after the time in which a model
-        has to be there. Raises FineryError where there is no answer with status 200.
+        connection all mean that the route is no longer good. Each has its number of tries; of those for a version that stays retired, none
+        but the second begins after the time in which a model has to be there. Raises FineryError where there is no answer with status 200.
         """
         give_up_s = time.monotonic() + self._routes.cold_wait_s
         failure: FineryError | None = None
         version = generation.model
         num_failed: Counter[str] = Counter()
-        while all(num < _MAX_TRIES[cause] for cause, num in num_failed.items()) and (not num_failed or time.monotonic() < give_up_s):
-            # At once after the first: the alias has moved on. After another, serving may have to see first that it is evicted.
-            await asyncio.sleep(_PAUSE_S * max(0, num_failed["retired"] - 1))
+        while all(num < _MAX_TRIES[cause] for cause, num in num_failed.items()) and (
+            num_failed["retired"] < 2 or time.monotonic() < give_up_s
+        ):
             known = await self._routes.route(generation.project, generation.model)
             target = chosen(known.targets, key=generation.sticky_key)
             version = generation.record.version = target.version
@@ -138,6 +138,9 @@ class Proxy:
             num_failed[cause] += 1
             RETRIED.labels(cause).inc()
             self._routes.forget(generation.project, generation.model, route=known)
+            if num_failed["retired"] > 1:
+                # The first time the alias has moved on; after that serving may still have to see that the version was evicted.
+                await asyncio.sleep(_PAUSE_S * num_failed["retired"])
         self._count(generation, version, "failed")
         log.warning("no vLLM took a request", model=generation.model, version=version, failed=dict(num_failed))
         raise _not_there(generation.model) from failure

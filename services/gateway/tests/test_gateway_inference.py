@@ -14,8 +14,9 @@ from finery.common.v1 import job_pb2
 from finery.training.v1 import spec_pb2, training_pb2
 from finery_gateway import http_server
 from finery_gateway.metrics import RETRIED
+from finery_gateway.proxy import Proxy
 from finery_gateway.resources import RouteReplica
-from finery_gateway.upstream import Upstream
+from finery_gateway.upstream import Upstream, UpstreamError
 from finery_gateway.usage import StreamTap
 
 BASE = "SmolLM2-135M-Instruct"
@@ -136,13 +137,30 @@ async def test_a_route_is_asked_for_once_by_many(client, world):
     assert world.serving.resolved == [BASE]
 
 
-async def test_a_version_that_stays_retired_is_503_with_retry_after(client, world):
+async def test_a_request_is_sent_again_however_long_its_vllm_took_to_die(client, world, monkeypatch):
+    """A second is what a model may take here to be there."""
+    send = Proxy._send
+
+    async def die_late(self, generation, replica, *, version):
+        monkeypatch.setattr(Proxy, "_send", send)
+        await asyncio.sleep(1.2)
+        raise UpstreamError("the connection broke")
+
+    monkeypatch.setattr(Proxy, "_send", die_late)
+    assert (await _chat(client)).model == BASE
+    assert len(world.vllm.requests) == 1
+
+
+@pytest.mark.parametrize(("pause_s", "num_tries"), [(0.0, 8), (0.6, 2)])
+async def test_a_version_that_stays_retired_is_503_with_retry_after(client, world, monkeypatch, pause_s, num_tries):
+    """After all tries, or after the second that a model may take here to be there."""
+    monkeypatch.setattr("finery_gateway.proxy._PAUSE_S", pause_s)
     world.serving.flip(world.project, "m", "never-admitted")
     with pytest.raises(openai.InternalServerError) as caught:
         await _chat(client, model="m")
     assert caught.value.status_code == 503
     assert int(caught.value.response.headers["retry-after"]) >= 1
-    assert len(world.vllm.requests) == 8
+    assert len(world.vllm.requests) == num_tries
 
 
 async def test_a_cold_model_is_503_with_retry_after_when_it_takes_too_long(client, world):

@@ -150,49 +150,42 @@ async def test_what_is_refused_stays_for_its_last_request_and_a_pin_keeps_it_fro
 
 
 @pytest.fixture
-def loading(vllm, monkeypatch):
-    """Loads take until `goes_on`, once it is asked for."""
-    load, events = vllm.load, SimpleNamespace(begun=asyncio.Event(), goes_on=asyncio.Event())
+async def load_under_way(vllm, residency, monkeypatch):
+    """`a` is loaded; `b` is being loaded, by the task, until the event."""
+    await ensure(residency, "a")
+    load, begun, goes_on = vllm.load, asyncio.Event(), asyncio.Event()
 
     async def load_slowly(version, *, path):
-        events.begun.set()
-        await events.goes_on.wait()
+        begun.set()
+        await goes_on.wait()
         await load(version, path=path)
 
     monkeypatch.setattr(vllm, "load", load_slowly)
-    return events
+    task = asyncio.create_task(ensure(residency, "b"))
+    await begun.wait()
+    return task, goes_on
 
 
-async def test_refusing_waits_only_a_moment_for_a_load(vllm, residency, loading):
-    loading.goes_on.set()
-    await ensure(residency, "a")
-    loading.begun.clear()
-    loading.goes_on.clear()
-    other = asyncio.create_task(ensure(residency, "b"))
-    await loading.begun.wait()
+async def test_refusing_waits_only_a_moment_for_a_load(vllm, residency, load_under_way):
+    task, goes_on = load_under_way
     async with asyncio.timeout(5):
         await residency.refuse(["a"])
     assert vllm.admitted == {"a"}
-    loading.goes_on.set()
-    await other
+    goes_on.set()
+    await task
     await residency.refuse(["a"])
     assert vllm.admitted == {"b"}
 
 
-async def test_what_was_wanted_again_meanwhile_is_not_refused(vllm, residency, loading, monkeypatch):
+async def test_what_was_wanted_again_meanwhile_is_not_refused(vllm, residency, load_under_way, monkeypatch):
+    task, goes_on = load_under_way
     monkeypatch.setattr("finery_serving.residency._REFUSE_S", 30.0)
-    loading.goes_on.set()
-    await ensure(residency, "a")
-    loading.begun.clear()
-    loading.goes_on.clear()
-    other = asyncio.create_task(ensure(residency, "b"))
-    await loading.begun.wait()
     refusing = asyncio.create_task(residency.refuse(["a"]))
     await asyncio.sleep(0)
     with residency.pinned("a"):
         pass
-    loading.goes_on.set()
-    await asyncio.gather(other, refusing)
+    goes_on.set()
+    await asyncio.gather(task, refusing)
     assert vllm.admitted == {"a", "b"}
     assert residency.serves("a")
 
