@@ -89,8 +89,10 @@ async def test_swaps_under_streams_fail_none_mix_none_and_leave_nothing_behind(
     assert (swaps.failed, swaps.mixed, swaps.outdated) == ([], [], [])
     assert len({item.reply.version for item in swaps.seen}) > NUM_SWAPS / 4, "streams and swaps ran beside each other"
     settled = swaps.footprints[min(SETTLED, NUM_SWAPS // 2) :]
+    adapter_bytes = (versions[0].folder / "adapter_model.safetensors").stat().st_size
     record_property("vllm_rss_mib", [item.vllm_rss_bytes >> 20 for item in settled])
-    assert growth_per_swap(settled) * len(settled) < MEMORY_SLACK_BYTES
+    # Half of what vLLM holds of an adapter, which it takes from bfloat16 to float32.
+    assert growth_per_swap(settled) < adapter_bytes
     assert_flat(settled)
     final = await installation.footprint()
     assert final.num_registered <= 8
@@ -100,7 +102,7 @@ def growth_per_swap(footprints: Sequence[Footprint]) -> float:
     """Bytes by which vLLM's memory typically grows with a swap.
 
     A median over pairs of swaps, not what it grew by as a whole: when a larger batch than any before comes is chance, while what a swap
-    leaves behind comes with each of them.
+    leaves behind comes with each of them. On a busy machine the allocator alone was seen to take 2.7 MB a swap; adapters that stay, 10.8.
     """
     pairs = zip(footprints, footprints[2:], strict=False)
     return statistics.median((late.vllm_rss_bytes - early.vllm_rss_bytes) / 2 for early, late in pairs)
