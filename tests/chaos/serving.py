@@ -6,6 +6,7 @@ import json
 import secrets
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -77,6 +78,15 @@ def vllm_pid(system: System) -> int | None:
 
 def vllm_state(system: System) -> dict[str, dict[str, object]]:
     """Requests in flight by version, and adapters as vLLM has them registered. Raises httpx.TransportError while it is down."""
+    return _asked(system, "state")
+
+
+def held_adapters(system: System) -> list[int]:
+    """The numbers of the adapters in the engine's caches, registered or not."""
+    return _asked(system, "held")["adapter_ids"]
+
+
+def _asked(system: System, path: str) -> dict[str, Any]:
     noted = _noted(system)
     if noted is None:
         raise httpx.ConnectError("no vLLM runs")
@@ -84,7 +94,7 @@ def vllm_state(system: System) -> dict[str, dict[str, object]]:
     token = json.loads((runtime / "middleware.json").read_text())["admin_token"]
     transport = httpx.HTTPTransport(uds=str(runtime / "vllm.sock"))
     with httpx.Client(transport=transport, base_url="http://vllm", headers={"x-finery-admin-token": token}) as http:
-        return http.get("/finery/state").raise_for_status().json()
+        return http.get(f"/finery/{path}").raise_for_status().json()
 
 
 def copies(system: System) -> set[str]:

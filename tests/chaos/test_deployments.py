@@ -15,7 +15,7 @@ import psutil
 import pytest
 from chaos.adapters import Adapters
 from chaos.load import outcome, say
-from chaos.serving import Deployments, copies, vllm_pid, vllm_state
+from chaos.serving import Deployments, copies, held_adapters, vllm_pid, vllm_state
 from e2e.system import System
 from openai import OpenAI
 
@@ -112,6 +112,7 @@ def test_cycles_of_deploying_and_undeploying_leave_nothing(
             seen.append(footprint(system))
     first, last = seen
     assert (last.registered, last.copies) == (first.registered, first.copies)
+    eventually(lambda: len(held_adapters(system)) == len(vllm_state(system)["adapters"]))
     # Connections come and go by ones; a descriptor a cycle would be more.
     eventually(lambda: all(count <= first.num_files[name] + 5 for name, count in footprint(system).num_files.items()))
     if is_long:

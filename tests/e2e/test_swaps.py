@@ -96,6 +96,7 @@ async def test_swaps_under_streams_fail_none_mix_none_and_leave_nothing_behind(
     assert_flat(settled)
     final = await installation.footprint()
     assert final.num_registered <= 8
+    assert final.num_held == final.num_registered
 
 
 def growth_per_swap(footprints: Sequence[Footprint]) -> float:
@@ -114,6 +115,6 @@ def assert_flat(footprints: Sequence[Footprint]) -> None:
     for name, slack_bytes in (("agent_rss_bytes", MEMORY_SLACK_BYTES), ("vllm_rss_bytes", VLLM_STEPS_BYTES)):
         was, now = (statistics.median(getattr(item, name) for item in items) for items in (early, late))
         assert now < was + slack_bytes, (name, was, now)
-    for name in ("num_fds", "num_staged", "num_registered"):
+    for name in ("num_fds", "num_staged", "num_registered", "num_held"):
         was, now = (max(getattr(item, name) for item in items) for items in (early, late))
         assert now <= was + COUNT_SLACK, (name, was, now)

@@ -53,6 +53,8 @@ class Footprint:
     num_fds: int
     num_staged: int
     num_registered: int
+    num_held: int
+    """Adapters in the engine's caches, registered or not."""
 
 
 class Installation:
@@ -124,6 +126,7 @@ class Installation:
             num_fds=sum(process.num_fds() for process in (agent, *children)),
             num_staged=len(staged),
             num_registered=registered,
+            num_held=len(await self.replica.held()),
         )
 
     async def _watch(self) -> None:

@@ -217,6 +217,7 @@ def summary(swaps: Swaps, bare: Bare, margins: Margins) -> dict[str, object]:
         "agent_rss_mib_after_20": first.agent_rss_bytes >> 20,
         "agent_rss_mib_at_end": last.agent_rss_bytes >> 20,
         "max_registered": max(item.num_registered for item in swaps.footprints),
+        "max_held": max(item.num_held for item in swaps.footprints),
         "fds_after_20": first.num_fds,
         "fds_at_end": last.num_fds,
     }

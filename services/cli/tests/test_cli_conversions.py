@@ -10,6 +10,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from finery_cli import output
 from finery_cli.__main__ import build_app
 from finery_cli.client import Gateway
 from finery_cli.commands import convert
@@ -18,6 +19,7 @@ CONVERSION: dict[str, object] = {
     "id": "conv-1",
     "state": "running",
     "progress": 0.25,
+    "step": "merging",
     "spec": {"adapter": "adapters/ftjob-1-20", "format": "gguf", "type": None},
     "artifact": None,
     "error": None,
@@ -98,11 +100,23 @@ def test_an_interrupted_command_says_how_to_go_on(asked, tmp_path, monkeypatch):
     assert f"finery artifacts download models/conv-1 --output {tmp_path / 'new'}" in said
 
 
+def test_what_is_being_done_is_said_where_no_bar_is_drawn(asked, tmp_path, monkeypatch):
+    def passing(_: float) -> None:
+        FAILED["state"] = "failed"
+
+    monkeypatch.setitem(FAILED, "state", "running")
+    monkeypatch.setattr(convert.time, "sleep", passing)
+    monkeypatch.setattr(output, "PULSE_S", 0.0)
+    done = run("convert", "ftjob-a", "--output", str(tmp_path / "new"))
+    assert "merging: 25% of the whole" in done.output
+
+
 def test_conversions_are_listed_shown_cancelled_and_deleted(asked):
     listed = run("conversions", "list")
     assert "conv-1" in listed.output
     assert "adapters/ftjob-1-20" in listed.output
     assert "running" in listed.output
+    assert "merging" in listed.output
     assert "f16" in listed.output
     shown = run("conversions", "get", "conv-1")
     assert "not the same model" in shown.output

@@ -26,6 +26,7 @@ from finery_common.errors import (
     UnimplementedError,
 )
 from finery_common.leash import leashed
+from finery_converter.tensorfiles import file_too_small
 
 SCRIPT = "convert_hf_to_gguf.py"
 LORA_SCRIPT = "convert_lora_to_gguf.py"
@@ -71,11 +72,7 @@ def convert(
         raise InternalError(f"The GGUF converter ended well but wrote no {output_file.name}.")
     largest = max(file.stat().st_size for file in files)
     if max_part_bytes is not None and largest > max_part_bytes:
-        raise InvalidArgumentError(
-            f"Parts of {max_part_bytes:,} bytes are too small: a single tensor of this model takes {largest:,}; allow at least that.",
-            code="part_too_small",
-            param="max_part_bytes",
-        )
+        raise file_too_small(max_part_bytes, "a single tensor of this model", least_bytes=largest)
     return files
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from finery_common.errors import InvalidArgumentError
+from finery_converter.tensorfiles import file_too_small
 
 # What llama.cpp reads of an older file that does not say.
 _ALIGNMENT_KEY = "general.alignment"
@@ -177,12 +178,7 @@ def _overhead_bytes(reader: GGUFReader, *, max_part_bytes: int) -> int:
     largest = max(reader.tensors, key=lambda tensor: tensor.n_bytes)
     least_bytes = overhead_bytes + int(largest.n_bytes)
     if least_bytes > max_part_bytes:
-        raise InvalidArgumentError(
-            f"Parts of {max_part_bytes:,} bytes are too small: the tensor {largest.name} and the file's own data take {least_bytes:,}; "
-            "allow at least that.",
-            code="part_too_small",
-            param="max_part_bytes",
-        )
+        raise file_too_small(max_part_bytes, f"{largest.name} with the file's own data", least_bytes=least_bytes)
     return overhead_bytes
 
 

@@ -45,7 +45,7 @@ from finery_converter.layers import Layers, layers_of
 from finery_converter.lora import LoadedUpdate, Update, looks_transposed, updates
 from finery_converter.pipeline import Buffers, Lease, ReadAhead, WriteBehind
 from finery_converter.stored import Cast, Encoding, Form, Sink, encoding_of
-from finery_converter.tensorfiles import BLOCK_BYTES, TensorSpec, TensorWriter
+from finery_converter.tensorfiles import BLOCK_BYTES, TensorSpec, TensorWriter, file_too_small
 
 TrainedOn = Literal["plain", "nf4"]
 BaseWeights = Literal["trained", "original"]
@@ -186,12 +186,7 @@ def _resharded(plan: MergePlan, max_bytes: int) -> MergePlan:
         specs = plan.specs(tensor)
         size_bytes = _size_bytes(specs) + sum(len(name) + _ENTRY_BYTES for name, _, _ in specs)
         if _HEADER_BYTES + size_bytes > max_bytes:
-            raise InvalidArgumentError(
-                f"max_file_size_bytes: got {max_bytes:,}, but {tensor.name} alone takes {_HEADER_BYTES + size_bytes:,}; "
-                "allow at least that.",
-                code="part_too_small",
-                param="max_file_size_bytes",
-            )
+            raise file_too_small(max_bytes, f"{tensor.name} alone", least_bytes=_HEADER_BYTES + size_bytes)
         if filled_bytes + size_bytes > max_bytes:
             groups.append({})
             filled_bytes = _HEADER_BYTES

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,12 +24,14 @@ from finery_common.conversion_spec import ConversionSpec, OutputFormat, OutputTy
 from finery_common.errors import InvalidArgumentError, ResourceExhaustedError, UnimplementedError
 from finery_converter import adapters, calibration, ggufparts, importance, parity, quantize
 from finery_converter import gguf as hf_to_gguf
+from finery_converter.base_tensors import num_elements
 from finery_converter.gguf_parity import Comparison, GgufModel, compare, compare_with_logits
 from finery_converter.lora import adapter_tensors
 from finery_converter.merge import Form, MergePlan, merge, plan_merge
 from finery_converter.modelfile import adds_bos, make_modelfile
 from finery_converter.streamed import StreamedModel
 from finery_converter.task import REPORT_FILE, Task
+from finery_converter.tensorfiles import file_too_small
 from finery_converter.weights import TensorWeights
 
 MODELFILE = "Modelfile"
@@ -99,7 +102,7 @@ class Recipe:
 
     def _gguf_steps(self) -> Sequence[Step]:
         steps = [
-            Step("checking", 0.03, self._check_gguf),
+            Step("checking", 0.03, self._check_whole_gguf),
             Step("merging", 0.2, self._merge),
             Step("comparing", 0.3, self._compare),
             Step("writing GGUF", 0.15, self._write_gguf),
@@ -265,6 +268,19 @@ class Recipe:
         budget = _READINGS[self._type.value]
         allowed = max(_ADAPTER_NOISE, _ADAPTER_SHARE * without.mean_kl)
         self._judge(found, self._type.value, budget=replace(budget, max_mean_kl=min(budget.max_mean_kl, allowed)), name="gguf")
+
+    def _check_whole_gguf(self, on_progress: Progress) -> None:
+        self._check_gguf(on_progress)
+        self._check_file_size()
+
+    def _check_file_size(self) -> None:
+        """That one file can hold the largest tensor. To the byte that is known once it is written."""
+        max_bytes, bits = self.spec.max_file_size_bytes, re.search(r"\d+", self._type.value)
+        assert bits is not None, "GGUF's types are named after the bits of a weight, to which most add scales"
+        largest = max((tensor for tensors in self._plan.shards.values() for tensor in tensors.values()), key=num_elements)
+        least_bytes = int(bits[0]) * num_elements(largest) // 8
+        if max_bytes is not None and least_bytes > max_bytes:
+            raise file_too_small(max_bytes, f"{largest.name} alone", least_bytes=least_bytes)
 
     def _check_gguf(self, _: Progress) -> None:
         hf_to_gguf.check_supported(self._base_dir, converter_dir=self._converter_dir, scratch_dir=self._scratch_dir)

@@ -112,6 +112,7 @@ def conversion_to_proto(job: Job) -> conversion_pb2.Conversion:
         finish_time=timestamp(job.finished_at),
         report=struct(report) if isinstance(report, dict) else None,
         hub=_hub_to_proto(job.result.get("hub")),
+        step=str(job.progress.get("step", "")),
     )
 
 

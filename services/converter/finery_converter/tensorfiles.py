@@ -45,6 +45,15 @@ TensorSpec = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, dtype and shape of a tensor that is going to be written."""
 
 
+def file_too_small(max_bytes: int, what: str, *, least_bytes: int) -> InvalidArgumentError:
+    """The error where files of weights may have `max_bytes`, and `what`, which goes into one file, takes `least_bytes`."""
+    return InvalidArgumentError(
+        f"max_file_size_bytes: got {max_bytes:,}, but {what} takes {least_bytes:,}; allow at least that.",
+        code="part_too_small",
+        param="max_file_size_bytes",
+    )
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where one tensor lies: `offset` counts from the start of `file`."""

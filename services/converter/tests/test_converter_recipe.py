@@ -35,7 +35,7 @@ def adapters(base, make_adapter) -> list[Path]:
 def run(base, converter_dir, tmp_path) -> Callable[..., tuple[Path, dict]]:
     """Cooks a spec; answers the output folder and the report."""
 
-    def cooked(*adapter_dirs: Path, base_dir: Path = base, **spec) -> tuple[Path, dict]:
+    def cooked(*adapter_dirs: Path, base_dir: Path = base, trained_on: str = "plain", **spec) -> tuple[Path, dict]:
         scratch = tmp_path / f"scratch-{len(list(tmp_path.iterdir()))}"
         (scratch / "output").mkdir(parents=True)
         source: dict = {"adapter": KEY.format(1)} if len(adapter_dirs) == 1 else {}
@@ -45,7 +45,7 @@ def run(base, converter_dir, tmp_path) -> Callable[..., tuple[Path, dict]]:
             source = {"model": "models/ftjob-" + "0" * 24}
         dirs = tuple(map(str, adapter_dirs))
         places = {"output_dir": str(scratch / "output"), "scratch_dir": str(scratch), "converter_dir": str(converter_dir)}
-        about = {"trained_on": "plain", "precision": "float32", "device": "cpu", "model_name": "m"}
+        about = {"trained_on": trained_on, "precision": "float32", "device": "cpu", "model_name": "m"}
         shares: list[float] = []
         cook(
             Task(spec=source | spec, base_dir=str(base_dir), adapter_dirs=dirs, dataset_dir=None, **about, **places),
@@ -123,6 +123,22 @@ def test_a_quantized_gguf_file_of_a_real_model_passes_its_gate_and_tells_what_fe
     assert report["importance_matrix"]["num_tokens"] > 1000
     assert 0 < report["quantized"]["mean_kl"] < report["quantized"]["budget"]["max_mean_kl"]
     assert {item["got"] for item in report["tensors_of_other_types"]}, "widths of 576 are no multiple of 256"
+
+
+def test_a_tensor_that_no_file_may_hold_is_told_of_before_anything_is_written(run, adapters, tmp_path):
+    wanted = r"max_file_size_bytes: got 20,000,000, but model.embed_tokens.weight alone takes 25,165,824; allow at least that"
+    with pytest.raises(InvalidArgumentError, match=wanted):
+        run(adapters[0], format="gguf", type="f16", max_file_size_bytes=20_000_000)
+    assert not list(tmp_path.glob("*/merged"))
+
+
+def test_an_adapter_trained_on_nf4_becomes_a_gguf_adapter(run, base, adapters):
+    """It is seen at work on the weights that it was trained on, which are not the base's own."""
+    output, report = run(adapters[0], format="gguf_adapter", trained_on="nf4")
+    assert [path.name for path in output.iterdir()] == ["adapter.f16.gguf"]
+    assert report["gguf"]["mean_kl"] < 1e-6 < 0.1 < report["base_alone"]["mean_kl"]
+    plain = run(adapters[0], format="gguf_adapter")[1]
+    assert report["gguf"]["reference_perplexity"] != pytest.approx(plain["gguf"]["reference_perplexity"], rel=1e-3)
 
 
 def test_an_adapter_becomes_a_gguf_adapter(run, adapters):

@@ -207,6 +207,8 @@ class Conversion(Named):
     error: JobError | None = None
     artifact: Artifact | None = None
     progress: float = 0.0
+    step: str = ""
+    """What is being done, or was when it ended."""
     create_time: datetime
     finish_time: datetime | None = None
     report: dict[str, Any] | None = None

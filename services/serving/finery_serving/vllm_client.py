@@ -76,6 +76,10 @@ class VllmClient:
         requests = {name: Requests(**item) for name, item in answer["requests"].items()}
         return ReplicaState(frozenset(answer["admitted"]), dict(answer["in_flight"]), adapters, requests)
 
+    async def held(self) -> frozenset[int]:
+        """The numbers of the adapters in the engine's caches. One that is not registered is what an unload has left behind."""
+        return frozenset((await self._call("GET", "/finery/held")).json()["adapter_ids"])
+
     async def load(self, version: str, *, path: Path) -> None:
         """Registers the adapter in `path`. Raises FailedPreconditionError with vLLM's reason where it cannot be loaded."""
         body = {"lora_name": version, "lora_path": str(path)}

@@ -46,6 +46,9 @@ class Engine:
         self.removed = (*self.removed, adapter_id)
         return True
 
+    async def list_loras(self):
+        return {7, 3}
+
 
 async def call(middleware, path="/v1/chat/completions", *, method="POST", headers=None, body=b"{}", engine=None, sent=None):
     if headers is None:
@@ -300,6 +303,7 @@ async def test_what_is_not_on_the_list_is_not_there_whatever_the_tokens(method, 
         ("GET", "/metrics"),
         ("GET", "/health"),
         ("GET", "/finery/state"),
+        ("GET", "/finery/held"),
         ("POST", "/finery/remove"),
     ],
 )
@@ -361,11 +365,12 @@ async def test_a_request_whose_client_left_is_not_in_flight():
     assert (await admin(middleware, "GET", "/finery/state"))[1]["in_flight"] == {}
 
 
-async def test_the_state_shows_vllms_numbers_and_remove_frees_one():
+async def test_the_state_shows_vllms_numbers_held_the_engines_and_remove_frees_one():
     middleware, engine = await admitted(App(b"{}")), Engine()
     state = (await admin(middleware, "GET", "/finery/state"))[1]
     adapters = {VERSION: {"id": 7, "path": "/state/cache/x"}}
     assert state == {"admitted": sorted([BASE, VERSION]), "in_flight": {}, "adapters": adapters, "requests": {}}
+    assert await admin(middleware, "GET", "/finery/held", engine=engine) == (200, {"adapter_ids": [3, 7]})
     assert await admin(middleware, "POST", "/finery/remove", {"adapter_id": 7}, engine=engine) == (200, {"removed": True})
     assert engine.removed == (7,)
 

@@ -16,12 +16,12 @@ from finery_cli.client import Gateway, connected
 from finery_cli.commands.artifacts import download_with_progress
 from finery_cli.commands.options import Json, Limit
 from finery_cli.downloads import list_files
-from finery_cli.output import err, fail, say, show
+from finery_cli.output import Pulse, err, fail, say, show
 from finery_common.conversion_spec import OUTPUT_TYPES, BaseWeights, Combination, OutputFormat, OutputType
 
 _POLL_S = 0.5
 _FINAL = ("succeeded", "failed", "cancelled")
-COLUMNS = ("id", "state", "progress", "source", "format", "type", "address", "create_time", "error")
+COLUMNS = ("id", "state", "progress", "step", "source", "format", "type", "address", "create_time", "error")
 
 conversions = typer.Typer(no_args_is_help=True, help="Conversions that run or have run; `finery convert` makes one.")
 
@@ -31,6 +31,8 @@ class _Conversion:
     id: str
     state: str
     progress: float
+    step: str
+    """What is being done, once something is."""
     reason: str
     """Why it failed, where it did."""
     report: dict[str, Any] | None
@@ -149,11 +151,14 @@ def _trained(gateway: Gateway, job_id: str, *, step: int | None) -> dict[str, ob
 def _finished(gateway: Gateway, conversion: _Conversion, output: Path) -> _Conversion:
     """The conversion at its end. Its id is said at once: it goes on whatever becomes of this command."""
     err.print(conversion.id)
-    with Progress(console=err) as progress:
-        task = progress.add_task("converting", total=1.0)
+    pulse = Pulse()
+    with Progress(console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task(conversion.state, total=1.0)
         try:
             while conversion.state not in _FINAL:
-                progress.update(task, completed=conversion.progress)
+                doing = conversion.step or conversion.state
+                progress.update(task, completed=conversion.progress, description=doing)
+                pulse.beat(f"{doing}: {conversion.progress:.0%} of the whole")
                 time.sleep(_POLL_S)
                 conversion = _parsed(gateway.native.get(f"/conversions/{conversion.id}"))
         except KeyboardInterrupt:
@@ -162,7 +167,7 @@ def _finished(gateway: Gateway, conversion: _Conversion, output: Path) -> _Conve
                 f"`finery artifacts download models/{conversion.id} --output {output}` fetches what it makes"
             )
             raise
-        progress.update(task, completed=conversion.progress)
+        progress.update(task, completed=conversion.progress, description=conversion.state)
     return conversion
 
 
@@ -183,7 +188,7 @@ def _measured(report: dict[str, Any]) -> str:
 def _parsed(answer: httpx.Response) -> _Conversion:
     body = answer.json()
     reason = (body["error"] or {}).get("message", "no reason was given")
-    return _Conversion(body["id"], body["state"], body["progress"], reason, body.get("report"), body.get("hub"))
+    return _Conversion(body["id"], body["state"], body["progress"], body["step"], reason, body.get("report"), body.get("hub"))
 
 
 @conversions.command("list")

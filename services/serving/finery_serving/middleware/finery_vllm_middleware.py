@@ -34,6 +34,7 @@ The agent's contract (header `x-finery-admin-token`)
 
     GET  /finery/state                  {"admitted": [...], "in_flight": {version: n}, "adapters": {version: {"id", "path"}},
                                          "requests": {version: {"count", "idle_s"}}}: how many came, and the seconds since the latest
+    GET  /finery/held                   {"adapter_ids": [...]}: what the engine's caches have, registered or not
     POST /finery/admit   {"version"}    lets requests for it in; answers {"adapter": {"id", "path"}}, 400 where none is registered so
     POST /finery/retire  {"version"}    lets none in any more; answers {"in_flight"}: 0 means that vLLM is done with it
     POST /finery/remove  {"adapter_id"} drops an unloaded adapter from the engine's caches; answers {"removed"}
@@ -169,6 +170,8 @@ class FineryMiddleware:
             body = json.loads(await _body(receive) or b"{}")
             if action == ("GET", "/finery/state"):
                 answer = self._state(scope)
+            elif action == ("GET", "/finery/held"):
+                answer = {"adapter_ids": sorted(await scope["app"].state.engine_client.list_loras())}
             elif action == ("POST", "/finery/admit"):
                 answer = {"adapter": _registered(scope)[body["version"]]}
                 self._admitted.add(body["version"])

@@ -160,7 +160,7 @@ class ConversionSpec(_message.Message):
     def __init__(self, adapter: _Optional[str] = ..., format: _Optional[_Union[OutputFormat, str]] = ..., type: _Optional[_Union[OutputType, str]] = ..., model: _Optional[str] = ..., adapters: _Optional[_Iterable[_Union[WeightedAdapter, _Mapping]]] = ..., combination: _Optional[_Union[Combination, str]] = ..., density: _Optional[float] = ..., scale: _Optional[float] = ..., base_weights: _Optional[_Union[BaseWeights, str]] = ..., calibration_dataset: _Optional[str] = ..., importance_matrix: _Optional[bool] = ..., max_file_size_bytes: _Optional[int] = ..., hub: _Optional[_Union[HubSpec, _Mapping]] = ...) -> None: ...
 
 class Conversion(_message.Message):
-    __slots__ = ("name", "spec", "state", "error", "artifact", "progress", "create_time", "finish_time", "report", "hub")
+    __slots__ = ("name", "spec", "state", "error", "artifact", "progress", "create_time", "finish_time", "report", "hub", "step")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +171,7 @@ class Conversion(_message.Message):
     FINISH_TIME_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     HUB_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     name: str
     spec: ConversionSpec
     state: _job_pb2.JobState
@@ -181,7 +182,8 @@ class Conversion(_message.Message):
     finish_time: _timestamp_pb2.Timestamp
     report: _struct_pb2.Struct
     hub: HubPush
-    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[ConversionSpec, _Mapping]] = ..., state: _Optional[_Union[_job_pb2.JobState, str]] = ..., error: _Optional[_Union[_job_pb2.JobError, _Mapping]] = ..., artifact: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., progress: _Optional[float] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., report: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., hub: _Optional[_Union[HubPush, _Mapping]] = ...) -> None: ...
+    step: str
+    def __init__(self, name: _Optional[str] = ..., spec: _Optional[_Union[ConversionSpec, _Mapping]] = ..., state: _Optional[_Union[_job_pb2.JobState, str]] = ..., error: _Optional[_Union[_job_pb2.JobError, _Mapping]] = ..., artifact: _Optional[_Union[_job_pb2.ArtifactRef, _Mapping]] = ..., progress: _Optional[float] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., finish_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., report: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., hub: _Optional[_Union[HubPush, _Mapping]] = ..., step: _Optional[str] = ...) -> None: ...
 
 class HubPush(_message.Message):
     __slots__ = ("commit_url", "error")
