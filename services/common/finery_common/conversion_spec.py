@@ -12,6 +12,7 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from finery_common.spec import Spec, conflict
+from finery_common.text_forms import text_form
 
 
 class OutputFormat(StrEnum):
@@ -72,7 +73,16 @@ class BaseWeights(StrEnum):
     ORIGINAL = "original"
 
 
-_ADAPTER_KEY = r"^adapters/ftjob-[0-9a-f]{24}-[0-9]+$"
+_ADAPTER_KEY = text_form(
+    r"^adapters/ftjob-[0-9a-f]{24}-[0-9]+$", "adapters/ with job and step, such as adapters/ftjob-…-20, as `finery artifacts list` shows it"
+)
+_MODEL_KEY = text_form(r"^models/ftjob-[0-9a-f]{24}$", "models/ and the id of the job that trained it")
+_DATASET_KEY = text_form(r"^datasets/ds-[0-9a-f]{24}$", "datasets/ and the dataset's id")
+_REPOSITORY = text_form(
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}$", "owner/name, each of letters, digits, _ . and -"
+)
+_SECRET = text_form(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", "the secret's name: at most 63 letters, digits, _ . and -")
+_BRANCH = text_form(r"^[A-Za-z0-9][A-Za-z0-9_./-]{0,127}$", "a branch's name: at most 128 letters, digits, _ . / and -")
 _T = OutputType
 OUTPUT_TYPES: dict[OutputFormat, tuple[OutputType, ...]] = {
     OutputFormat.SAFETENSORS: (_T.BF16, _T.F16, _T.F32, _T.NF4, _T.FP8, _T.FP8_BLOCK),
@@ -98,13 +108,13 @@ class WeightedAdapter(Spec):
 class HubSpec(Spec):
     """A Hugging Face repository that the result is pushed to."""
 
-    repository: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}$")
+    repository: str = Field(pattern=_REPOSITORY)
     """`owner/name`; made where it is missing."""
-    token: str = Field(default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    token: str = Field(default="default", pattern=_SECRET)
     """Name of the secret that holds the token, as the converter's operator has set it; never the token itself."""
     private: bool = Field(default=True, strict=True)
     """Of a repository that is made."""
-    revision: str = Field(default="main", pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]{0,127}$")
+    revision: str = Field(default="main", pattern=_BRANCH)
     """The branch."""
 
     @field_validator("token")
@@ -127,7 +137,7 @@ class ConversionSpec(Spec):
     type: OutputType | None = None
     """Element type; none: bf16 for safetensors, f16 for gguf and gguf_adapter, f32 for adapter. nf4: bitsandbytes' 4 bits. fp8 and
     fp8_block: e4m3 with a scale for each output and for each 128 x 128 block. The others are GGUF's own."""
-    model: str | None = Field(default=None, pattern=r"^models/ftjob-[0-9a-f]{24}$")
+    model: str | None = Field(default=None, pattern=_MODEL_KEY)
     """The key of a model that method full has trained."""
     adapters: tuple[WeightedAdapter, ...] = Field(default=(), max_length=16)
     """Adapters of one base model that are combined into one."""
@@ -142,7 +152,7 @@ class ConversionSpec(Spec):
     base_weights: BaseWeights = BaseWeights.TRAINED
     """What an adapter that was trained on NF4 weights is merged into. trained: those weights, dequantized, so that the result is the
     model that was trained. original: the base's own; closer to the base, no longer what the adapter was trained to correct."""
-    calibration_dataset: str | None = Field(default=None, pattern=r"^datasets/ds-[0-9a-f]{24}$")
+    calibration_dataset: str | None = Field(default=None, pattern=_DATASET_KEY)
     """A prepared dataset of the project: the importance matrix is made of its rows, and as many of them as of the converter's own texts are
     compared on beside those."""
     importance_matrix: bool | None = Field(default=None, strict=True)

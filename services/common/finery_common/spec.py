@@ -18,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import PydanticCustomError
 
 from finery_common.errors import InvalidArgumentError, Violation
+from finery_common.text_forms import FILE_ID, in_words, text_form
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SERVABLE_LORA_RANK = 512
 _EMBEDDING_MODULES = frozenset({"embed_tokens", "lm_head"})
+_MODULE = text_form(r"^[A-Za-z0-9_.]+$", "a module's name: letters, digits, _ and .")
 _BYTES_OF_UNIT = {"": 1, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 _BUDGET = r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?(MB|GB|MiB|GiB)?"
 
@@ -112,7 +114,7 @@ class LoraSpec(Spec):
     """Probability of dropping an input of A."""
     bias: LoraBias = LoraBias.NONE
     """Which biases train too. Anything but none cannot be served as an adapter."""
-    target_modules: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$")], ...] = Field(default=LINEAR_MODULES, min_length=1)
+    target_modules: tuple[Annotated[str, StringConstraints(pattern=_MODULE)], ...] = Field(default=LINEAR_MODULES, min_length=1)
     """Names of the linear layers that get an adapter."""
     use_rslora: bool = Field(default=False, strict=True)
     """Scale by alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732)."""
@@ -373,7 +375,7 @@ def conflict(field: str, text: str) -> PydanticCustomError:
 class DatasetSpec(Spec):
     """What a dataset is made from."""
 
-    file: str = Field(pattern=r"^file-[0-9a-f]{24}$")
+    file: str = Field(pattern=FILE_ID)
     """An uploaded file of this project."""
     base_model: str = Field(min_length=1, max_length=200)
     """Its tokenizer and chat template are used."""
@@ -425,7 +427,7 @@ def _known_beside(location: tuple[int | str, ...], model: type[BaseModel] | None
 def plain_words(message: str) -> str:
     """Pydantic's words for one input as ours: what was wanted."""
     message = message.removeprefix("Value error, ").replace("Input should be", "wanted")
-    return message.replace("String should match pattern", "wanted text that matches").replace("a valid tuple", "a list")
+    return in_words(message).replace("a valid tuple", "a list")
 
 
 def _short(value: object) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, JsonValue, StringConstraints, Tag, model_validator
 
+from finery_common.text_forms import text_form
 from finery_gateway.json_bounds import check_schema, check_size
 
 MAX_CHOICES = 8
@@ -26,7 +27,9 @@ MAX_MESSAGES = 4096
 MAX_INPUTS = 256
 MAX_DIMENSIONS = 65_536
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+_NAME = text_form(r"^[A-Za-z0-9_.-]+$", "letters, digits, _ . and -")
+_TOKEN_ID = text_form(r"^[0-9]{1,10}$", "a token's number as text")
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=_NAME)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Identifier = Annotated[str, StringConstraints(max_length=512)]
 
@@ -222,7 +225,7 @@ class SamplingFields(RequestFields):
     ignore_eos: bool | None = None
     stop: Stop | Annotated[tuple[Stop, ...], Field(max_length=MAX_STOPS)] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    logit_bias: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: dict[Annotated[str, StringConstraints(pattern=_TOKEN_ID)], Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=MAX_LOGIT_BIAS
     )
 

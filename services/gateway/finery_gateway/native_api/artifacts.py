@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from finery_common.artifacts import DEFAULT_LIFETIME_S, MAX_LIFETIME_S, ArtifactStore, Manifest, ObjectEntry
 from finery_common.errors import InvalidArgumentError, NotFoundError
+from finery_common.text_forms import text_form
 from finery_gateway.context import GatewayParts, Project
 from finery_gateway.files import CONTENT, chunks_of
 from finery_gateway.resources import Page
@@ -29,7 +30,8 @@ _RANGE = re.compile(r"bytes=([0-9]{1,18})-")
 Listed = Literal["files", "datasets", "adapters", "models"]
 Collection = Literal["files", "datasets", "adapters", "models", "metrics", "checkpoints"]
 """`metrics` has a job's id, `checkpoints` (a run's state, to go on from) a job's id and a step: `ftjob-…-20`."""
-Id = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")]
+_ID = text_form(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$", "an id: at most 128 letters, digits, . _ and -, no . first")
+Id = Annotated[str, Path(pattern=_ID)]
 PageSize = Annotated[int, Query(ge=1, le=100)]
 router = APIRouter(prefix="/api/v1/artifacts", tags=["artifacts"])
 

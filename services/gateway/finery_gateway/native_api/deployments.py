@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from finery_common.errors import FailedPreconditionError, NotFoundError
 from finery_common.resource_names import model_alias
+from finery_common.text_forms import JOB_ID, text_form
 from finery_gateway.client import MAX_PAGE_SIZE
 from finery_gateway.context import CreateAttempt, Gateway, GatewayParts, Project
 from finery_gateway.creates import Attempt
@@ -25,6 +26,7 @@ from finery_gateway.version_reports import VersionReport
 PageSize = Annotated[int, Query(ge=1, le=1000)]
 IfMatch = Annotated[str | None, Header()]
 router = APIRouter(prefix="/api/v1/deployments", tags=["deployments"])
+_ALIAS = text_form(r"^[A-Za-z0-9._:-]{1,256}$", "at most 256 letters, digits, . _ : and -")
 
 
 class DeploymentFields(BaseModel):
@@ -32,11 +34,11 @@ class DeploymentFields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    job_id: str = Field(pattern=r"^ftjob-[0-9a-f]{24}$")
+    job_id: str = Field(pattern=JOB_ID)
     """The job whose adapter it is."""
     step: int | None = Field(None, ge=0)
     """One of the job's checkpoints; the final adapter where left out."""
-    alias: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,256}$")
+    alias: str | None = Field(None, pattern=_ALIAS)
     """The public model name; `ft:<base>:<project>:<suffix>:<id>` of the job or checkpoint where left out."""
     canary_weight: int | None = Field(None, ge=1, le=99)
     """Percent of the alias' requests that it shall answer beside what serves; the whole alias where left out."""

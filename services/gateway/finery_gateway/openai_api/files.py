@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import StreamingResponse
 
 from finery_common.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from finery_common.text_forms import FILE_ID
 from finery_gateway.context import CreateAttempt, Gateway, GatewayParts, Project
 from finery_gateway.files import PURPOSE, StoredFile, no_file, open_object
 from finery_gateway.multipart import FormReader
@@ -23,7 +24,7 @@ _FORM = {
     "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": [PURPOSE]}},
 }
 
-FileId = Annotated[str, Path(pattern=r"^file-[0-9a-f]{24}$")]
+FileId = Annotated[str, Path(pattern=FILE_ID)]
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Path, Query, Request
 
 from finery_common.errors import InvalidArgumentError
 from finery_common.resource_names import model_alias
+from finery_common.text_forms import JOB_ID
 from finery_gateway.client import NewJob
 from finery_gateway.context import CreateAttempt, GatewayParts, Project
 from finery_gateway.openai_api.files import require_training_file, results_file_id
@@ -22,7 +23,7 @@ _STATUS = {"validating": "validating_files"}
 _METADATA = re.compile(r"metadata\[(.+)\]")
 _LEVELS = {"info", "warn", "error"}
 
-JobId = Annotated[str, Path(pattern=r"^ftjob-[0-9a-f]{24}$")]
+JobId = Annotated[str, Path(pattern=JOB_ID)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
