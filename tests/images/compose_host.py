@@ -224,10 +224,10 @@ class ComposeHost:
         (self._state / name).mkdir()
         mounts = [(self._state / file, f"/etc/{file}", "rw") for file in ("hosts", "resolv.conf")]
         mounts += [(self._folder / self._spec["secrets"][item]["file"], f"/run/secrets/{item}", "ro") for item in spec.get("secrets", [])]
-        for source, target, *mode in (line.split(":") for line in spec.get("volumes", [])):
+        for source, target, mode in map(mount_of, spec.get("volumes", [])):
             is_path = source.startswith((".", "/"))
             place = (self._folder / source).resolve() if is_path else self._volume(source, image.root / target.lstrip("/"))
-            mounts.append((place, target, mode[0] if mode else "rw"))
+            mounts.append((place, target, mode))
         environment: dict[str, str] = {}
         for file in spec.get("env_file", []):
             environment |= _variables(self._folder / file["path"])
@@ -242,6 +242,15 @@ class ComposeHost:
         if original.is_dir() and not any(folder.iterdir()):
             subprocess.run(["cp", "-a", f"{original}/.", str(folder)], check=True)
         return folder
+
+
+def mount_of(volume: str | dict[str, Any]) -> tuple[str, str, str]:
+    """Source, target and mode ("ro" or "rw") of a volume in the short form, or of a bind in the long one."""
+    if isinstance(volume, str):
+        source, target, *mode = volume.split(":")
+        return source, target, mode[0] if mode else "rw"
+    assert (volume["type"], volume["bind"]) == ("bind", {"create_host_path": False}), f"{volume} is not known here"
+    return volume["source"], volume["target"], "ro" if volume["read_only"] else "rw"
 
 
 def _variables(file: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from images.compose_host import prepare
+from images.compose_host import mount_of, prepare
 from images.service_settings import SETTINGS
 
 from finery_common.catalogue import Catalogue
@@ -32,8 +32,8 @@ def _text(service: dict) -> str:
 
 def _mounts(service: dict) -> dict[str, str]:
     """Target -> source, with variables at their defaults."""
-    mounts = (re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume).split(":") for volume in service.get("volumes", []))
-    return {target: source for source, target, *_ in mounts}
+    plain = yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", yaml.safe_dump(service.get("volumes", []))))
+    return {target: source for source, target, _ in map(mount_of, plain)}
 
 
 def _environment(name: str) -> dict[str, str]:
