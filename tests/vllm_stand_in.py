@@ -20,6 +20,10 @@ class FakeVllm:
     error: tuple[int, dict[str, object]] | None = None
     endless: bool = False
     break_off: bool = False
+    break_off_first: bool = False
+    """As `break_off`, before the first token."""
+    has_ended: bool = False
+    """Its engine, not its server: it answers as our middleware does then."""
     embeds: bool = False
     paths: list[str] = field(default_factory=list)
     on_request: Callable[[str], None] | None = None
@@ -53,6 +57,8 @@ class FakeVllm:
         elif self.silent:
             self.busy.set()
             await self._until_the_client_leaves(receive)
+        elif self.has_ended and not fields.get("stream"):
+            await self._json(send, 503, {"error": {"message": "The model is being restarted.", "code": 503}})
         elif self.error is not None:
             await self._json(send, self.error[0], self.error[1])
         elif scope["path"] == "/v1/responses":
@@ -148,6 +154,13 @@ class FakeVllm:
 
         head = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": alias}
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        if self.has_ended:
+            error = {"message": "The model is being restarted.", "type": "server_error", "param": None, "code": "stream_broken"}
+            await event({"error": error})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
+        if self.break_off_first:
+            raise ConnectionResetError("vLLM dies here")
         for number, word in enumerate(("Par", "is")):
             if self.go_on is not None:
                 word = version

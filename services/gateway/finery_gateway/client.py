@@ -40,6 +40,11 @@ from finery_gateway.resources import (
 
 MAX_PAGE_SIZE = 1000
 
+
+class UnreachableServiceError(UnavailableError):
+    """No answer of the service came; what was asked may have been begun."""
+
+
 R = TypeVar("R", bound=Resource)
 M = TypeVar("M", bound=Message)
 S = TypeVar("S")
@@ -80,7 +85,7 @@ class _Client:
     def _unreachable(self, error: UnavailableError) -> FineryError:
         if isinstance(error.__cause__, grpc.aio.AioRpcError) and rich_status(error.__cause__) is not None:
             return error  # The service's own words.
-        return UnavailableError(
+        return UnreachableServiceError(
             f"The {self._service} service cannot be reached at the moment; try again in a few seconds.", retry_after_s=2
         )
 

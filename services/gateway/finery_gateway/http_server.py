@@ -54,25 +54,40 @@ def http_protocol() -> type[asyncio.Protocol]:
         return _reading(importlib.import_module("uvicorn.protocols.http.h11_impl").H11Protocol)
 
     class BoundedHead(_reading(implementation)):
-        """Of a request's head httptools keeps whatever comes, before anybody could say who it is from."""
+        """httptools keeps whatever comes as a request's head, or as headers behind a body in chunks, before anybody could say who it is
+        from. Those behind the body nobody here reads.
+        """
 
-        _is_in_head, _head_bytes = False, 0
+        _is_in_head, _has_moved, _head_bytes = False, False, 0
 
         def on_message_begin(self) -> None:
-            self._is_in_head, self._head_bytes = True, 0
+            self._is_in_head = True
             super().on_message_begin()
 
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if self._is_in_head:
+                super().on_header(name, value)
+
         def on_headers_complete(self) -> None:
-            self._is_in_head = False
+            self._is_in_head, self._has_moved = False, True
             super().on_headers_complete()
 
+        def on_body(self, body: bytes) -> None:
+            self._has_moved = True
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._has_moved = True
+            super().on_message_complete()
+
         def data_received(self, data: bytes) -> None:
-            was_in_head = self._is_in_head
+            self._has_moved = False
             super().data_received(data)
-            if was_in_head and self._is_in_head:
-                self._head_bytes += len(data)
-                if self._head_bytes > MAX_HEAD_BYTES:
-                    self.send_400_response(f"The head of a request may have {MAX_HEAD_BYTES} bytes.")
+            self._head_bytes = 0 if self._has_moved else self._head_bytes + len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and self._is_in_head:
+                self.send_400_response(f"The head of a request may have {MAX_HEAD_BYTES} bytes.")
+            elif self._head_bytes > MAX_HEAD_BYTES:
+                self.transport.abort()
 
     return BoundedHead
 

@@ -24,7 +24,14 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from finery_common.database import Database
-from finery_common.errors import FailedPreconditionError, FineryError, InvalidArgumentError, NotFoundError, UnauthenticatedError
+from finery_common.errors import (
+    FailedPreconditionError,
+    FineryError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from finery_common.resource_names import PROJECT
 from finery_gateway.limits import LIMIT_NAMES, KeyLimits
 from finery_gateway.settings import GatewaySettings
@@ -33,6 +40,7 @@ from finery_gateway.tables import ApiKeyRow, migrate
 PREFIX = "sk-finery-"
 DEFAULT_PROJECT = "default"
 CACHE_TTL_S = 5.0
+GRACE_S = 60.0
 _CACHE_SIZE = 10_000
 _FIRST_KEY_ID = "key-first"
 _LIMITS_HELP = {
@@ -65,12 +73,16 @@ class Grant:
 
 
 class KeyStore:
-    """The keys of an installation. Checks are remembered for `CACHE_TTL_S`: a revoked key ends, and new limits hold, that much later."""
+    """The keys of an installation. Checks are remembered for `CACHE_TTL_S`: a revoked key ends, and new limits hold, that much later;
+    while the database cannot be asked, `GRACE_S` later.
+    """
 
     def __init__(self, db: Database, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._db = db
         self._clock = clock
+        # With the time of the check.
         self._known: dict[str, tuple[Grant, float]] = {}
+        self._asking: dict[str, asyncio.Task[Grant]] = {}
 
     async def project_of(self, key: str) -> str:
         """The project that `key` opens. Raises UnauthenticatedError for a wrong or revoked one."""
@@ -79,9 +91,28 @@ class KeyStore:
     async def grant_of(self, key: str) -> Grant:
         """What `key` opens, and its limits. Raises UnauthenticatedError for a wrong or revoked one."""
         digest = _digest(key)
-        known = self._known.get(digest)
-        if known is not None and known[1] > self._clock():
-            return known[0]
+        grant, checked_s = self._known.get(digest, (None, 0.0))
+        age_s = self._clock() - checked_s
+        if grant is not None and age_s < CACHE_TTL_S:
+            return grant
+        task = self._asking.get(digest)
+        if task is None:
+            task = self._asking[digest] = asyncio.create_task(self._ask(digest))
+            task.add_done_callback(lambda done: self._asked(digest, done))
+        try:
+            # One question for all who wait; it goes on when one of them leaves.
+            return await asyncio.shield(task)
+        except UnavailableError:
+            if grant is None or age_s >= GRACE_S:
+                raise
+            return grant
+
+    def _asked(self, digest: str, done: asyncio.Task[Grant]) -> None:
+        del self._asking[digest]
+        if not done.cancelled():
+            done.exception()  # Seen, though everybody who waited may have left.
+
+    async def _ask(self, digest: str) -> Grant:
         async with self._db.read() as session:
             row = await session.scalar(sa.select(ApiKeyRow).where(ApiKeyRow.digest == digest, ApiKeyRow.revoked_at.is_(None)))
         if row is None:
@@ -92,7 +123,7 @@ class KeyStore:
         if len(self._known) >= _CACHE_SIZE:
             self._known.clear()
         grant = Grant(row.id, row.project, _limits(row))
-        self._known[digest] = (grant, self._clock() + CACHE_TTL_S)
+        self._known[digest] = (grant, self._clock())
         return grant
 
     async def create(self, project: str, *, limits: KeyLimits | None = None) -> tuple[ApiKey, str]:

@@ -11,9 +11,10 @@ import hashlib
 import hmac
 import json
 import random
+import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import structlog
@@ -36,7 +37,7 @@ from finery_gateway.metrics import FIRST_BYTE_SECONDS, RETRIED, STREAMS, TOKENS
 from finery_gateway.resources import RouteReplica
 from finery_gateway.routes import Routes
 from finery_gateway.splits import chosen, new_key
-from finery_gateway.upstream import Answer, Upstream, UpstreamError, UpstreamTimeoutError
+from finery_gateway.upstream import Answer, UnreachableError, Upstream, UpstreamError, UpstreamTimeoutError
 from finery_gateway.usage import BodyTap, ResponsesTap, StreamTap
 from finery_gateway.version_reports import Outcome, VersionReports
 
@@ -49,8 +50,11 @@ _ERROR_BYTES = 64 * 1024
 _SUSPECTED_S = 5.0
 # Tries by what failed. What was refused as retired was not begun, and on a busy machine an alias may move on more than once, or its
 # version be evicted again, in the time that a request takes to vLLM.
-_MAX_TRIES = {"connection": 2, "token": 2, "retired": 8}
+# Replicas that cannot be reached at all do not count while there is one that was not tried.
+_MAX_TRIES = {"connection": 2, "unreachable": 2, "token": 2, "retired": 8}
 _PAUSE_S = 0.05
+# What the middleware makes of an engine's end within a stream.
+_BROKEN = re.compile(rb'data:\s*\{\s*"error"\s*:\s*\{[^{}]*"code"\s*:\s*"stream_broken"')
 log = structlog.get_logger(__name__)
 
 
@@ -99,8 +103,8 @@ class Proxy:
         for upstream in self._upstreams.values():
             upstream.close()
 
-    async def open(self, generation: Generation) -> Answer:
-        """vLLM's answer, its body still to be read; the caller closes it.
+    async def open(self, generation: Generation) -> tuple[Answer, bytes]:
+        """vLLM's answer and the first bytes of its body, the rest still to be read; the caller closes it.
 
         Tries again, at another replica where one has not answered and there is another: a retired version, a restarted vLLM and a broken
         connection all mean that the route is no longer good. Each has its number of tries; of those for a version that stays retired, none
@@ -110,15 +114,16 @@ class Proxy:
         failure: FineryError | None = None
         version = generation.model
         num_failed: Counter[str] = Counter()
+        failed_at: set[str] = set()
         while all(num < _MAX_TRIES[cause] for cause, num in num_failed.items()) and (
             num_failed["retired"] < 2 or time.monotonic() < give_up_s
         ):
             known = await self._routes.route(generation.project, generation.model)
             target = chosen(known.targets, key=generation.sticky_key)
             version = generation.record.version = target.version
-            replica = self._least_busy(target.replicas)
+            replica = self._least_busy(target.replicas, but_for=failed_at)
             try:
-                response = await self._send(generation, replica, version=version)
+                response, first = await self._begun(generation, replica, version=version)
             except UpstreamTimeoutError as error:
                 # It works on it, or hangs; a second try would only double the work.
                 self._count(generation, version, "failed")
@@ -126,10 +131,14 @@ class Proxy:
             except UpstreamError as error:
                 log.warning("vLLM did not answer", error=repr(error), version=version)
                 self._suspect(replica.address)
+                failed_at.add(replica.address)
                 failure, cause = _not_there(generation.model), "connection"
+                if isinstance(error, UnreachableError):
+                    cause = "unreachable"
+                    num_failed[cause] -= not failed_at.issuperset(other.address for other in target.replicas)
             else:
                 if response.status == 200:
-                    return response
+                    return response, first
                 failure = await _failure(response, generation, version=version)
                 if not _is_outdated(response):
                     self._count(generation, version, "refused" if failure.http_status < 500 else "failed")
@@ -148,12 +157,34 @@ class Proxy:
     def _count(self, generation: Generation, version: str, outcome: Outcome) -> None:
         self.reports.of(generation.project, generation.model, version).count(outcome)
 
-    def _least_busy(self, replicas: Sequence[RouteReplica]) -> RouteReplica:
-        """The one with the fewest requests of this process in flight, of those that have answered lately; any of equals."""
+    async def _begun(self, generation: Generation, replica: RouteReplica, *, version: str) -> tuple[Answer, bytes]:
+        """The replica's answer, and what its body begins with where the status is 200: a stream has a head before it has a token, and
+        until the token comes nothing is lost with the replica. Raises UpstreamError, also for a vLLM that says that its engine has ended.
+        """
+        response = await self._send(generation, replica, version=version)
+        try:
+            if response.status == 503:
+                raise UpstreamError("its engine has ended")
+            first = await response.read() if response.status == 200 else b""
+            if generation.streams and _BROKEN.match(first):
+                raise UpstreamError("its engine ended before the first token")
+        except BaseException:
+            response.close()
+            raise
+        return response, first
+
+    def _least_busy(self, replicas: Sequence[RouteReplica], *, but_for: Set[str] = frozenset()) -> RouteReplica:
+        """The one with the fewest requests of this process in flight, of those that have answered lately; any of equals. One of `but_for`
+        only where there is no other.
+        """
         now_s = time.monotonic()
         self._suspects = {address: until_s for address, until_s in self._suspects.items() if until_s > now_s}
-        usable = [replica for replica in replicas if replica.address not in self._suspects] or replicas
-        return min(usable, key=lambda replica: (self._num_in_flight(replica.address), random.random()))
+
+        def rank(replica: RouteReplica) -> tuple[bool, bool, int, float]:
+            address = replica.address
+            return address in but_for, address in self._suspects, self._num_in_flight(address), random.random()
+
+        return min(replicas, key=rank)
 
     def _num_in_flight(self, address: str) -> int:
         upstream = self._upstreams.get(address)
@@ -221,7 +252,7 @@ class GenerationResponse(Response):
 
     async def _relay(self, send: Send, *, started_s: float, admission: Admission | None) -> None:
         generation = self._generation
-        response = await self._proxy.open(generation)
+        response, chunk = await self._proxy.open(generation)
         version = generation.record.version
         outcome: Outcome = "cancelled"
         report = self._proxy.reports.of(generation.project, generation.model, version)
@@ -232,7 +263,6 @@ class GenerationResponse(Response):
             headers.append((b"x-finery-version", version.encode()))
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
-                chunk = await response.read()
                 first_byte_s = time.perf_counter() - started_s
                 FIRST_BYTE_SECONDS.labels(generation.path).observe(first_byte_s)
                 report.first_byte.observe(first_byte_s)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Set
 import structlog
 
 from finery_common.errors import DeadlineExceededError, FineryError, NotFoundError, UnavailableError
-from finery_gateway.client import ServingClient, TrainingClient
+from finery_gateway.client import ServingClient, TrainingClient, UnreachableServiceError
 from finery_gateway.resources import Alias, AliasEvent, Route
 from finery_gateway.splits import targets_of
 from finery_gateway.version_reports import VersionReports
@@ -25,6 +25,7 @@ ROUTE_TTL_S = 30.0
 _WATCH_AGAIN_S = 1.0
 _MAX_ROUTES = 100_000
 _ASK_AGAIN_S = 0.2
+_MAX_UNREACHABLE = 3
 _JOB_MODEL = re.compile(r"ft:[^:]+:[^:]+:[^:]*:([0-9a-f]{24})")
 
 log = structlog.get_logger(__name__)
@@ -87,13 +88,18 @@ class Routes:
     async def _resolve(self, key: _Key) -> Route:
         project, model = key
         give_up_s = self._clock() + self.cold_wait_s
-        was_ready = False
+        was_ready, num_unreachable = False, 0
         while True:
             try:
                 route = await self._serving.resolve(project, model=model, after_epoch=0, timeout_s=max(1.0, give_up_s - self._clock()))
                 break
             except DeadlineExceededError as error:
                 raise self._too_slow(model) from error
+            except UnreachableServiceError:
+                # Its agent ended while it was asked. Another, where there is one, answers at once.
+                num_unreachable += 1
+                if num_unreachable >= _MAX_UNREACHABLE:
+                    raise
             except NotFoundError:
                 state = await self._deployment_state(project, model)
                 # One that turned ready between the two questions is asked for again; one that stays unknown was taken out.

@@ -35,6 +35,10 @@ class UpstreamTimeoutError(UpstreamError):
     """vLLM was silent for too long."""
 
 
+class UnreachableError(UpstreamError):
+    """No connection could be made, so that nothing was sent."""
+
+
 class ClosedBeforeAnswerError(UpstreamError):
     """The connection was closed in order before a byte of the answer: an idle one that vLLM closes at the moment it is used again."""
 
@@ -78,7 +82,7 @@ class Upstream:
         self._host = parts.netloc or "vllm"
 
     async def post(self, path: str, *, headers: Mapping[str, str], body: bytes) -> Answer:
-        """Sends a request; answers once the head of the answer is here. Raises UpstreamError, UpstreamTimeoutError."""
+        """Sends a request; answers once the head of the answer is here. Raises UpstreamError, by kind where that tells more."""
         lines = [f"POST {path} HTTP/1.1", f"host: {self._host}", *(f"{name}: {value}" for name, value in headers.items())]
         head = "\r\n".join([*lines, f"content-length: {len(body)}"])
         assert head.count("\r\n") == len(lines), "a line break in a header"
@@ -140,7 +144,7 @@ class Upstream:
                     raise UpstreamError(f"{self._address}: FINERY_VLLM_CA_FILE is not set; set it to who signs vLLM's certificate")
                 return (await loop.create_connection(_Connection, host, port, ssl=self._tls.context(), server_hostname=VLLM_NAME))[1]
         except (OSError, TimeoutError) as error:
-            raise UpstreamError(f"cannot connect to {self._address}: {error!r}") from error
+            raise UnreachableError(f"cannot connect to {self._address}: {error!r}") from error
 
 
 class _Connection(asyncio.Protocol):

@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 from finery.common.v1 import job_pb2
 from finery.training.v1 import spec_pb2, training_pb2
 from finery_gateway import http_server
+from finery_gateway.client import ServingClient, UnreachableServiceError
 from finery_gateway.metrics import RETRIED
 from finery_gateway.proxy import Proxy
 from finery_gateway.resources import RouteReplica
@@ -331,6 +332,44 @@ async def test_a_replica_that_does_not_answer_is_left_out_and_its_requests_go_to
         await _chat(client)
     # The first request that is sent there, if any is; for 5 s after that, none.
     assert RETRIED.labels("connection")._value.get() - before <= 1
+
+
+@pytest.mark.parametrize(("fault", "streams"), [("has_ended", False), ("has_ended", True), ("break_off_first", True)])
+async def test_a_request_is_sent_again_where_no_token_of_its_answer_came(client, world, fault, streams):
+    """A vLLM that ends has its server answer for a while, and begins streams that wait for their first token."""
+    faults = iter((True, False))
+    world.vllm.on_request = lambda _: setattr(world.vllm, fault, next(faults))
+    before = RETRIED.labels("connection")._value.get()
+    answer = await _chat(client, stream=streams)
+    if streams:
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in answer if chunk.choices]) == "Paris"
+    assert len(world.vllm.requests) == 2
+    assert RETRIED.labels("connection")._value.get() - before == 1
+    assert world.gateway.proxy._suspects
+    assert [upstream.num_in_flight for upstream in world.gateway.proxy._upstreams.values()] == [0]
+
+
+async def test_a_replica_that_lives_is_found_among_many_that_are_gone(client, world):
+    gone = [f"unix:///nowhere/{number}.sock" for number in range(4)]
+    world.serving.more_addresses, world.serving.address = [*gone[1:], world.serving.address], gone[0]
+    for _ in range(10):
+        world.gateway.proxy._suspects.clear()
+        assert (await _chat(client)).model == BASE
+
+
+async def test_an_agent_that_ends_while_it_is_asked_for_a_route_fails_no_request(client, world, monkeypatch):
+    resolve, num_asked = ServingClient.resolve, 0
+
+    async def cut_off(self, *args, **fields):
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked < 3:
+            raise UnreachableServiceError("The serving service cannot be reached at the moment.")
+        return await resolve(self, *args, **fields)
+
+    monkeypatch.setattr(ServingClient, "resolve", cut_off)
+    assert (await _chat(client)).model == BASE
+    assert num_asked == 3
 
 
 async def test_a_base_model_whose_vllm_is_gone_takes_no_other_with_it(client, world):

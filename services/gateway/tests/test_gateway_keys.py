@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from finery_common.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, UnauthenticatedError, UnavailableError
 from finery_gateway import keys as keys_module
 from finery_gateway.creates import Attempt, Creates
-from finery_gateway.keys import CACHE_TTL_S, KeyStore
+from finery_gateway.keys import CACHE_TTL_S, GRACE_S, KeyStore
 from finery_gateway.limits import KeyLimits
 from finery_gateway.tables import ApiKeyRow, Base, migrate
 
@@ -48,6 +48,32 @@ async def test_a_key_opens_its_project_and_only_its_digest_is_kept(db):
         await store.project_of(text + "x")
     with pytest.raises(InvalidArgumentError, match="No/Good"):
         await store.create("No/Good")
+
+
+async def test_a_key_that_many_requests_bring_is_looked_up_once_and_holds_for_a_while_without_the_database(db, monkeypatch):
+    now_s, num_reads, is_down = [0.0], 0, False
+    store = KeyStore(db, clock=lambda: now_s[0])
+    _, text = await store.create("alpha")
+    read = db.read
+
+    def counted():
+        nonlocal num_reads
+        num_reads += 1
+        if is_down:
+            raise UnavailableError("The database cannot be reached.")
+        return read()
+
+    monkeypatch.setattr(db, "read", counted)
+    assert {await task for task in [asyncio.ensure_future(store.project_of(text)) for _ in range(20)]} == {"alpha"}
+    assert num_reads == 1
+    is_down = True
+    now_s[0] = GRACE_S - 1
+    assert await store.project_of(text) == "alpha"
+    now_s[0] = GRACE_S + 1
+    with pytest.raises(UnavailableError):
+        await store.project_of(text)
+    is_down = False
+    assert await store.project_of(text) == "alpha"
 
 
 async def test_a_revoked_key_ends_everywhere_within_the_caches_life(db):
