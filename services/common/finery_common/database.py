@@ -378,6 +378,12 @@ def _translate_postgresql(sqlstate: str, cause: psycopg.Error) -> FineryError | 
         return _locked()
     if sqlstate == "42501":
         return FailedPreconditionError("The database user lacks a privilege. Grant it CREATE on the database and its schemas.")
+    if sqlstate in ("25006", "25P03", "57014") or sqlstate.startswith("58"):
+        return UnavailableError(
+            f"The database did not do that now ({sqlstate}): it is read-only, took too long or has trouble of its own. Try again; if it "
+            "stays, see its log.",
+            retry_after_s=2,
+        )
     if not sqlstate and isinstance(cause, psycopg.DataError):
         return InvalidArgumentError("A text contains the character U+0000, which cannot be stored; remove it.")
     # The driver gives no state for a connection that was refused, whoever refused it.

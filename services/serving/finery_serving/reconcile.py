@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 
 import structlog
 
@@ -25,10 +26,22 @@ from finery_serving.staging import Staging
 
 _INTERVAL_S = 30.0
 _RETRY_S = 1.0
+_MAX_PAUSE_S, _PAUSE_FORGOTTEN_S = 5.0, 60.0
 _PIN_WAIT_S = 60.0
 _ASKED_WAIT_S = 30.0
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Pause:
+    """For how long work is left alone after a failure, and until when."""
+
+    length_s: float
+    until_s: float
+
+
+_NO_PAUSE = _Pause(_RETRY_S / 2, 0.0)
 
 
 class Reconciler:
@@ -57,6 +70,8 @@ class Reconciler:
         self._generation = 0
         # What was to be here at the last pass.
         self._placed: frozenset[str] = frozenset()
+        # Of work that has failed, by name.
+        self._pauses: dict[str, _Pause] = {}
         # What is still to be loaded here, and when it is tried next.
         self._owed_s: dict[str, float] = {}
 
@@ -70,6 +85,10 @@ class Reconciler:
                     await self._changes.wait_after(seen, timeout_s=_INTERVAL_S)
                 except FineryError as error:
                     log.warning("reconciling failed; trying again", reason=error.message)
+                    await asyncio.sleep(_RETRY_S)
+                except Exception:
+                    # vLLM needs no database: it outlives whatever one may answer.
+                    log.exception("reconciling failed as nobody expected; trying again")
                     await asyncio.sleep(_RETRY_S)
         finally:
             for task in self._tasks.values():
@@ -176,8 +195,8 @@ class Reconciler:
             ADAPTER_STATE.labels(names.get(version, ""), version, self._registry.own.id).set(state)
 
     def _spawn(self, name: str, work: Coroutine[None, None, None]) -> None:
-        """Runs `work` unless the work of that name is still running."""
-        if name in self._tasks:
+        """Runs `work` unless the work of that name is still running, or has failed a moment ago."""
+        if name in self._tasks or time.monotonic() < self._pauses.get(name, _NO_PAUSE).until_s:
             work.close()
             return
         self._tasks[name] = asyncio.create_task(self._guarded(name, work))
@@ -185,13 +204,24 @@ class Reconciler:
     async def _guarded(self, name: str, work: Coroutine[None, None, None]) -> None:
         try:
             await work
+            self._pauses.pop(name, None)
         except FineryError as error:
             log.warning("work failed; a later pass sees to it", work=name, reason=error.message)
+            self._pause(name)
         except Exception:
             log.exception("work failed as nobody expected", work=name)
+            self._pause(name)
         finally:
             del self._tasks[name]
             self._changes.notify()
+
+    def _pause(self, name: str) -> None:
+        """Has the next try of that work wait, twice as long each time: each end of work is a change, which brings a pass."""
+        now_s = time.monotonic()
+        self._pauses = {other: pause for other, pause in self._pauses.items() if pause.until_s > now_s - _PAUSE_FORGOTTEN_S}
+        length_s = min(2 * self._pauses.get(name, _NO_PAUSE).length_s, _MAX_PAUSE_S)
+        self._pauses[name] = _Pause(length_s, now_s + length_s)
+        asyncio.get_running_loop().call_later(length_s, self._changes.notify)
 
 
 def _due(rollouts: Sequence[Rollout], *, base_model: str) -> list[Rollout]:

@@ -40,6 +40,7 @@ _POLL_S = 0.2
 _POLL_ALONE_S = 1.0
 _FORGOTTEN_S = 60.0
 _RATES_S = 10.0
+_COUNT_S = 1.0
 _REMEMBERED_S = 900.0
 """The row of a base model's last replica stays for this long, and with it that the base model is served."""
 
@@ -154,6 +155,8 @@ class Registry:
         self._rates: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self._counted_s = 0.0
+        self._count_after_s = 0.0
+        self._looked_s = 0.0
         self._written: Replica | None = None
         self._beat = 0
         self._beaten_s = 0.0
@@ -186,8 +189,10 @@ class Registry:
 
     @property
     def live(self) -> tuple[Replica, ...]:
-        """Every replica of the installation whose agent lives, this one first."""
-        oldest_s = time.monotonic() - HEALTH_INTERVAL_S
+        """Every replica of the installation whose agent lived at the latest look, this one first. Who cannot look knows of no other that it
+        died.
+        """
+        oldest_s = self._looked_s - HEALTH_INTERVAL_S
         return self.own, *(seen.replica for seen in self._others.values() if seen.is_believed and seen.changed_s >= oldest_s)
 
     def ready_of(self, base_model: str) -> tuple[Replica, ...]:
@@ -267,11 +272,14 @@ class Registry:
                     await self._count_requests()
                     await self._tell()
                     await self._look()
+                    await self._changes.wait_after(seen, timeout_s=_POLL_S if self._others else _POLL_ALONE_S)
                 except FineryError as error:
                     log.warning("the registry of replicas is out of reach", reason=error.message)
                     await asyncio.sleep(_BEAT_S)
-                else:
-                    await self._changes.wait_after(seen, timeout_s=_POLL_S if self._others else _POLL_ALONE_S)
+                except Exception:
+                    # vLLM needs no database: it outlives whatever one may answer.
+                    log.exception("the registry of replicas failed as nobody expected; going on")
+                    await asyncio.sleep(_BEAT_S)
         finally:
             await self._leave()
 
@@ -287,11 +295,16 @@ class Registry:
             log.warning("this replica's row stays for others to remove", reason=error.message)
 
     async def _count_requests(self) -> None:
-        """Every 10 s, half of the rate is the latest 10 s'."""
-        elapsed_s = time.monotonic() - self._counted_s
-        if elapsed_s < _RATES_S or not self._process.ready:
+        """Every 10 s, half of the rate is the latest 10 s'. A vLLM that does not answer is not waited for: others want to hear of it."""
+        if time.monotonic() < self._count_after_s or not self._process.ready:
             return
-        requests = (await self._client.state()).requests
+        self._count_after_s = time.monotonic() + _RATES_S
+        try:
+            async with asyncio.timeout(_COUNT_S):
+                requests = (await self._client.state()).requests
+        except (FineryError, TimeoutError):
+            return
+        elapsed_s = time.monotonic() - self._counted_s
         counts = {version: item.count for version, item in requests.items()}
         new = {version: max(0, count - self._counts.get(version, 0)) / elapsed_s for version, count in counts.items()}
         rates = {version: (self._rates.get(version, 0.0) + new.get(version, 0.0)) / 2 for version in {*self._rates, *new}}
@@ -317,7 +330,7 @@ class Registry:
             revision = await session.scalar(select(RevisionRow.number)) or 0
             rows = (await session.scalars(select(ReplicaRow))).all()
             asked = (await session.scalars(select(LoadRequestRow).where(LoadRequestRow.replica_id == own_id))).all()
-        now_s = time.monotonic()
+        now_s = self._looked_s = time.monotonic()
         self._others = {row.id: self._seen(row, now_s) for row in rows if row.id != own_id}
         self.loads_asked = {row.version: ArtifactRef.model_validate(row.adapter) for row in asked}
         # Who has fallen silent since the last look is news as well.

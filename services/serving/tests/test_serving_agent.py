@@ -14,11 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from finery_common.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from finery_common.rpc.server import RpcServer, token_authenticator
 from finery_common.rpc.tokens import TokenSigner
-from finery_common.service import until_stopped
 from finery_serving.__main__ import tell_readiness
 from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
-from finery_serving.reconcile import Reconciler
 from finery_serving.records import RolloutState
 from finery_serving.staging import Staging
 
@@ -134,16 +132,6 @@ async def test_a_removal_that_was_cut_short_does_not_keep_the_next_from_going(tm
         (left / "half").touch()
     await staging.sweep(keep=())
     assert [path for path in staging.folder.iterdir() if path.is_dir()] == []
-
-
-async def test_its_tasks_tell_of_an_error_that_nobody_expected(running, monkeypatch):
-    async def broken(_):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(Reconciler, "_pass", broken)
-    with pytest.raises(ZeroDivisionError):
-        async with running() as here:
-            await until_stopped([here.supervising, *here.tasks])
 
 
 async def test_a_version_under_two_aliases_stays_while_one_has_it(running, project, publish):

@@ -3,10 +3,12 @@
 import asyncio
 import secrets
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from finery_common.errors import UnavailableError
 from finery_serving import registry
 from finery_serving.records import RolloutState
 
@@ -97,6 +99,48 @@ async def test_a_base_model_is_served_by_every_replica_and_a_dead_one_by_none(ru
         # It has taken its row out.
         await until([], lambda: len(here.registry.live) == 1)
         assert len((await here.routes.resolve(project, model="base", after_epoch=0, timeout_s=5)).targets[0].replicas) == 1
+
+
+def failing_twice(owner, name, monkeypatch):
+    work, failures = getattr(owner, name), iter(("first", "second"))
+
+    async def broken():
+        if failure := next(failures, None):
+            raise RuntimeError(failure)
+        return await work()
+
+    monkeypatch.setattr(owner, name, broken)
+
+
+async def test_an_agent_goes_on_after_what_nobody_expected(running, project, publish, monkeypatch):
+    async with running(name="a") as here:
+        failing_twice(here.registry, "_look", monkeypatch)
+        failing_twice(here.store, "snapshot", monkeypatch)
+        await deploy(here, project, publish())
+        await ended(here, project)
+
+
+async def test_an_agent_that_cannot_look_knows_of_no_others_death(two, monkeypatch):
+    monkeypatch.setattr(registry, "HEALTH_INTERVAL_S", 1.0)
+
+    async def fail():
+        raise UnavailableError("The database cannot be reached.")
+
+    monkeypatch.setattr(two[0].registry, "_look", fail)
+    await asyncio.sleep(2.5)
+    assert len(two[0].registry.live) == 2
+
+
+async def test_an_agent_whose_vllm_hangs_tells_of_itself_and_looks_all_the_same(two, monkeypatch):
+    monkeypatch.setattr(registry, "HEALTH_INTERVAL_S", 3.0)
+
+    async def hang():
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(two[0].registry, "_client", SimpleNamespace(state=hang))
+    two[0].registry._count_after_s = 0.0
+    await asyncio.sleep(5)
+    assert [len(here.registry.live) for here in two] == [2, 2]
 
 
 async def test_a_replica_whose_agent_gives_no_sign_is_left_out_and_another_takes_the_lead(two, project, publish, monkeypatch):
