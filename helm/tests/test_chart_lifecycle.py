@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
-from chart_rendering import CASES, Manifests, values_with
+from chart_rendering import CASES, CHART_DIR, Manifests, values_with
 
 
 def test_inner_services_are_asked_by_grpc_and_the_gateway_by_http(render):
@@ -78,6 +79,20 @@ def test_an_attempt_is_one_pod_that_the_job_never_replaces(render):
     rules = job["podFailurePolicy"]["rules"]
     assert rules[0] == {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     assert rules[1]["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"] == "worker"
+
+
+def test_base_weights_are_tried_for_long_and_leave_their_logs(render):
+    manifests: Manifests = render(CASES["default"])
+    (job,) = manifests.of("Job").values()
+    assert (job["spec"]["template"]["spec"]["restartPolicy"], job["spec"]["backoffLimit"]) == ("Never", 20)
+    # What the README deletes to have it tried again: this Job, and no other pod's owner.
+    readme = (CHART_DIR / "README.md").read_text()
+    found = re.search(r"kubectl -n finery delete job -l (\S+)", readme)
+    assert found is not None
+    selector = dict(label.split("=") for label in found[1].replace("instance=finery", "instance=demo").split(","))
+    assert selector.items() <= job["metadata"]["labels"].items()
+    assert selector.items() <= job["spec"]["template"]["metadata"]["labels"].items()
+    assert not selector.items() <= manifests.worker_job["metadata"]["labels"].items()
 
 
 def test_the_workers_token_comes_from_its_annotation(render):
