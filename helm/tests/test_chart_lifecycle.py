@@ -51,6 +51,14 @@ def test_pods_that_answer_drain_before_they_end(case, render):
             assert ("FINERY_DRAIN_S" in env) is (component == "serving")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_node_is_drained_one_ready_replica_at_a_time_and_of_others_at_once(case, render):
+    budgets = render(CASES[case]).of("PodDisruptionBudget")
+    assert {"demo-finery-gateway", "ours-gateway"} & set(budgets)
+    for name, budget in budgets.items():
+        assert (budget["spec"]["maxUnavailable"], budget["spec"]["unhealthyPodEvictionPolicy"]) == (1, "AlwaysAllow"), name
+
+
 def test_replicas_have_names_that_stay(render):
     pool = render(CASES["default"]).one("StatefulSet", "demo-finery-serving-default")
     env = {entry["name"]: entry for entry in pool["spec"]["template"]["spec"]["containers"][0]["env"]}
