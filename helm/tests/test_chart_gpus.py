@@ -48,10 +48,21 @@ def test_a_trial_on_cpus_asks_for_no_gpu(render):
     assert environment(trainer)["FINERY_KUBERNETES_GPU_RESOURCE"] == ""
 
 
-@pytest.mark.parametrize(("case", "count"), [("one-gpu", "1"), ("mig", "1"), ("time-slicing", "1"), ("cpu", "1"), ("eight-gpus", "8")])
+@pytest.mark.parametrize(("case", "count"), [("one-gpu", "1"), ("mig", "1"), ("time-slicing", "1"), ("cpu", "1"), ("eight-gpus", "4")])
 def test_a_job_that_no_node_can_hold_is_refused_by_the_trainer(case, count, render):
     trainer = render(CASES[case]).one("Deployment", "demo-finery-trainer")["spec"]["template"]["spec"]
     assert environment(trainer)["FINERY_KUBERNETES_MAX_GPUS"] == count
+
+
+@pytest.mark.parametrize(("case", "gpus"), [("eight-gpus", 8), ("two-models", 4)])
+def test_the_largest_job_fits_beside_the_vllms_of_an_example_with_one_node(case, gpus, render):
+    manifests: Manifests = render(CASES[case])
+    pools = [item["spec"] for item in manifests.of("StatefulSet").values()]
+    served = sum(pool["replicas"] * limits(pool["template"]["spec"]).get("nvidia.com/gpu", 0) for pool in pools)
+    trainer = environment(manifests.one("Deployment", "demo-finery-trainer")["spec"]["template"]["spec"])
+    assert 0 < int(trainer["FINERY_KUBERNETES_MAX_GPUS"]) <= gpus - served
+    # As many jobs of one GPU as there are left.
+    assert int(trainer["FINERY_MAX_WORKERS"]) == gpus - served
 
 
 def test_pods_that_ask_for_no_gpu_see_none(render):
