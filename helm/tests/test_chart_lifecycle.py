@@ -126,6 +126,18 @@ def test_serving_scales_by_what_waits_in_vllm(render):
     assert (spec["scaleTargetRef"]["kind"], spec["maxReplicaCount"]) == ("StatefulSet", 4)
 
 
+@pytest.mark.parametrize(("changes", "window_s"), [({}, 900), ({"cooldownSeconds": 0}, 0), ({"cooldownSeconds": 3600}, 3600)])
+def test_a_replica_of_a_pool_is_not_given_up_for_a_lull_and_goes_alone(changes, window_s, render):
+    pool = {"name": "one", "autoscaling": {"enabled": True, "maxReplicas": 3} | changes}
+    manifests: Manifests = render(values_with("external", {"serving.pools": [pool]}))
+    spec = manifests.one("ScaledObject", "demo-finery-serving-one")["spec"]
+    assert spec["minReplicaCount"] == 1  # where KEDA's cooldownPeriod says nothing
+    assert spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"] == {
+        "stabilizationWindowSeconds": window_s,
+        "policies": [{"type": "Pods", "value": 1, "periodSeconds": 300}],
+    }
+
+
 def test_dataprep_and_converter_scale_by_queued_jobs(render):
     from finery_converter import metrics as converter
     from finery_dataprep import metrics as dataprep

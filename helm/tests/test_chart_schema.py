@@ -63,6 +63,10 @@ POOL = {"name": "one"}
         ({"serving.pools": [POOL | {"gpuMemoryUtilization": 40}]}, "at '/serving/pools/0/gpuMemoryUtilization'"),
         ({"serving.pools": [{"baseModel": "x"}]}, "at '/serving/pools/0': missing property 'name'"),
         ({"serving.pools": [POOL | {"autoscaling": {"enabled": True}}]}, "missing property 'maxReplicas'"),
+        (
+            {"serving.pools": [POOL | {"autoscaling": {"enabled": True, "maxReplicas": 2, "cooldownSeconds": 3601}}]},
+            "at '/serving/pools/0/autoscaling/cooldownSeconds': maximum: got 3,601, want 3,600",
+        ),
         ({"baseModels.models": []}, "at '/baseModels/models': minItems: got 0, want 1"),
         (
             {"baseModels.models": [{"name": "m", "maxSequenceLength": 64, "hubId": "a/b", "s3Prefix": "p/"}]},
