@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+import yaml
 from chart_rendering import CASES, CHART_DIR, Manifests, values_with
 
 
@@ -166,6 +167,27 @@ def test_prometheus_finds_pods_in_one_way(case, has_operator, has_annotations, r
         if component in {"gateway", "dataprep", "trainer", "converter", "serving", "worker"}:
             notes: dict[str, Any] = template["metadata"].get("annotations", {})
             assert (notes.get("prometheus.io/port") == "9100") is has_annotations, where
+
+
+def test_prometheus_without_the_operator_asks_running_pods_of_finery_alone():
+    (block,) = re.findall(r"```yaml\n(scrape_configs:.+?)```", (CHART_DIR / "README.md").read_text(), re.DOTALL)
+    (config,) = yaml.safe_load(block)["scrape_configs"]
+    sources = {"app": "__meta_kubernetes_pod_label_app_kubernetes_io_name", "port": "__meta_kubernetes_pod_container_port_name"}
+
+    def is_kept(**labels: str) -> bool:
+        values = {sources.get(name, f"__meta_kubernetes_pod_{name}"): value for name, value in labels.items()}
+        for rule in config["relabel_configs"]:
+            if rule.get("action") in {"keep", "drop"}:
+                (source,) = rule["source_labels"]
+                if bool(re.fullmatch(rule["regex"], values[source])) is (rule["action"] == "drop"):
+                    return False
+        return True
+
+    phases = ("Pending", "Running", "Succeeded", "Failed", "Unknown")
+    kept = {phase for phase in phases if is_kept(app="finery", port="metrics", phase=phase)}
+    assert kept == {"Running", "Unknown"}
+    assert not is_kept(app="other", port="metrics", phase="Running")
+    assert not is_kept(app="finery", port="grpc", phase="Running")
 
 
 def test_a_metrics_port_of_that_name_is_on_every_pod_that_is_scraped(render):
