@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chart_rendering import CASES, Manifests, values_with
+from chart_rendering import CASES, EXAMPLES, Manifests, values_with
 
 
 def environment(pod: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +63,21 @@ def test_the_largest_job_fits_beside_the_vllms_of_an_example_with_one_node(case,
     assert 0 < int(trainer["FINERY_KUBERNETES_MAX_GPUS"]) <= gpus - served
     # As many jobs of one GPU as there are left.
     assert int(trainer["FINERY_MAX_WORKERS"]) == gpus - served
+
+
+ONE_NODE = [name for name in EXAMPLES if CASES[name].get("baseModels", {}).get("cache", {}).get("accessModes") == ["ReadWriteOnce"]]
+
+
+@pytest.mark.parametrize("case", ONE_NODE)
+def test_all_pods_that_mount_a_claim_of_one_node_go_to_the_same_nodes(case, render):
+    places, components = [], set()
+    for _, template in render(CASES[case]).pods:
+        spec = template["spec"]
+        if any(volume["name"] == "models" for volume in spec["volumes"]):
+            places.append((spec.get("nodeSelector", {}), spec.get("tolerations", [])))
+            components.add(template["metadata"]["labels"]["app.kubernetes.io/component"])
+    assert components == {"base-weights", "dataprep", "trainer", "worker", "converter", "serving"}
+    assert all(place == places[0] for place in places)
 
 
 def test_pods_that_ask_for_no_gpu_see_none(render):

@@ -74,6 +74,10 @@ POOL = {"name": "one"}
         ),
         ({"baseModels.models": [{"name": "a:b", "maxSequenceLength": 64}]}, "at '/baseModels/models/0/name'"),
         ({"baseModels.cache.kind": "hostPath"}, "at '/baseModels/cache/hostPath': minLength: got 0, want 2"),
+        (
+            {"baseModels.cache.accessModes": ["ReadWriteOncePod"]},
+            "at '/baseModels/cache/accessModes/0': value must be one of 'ReadWriteOnce', 'ReadWriteMany'",
+        ),
         ({"baseModels.cache.hostPath": "/srv"}, "at '/baseModels/cache/hostPath': maxLength"),
         ({"objectStore.kind": "external"}, "at '/objectStore/external/endpoint': minLength: got 0, want 1"),
         ({"postgres.kind": "external"}, "at '/postgres/external/existingSecret': minLength: got 0, want 1"),
