@@ -86,6 +86,12 @@ POOL = {"name": "one"}
         ({"gateway.extraEnv": [{"name": "A"}]}, "at '/gateway/extraEnv/0'"),
         ({"gateway.tolerations": [{"key": "a", "effect": "Never"}]}, "at '/gateway/tolerations/0/effect'"),
         ({"networkPolicy.hubCidrs": ["everywhere"]}, "at '/networkPolicy/hubCidrs/0'"),
+        ({"networkPolicy.extraEgress": {"trainor": []}}, "at '/networkPolicy/extraEgress': additional properties 'trainor' not allowed"),
+        ({"networkPolicy.extraEgress": {"trainer": [{}]}}, "at '/networkPolicy/extraEgress/trainer/0': minProperties: got 0, want 1"),
+        (
+            {"networkPolicy.extraEgress": {"trainer": [{"from": [{"podSelector": {}}]}]}},
+            "at '/networkPolicy/extraEgress/trainer/0': additional properties 'from' not allowed",
+        ),
         ({"monitoring.mode": "prometheus"}, "at '/monitoring/mode': value must be one of 'auto', 'operator', 'annotations', 'off'"),
         # What no schema can say.
         ({"serving.pools": [POOL | {"baseModel": "Lama"}]}, 'serving.pools[one].baseModel: got "Lama", wanted one of baseModels.models'),
