@@ -97,6 +97,15 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "converter.autoscaling.enabled": True,
     },
     "no policies": {"networkPolicy.enabled": False},
+    "other ways out": {
+        "networkPolicy.extraEgress": {
+            "worker": [{"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}], "ports": [{"port": 9900}]}],
+            "trainer": [
+                {"to": [{"ipBlock": {"cidr": "10.0.0.1/32"}}], "ports": [{"port": 16443, "protocol": "TCP"}]},
+                {"ports": [{"port": 5353}]},
+            ],
+        }
+    },
     "the operator": {"monitoring.mode": "operator"},
     "no monitoring": {"monitoring.mode": "off"},
     "traces": {"monitoring.otlpEndpoint": "http://collector.tracing.svc:4317"},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import pytest
-from chart_rendering import CASES, Manifests, values_with
+from chart_rendering import CASES, EXAMPLES, VALUES_FILES, Manifests, values_with
 
 
 def environment(pod: dict[str, Any]) -> dict[str, Any]:
@@ -48,10 +50,69 @@ def test_a_trial_on_cpus_asks_for_no_gpu(render):
     assert environment(trainer)["FINERY_KUBERNETES_GPU_RESOURCE"] == ""
 
 
-@pytest.mark.parametrize(("case", "count"), [("one-gpu", "1"), ("mig", "1"), ("time-slicing", "1"), ("cpu", "1"), ("eight-gpus", "8")])
+@pytest.mark.parametrize(("case", "count"), [("one-gpu", "1"), ("mig", "1"), ("time-slicing", "1"), ("cpu", "1"), ("eight-gpus", "4")])
 def test_a_job_that_no_node_can_hold_is_refused_by_the_trainer(case, count, render):
     trainer = render(CASES[case]).one("Deployment", "demo-finery-trainer")["spec"]["template"]["spec"]
     assert environment(trainer)["FINERY_KUBERNETES_MAX_GPUS"] == count
+
+
+@pytest.mark.parametrize(("case", "gpus"), [("eight-gpus", 8), ("two-models", 4)])
+def test_the_largest_job_fits_beside_the_vllms_of_an_example_with_one_node(case, gpus, render):
+    manifests: Manifests = render(CASES[case])
+    pools = [item["spec"] for item in manifests.of("StatefulSet").values()]
+    served = sum(pool["replicas"] * limits(pool["template"]["spec"]).get("nvidia.com/gpu", 0) for pool in pools)
+    trainer = environment(manifests.one("Deployment", "demo-finery-trainer")["spec"]["template"]["spec"])
+    assert 0 < int(trainer["FINERY_KUBERNETES_MAX_GPUS"]) <= gpus - served
+    # As many jobs of one GPU as there are left.
+    assert int(trainer["FINERY_MAX_WORKERS"]) == gpus - served
+
+
+ONE_NODE = [name for name in EXAMPLES if CASES[name].get("baseModels", {}).get("cache", {}).get("accessModes") == ["ReadWriteOnce"]]
+
+
+@pytest.mark.parametrize("case", ONE_NODE)
+def test_all_pods_that_mount_a_claim_of_one_node_go_to_the_same_nodes(case, render):
+    places, components = [], set()
+    for _, template in render(CASES[case]).pods:
+        spec = template["spec"]
+        if any(volume["name"] == "models" for volume in spec["volumes"]):
+            places.append((spec.get("nodeSelector", {}), spec.get("tolerations", [])))
+            components.add(template["metadata"]["labels"]["app.kubernetes.io/component"])
+    assert components == {"base-weights", "dataprep", "trainer", "worker", "converter", "serving"}
+    assert all(place == places[0] for place in places)
+
+
+def requested(template: dict[str, Any]) -> tuple[float, float]:
+    """CPUs and GiB of memory of a pod."""
+    units = {"m": 1e-3, "Mi": 2**-10, "Gi": 1.0}
+
+    def number(quantity: Any) -> float:
+        found = re.fullmatch(r"([0-9.]+)(m|Mi|Gi)?", str(quantity))
+        assert found is not None, quantity
+        return float(found[1]) * units.get(found[2], 1.0)
+
+    requests = [container["resources"]["requests"] for container in template["spec"]["containers"]]
+    return sum(number(item["cpu"]) for item in requests), sum(number(item["memory"]) for item in requests)
+
+
+@pytest.mark.parametrize(("case", "machines"), [("one-gpu", ["all", "in turn"]), ("time-slicing", ["all"]), ("cpu", ["at most"])])
+def test_an_example_for_a_small_node_says_what_its_pods_ask_for(case, machines, render):
+    pods = [
+        (template["metadata"]["labels"]["app.kubernetes.io/component"], *requested(template)) for _, template in render(CASES[case]).pods
+    ]
+    head = VALUES_FILES[case].read_text().partition("baseModels:")[0]
+    said = [(int(cpus), int(gib)) for cpus, gib in re.findall(r"(\d+) CPUs and (\d+) GiB", head)]
+    assert len(said) == len(machines)
+    for numbers, machine in zip(said, machines, strict=True):
+        # vLLM and a worker ask for the same.
+        counted = [item for item in pods if machine != "in turn" or item[0] != "worker"]
+        wanted = tuple(math.ceil(sum(item[place] for item in counted)) for place in (1, 2))
+        assert wanted[0] <= numbers[0], machine
+        assert wanted[1] <= numbers[1], machine
+        assert machine == "at most" or numbers == wanted
+    if "in turn" in machines:
+        by_component = {component: asked for component, *asked in pods}
+        assert by_component["worker"] == by_component["serving"]
 
 
 def test_pods_that_ask_for_no_gpu_see_none(render):

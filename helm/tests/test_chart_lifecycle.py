@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
-from chart_rendering import CASES, Manifests, values_with
+import yaml
+from chart_rendering import CASES, CHART_DIR, Manifests, values_with
 
 
 def test_inner_services_are_asked_by_grpc_and_the_gateway_by_http(render):
@@ -50,6 +52,14 @@ def test_pods_that_answer_drain_before_they_end(case, render):
             assert ("FINERY_DRAIN_S" in env) is (component == "serving")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_node_is_drained_one_ready_replica_at_a_time_and_of_others_at_once(case, render):
+    budgets = render(CASES[case]).of("PodDisruptionBudget")
+    assert {"demo-finery-gateway", "ours-gateway"} & set(budgets)
+    for name, budget in budgets.items():
+        assert (budget["spec"]["maxUnavailable"], budget["spec"]["unhealthyPodEvictionPolicy"]) == (1, "AlwaysAllow"), name
+
+
 def test_replicas_have_names_that_stay(render):
     pool = render(CASES["default"]).one("StatefulSet", "demo-finery-serving-default")
     env = {entry["name"]: entry for entry in pool["spec"]["template"]["spec"]["containers"][0]["env"]}
@@ -80,6 +90,20 @@ def test_an_attempt_is_one_pod_that_the_job_never_replaces(render):
     assert rules[1]["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"] == "worker"
 
 
+def test_base_weights_are_tried_for_long_and_leave_their_logs(render):
+    manifests: Manifests = render(CASES["default"])
+    (job,) = manifests.of("Job").values()
+    assert (job["spec"]["template"]["spec"]["restartPolicy"], job["spec"]["backoffLimit"]) == ("Never", 20)
+    # What the README deletes to have it tried again: this Job, and no other pod's owner.
+    readme = (CHART_DIR / "README.md").read_text()
+    found = re.search(r"kubectl -n finery delete job -l (\S+)", readme)
+    assert found is not None
+    selector = dict(label.split("=") for label in found[1].replace("instance=finery", "instance=demo").split(","))
+    assert selector.items() <= job["metadata"]["labels"].items()
+    assert selector.items() <= job["spec"]["template"]["metadata"]["labels"].items()
+    assert not selector.items() <= manifests.worker_job["metadata"]["labels"].items()
+
+
 def test_the_workers_token_comes_from_its_annotation(render):
     pod = render(CASES["default"]).worker_job["spec"]["template"]["spec"]
     (volume,) = (volume for volume in pod["volumes"] if volume["name"] == "token")
@@ -101,6 +125,18 @@ def test_serving_scales_by_what_waits_in_vllm(render):
     (trigger,) = spec["triggers"]
     assert trigger["metadata"]["query"] == 'sum(vllm:num_requests_waiting{namespace="ml",pod=~"demo-finery-serving-h100-[0-9]+"})'
     assert (spec["scaleTargetRef"]["kind"], spec["maxReplicaCount"]) == ("StatefulSet", 4)
+
+
+@pytest.mark.parametrize(("changes", "window_s"), [({}, 900), ({"cooldownSeconds": 0}, 0), ({"cooldownSeconds": 3600}, 3600)])
+def test_a_replica_of_a_pool_is_not_given_up_for_a_lull_and_goes_alone(changes, window_s, render):
+    pool = {"name": "one", "autoscaling": {"enabled": True, "maxReplicas": 3} | changes}
+    manifests: Manifests = render(values_with("external", {"serving.pools": [pool]}))
+    spec = manifests.one("ScaledObject", "demo-finery-serving-one")["spec"]
+    assert spec["minReplicaCount"] == 1  # where KEDA's cooldownPeriod says nothing
+    assert spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"] == {
+        "stabilizationWindowSeconds": window_s,
+        "policies": [{"type": "Pods", "value": 1, "periodSeconds": 300}],
+    }
 
 
 def test_dataprep_and_converter_scale_by_queued_jobs(render):
@@ -131,6 +167,27 @@ def test_prometheus_finds_pods_in_one_way(case, has_operator, has_annotations, r
         if component in {"gateway", "dataprep", "trainer", "converter", "serving", "worker"}:
             notes: dict[str, Any] = template["metadata"].get("annotations", {})
             assert (notes.get("prometheus.io/port") == "9100") is has_annotations, where
+
+
+def test_prometheus_without_the_operator_asks_running_pods_of_finery_alone():
+    (block,) = re.findall(r"```yaml\n(scrape_configs:.+?)```", (CHART_DIR / "README.md").read_text(), re.DOTALL)
+    (config,) = yaml.safe_load(block)["scrape_configs"]
+    sources = {"app": "__meta_kubernetes_pod_label_app_kubernetes_io_name", "port": "__meta_kubernetes_pod_container_port_name"}
+
+    def is_kept(**labels: str) -> bool:
+        values = {sources.get(name, f"__meta_kubernetes_pod_{name}"): value for name, value in labels.items()}
+        for rule in config["relabel_configs"]:
+            if rule.get("action") in {"keep", "drop"}:
+                (source,) = rule["source_labels"]
+                if bool(re.fullmatch(rule["regex"], values[source])) is (rule["action"] == "drop"):
+                    return False
+        return True
+
+    phases = ("Pending", "Running", "Succeeded", "Failed", "Unknown")
+    kept = {phase for phase in phases if is_kept(app="finery", port="metrics", phase=phase)}
+    assert kept == {"Running", "Unknown"}
+    assert not is_kept(app="other", port="metrics", phase="Running")
+    assert not is_kept(app="finery", port="grpc", phase="Running")
 
 
 def test_a_metrics_port_of_that_name_is_on_every_pod_that_is_scraped(render):

@@ -18,7 +18,7 @@ CUSTOM_KINDS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("gateway.networking.k8s.io/v1", "HTTPRoute"): ({"parentRefs", "rules"}, {"hostnames"}),
     ("keda.sh/v1alpha1", "ScaledObject"): (
         {"scaleTargetRef", "triggers", "maxReplicaCount"},
-        {"minReplicaCount", "pollingInterval", "cooldownPeriod"},
+        {"minReplicaCount", "pollingInterval", "advanced"},
     ),
     ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): ({"leaderWorkerTemplate"}, {"replicas", "rolloutStrategy"}),
     ("monitoring.coreos.com/v1", "PodMonitor"): ({"selector", "podMetricsEndpoints"}, set()),
@@ -39,6 +39,12 @@ def check_custom(document: dict[str, Any]) -> None:
     if document["kind"] == "LeaderWorkerSet":
         template = document["spec"]["leaderWorkerTemplate"]
         assert set(template) == {"size", "restartPolicy", "leaderTemplate", "workerTemplate"}
+    if document["kind"] == "ScaledObject":
+        # KEDA hands this to the HorizontalPodAutoscaler that it makes.
+        behavior = document["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+        scaler = {"scaleTargetRef": document["spec"]["scaleTargetRef"], "maxReplicas": 1, "behavior": behavior}
+        document = {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "kedas"}, "spec": scaler}
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -63,6 +63,10 @@ POOL = {"name": "one"}
         ({"serving.pools": [POOL | {"gpuMemoryUtilization": 40}]}, "at '/serving/pools/0/gpuMemoryUtilization'"),
         ({"serving.pools": [{"baseModel": "x"}]}, "at '/serving/pools/0': missing property 'name'"),
         ({"serving.pools": [POOL | {"autoscaling": {"enabled": True}}]}, "missing property 'maxReplicas'"),
+        (
+            {"serving.pools": [POOL | {"autoscaling": {"enabled": True, "maxReplicas": 2, "cooldownSeconds": 3601}}]},
+            "at '/serving/pools/0/autoscaling/cooldownSeconds': maximum: got 3,601, want 3,600",
+        ),
         ({"baseModels.models": []}, "at '/baseModels/models': minItems: got 0, want 1"),
         (
             {"baseModels.models": [{"name": "m", "maxSequenceLength": 64, "hubId": "a/b", "s3Prefix": "p/"}]},
@@ -70,6 +74,10 @@ POOL = {"name": "one"}
         ),
         ({"baseModels.models": [{"name": "a:b", "maxSequenceLength": 64}]}, "at '/baseModels/models/0/name'"),
         ({"baseModels.cache.kind": "hostPath"}, "at '/baseModels/cache/hostPath': minLength: got 0, want 2"),
+        (
+            {"baseModels.cache.accessModes": ["ReadWriteOncePod"]},
+            "at '/baseModels/cache/accessModes/0': value must be one of 'ReadWriteOnce', 'ReadWriteMany'",
+        ),
         ({"baseModels.cache.hostPath": "/srv"}, "at '/baseModels/cache/hostPath': maxLength"),
         ({"objectStore.kind": "external"}, "at '/objectStore/external/endpoint': minLength: got 0, want 1"),
         ({"postgres.kind": "external"}, "at '/postgres/external/existingSecret': minLength: got 0, want 1"),
@@ -78,6 +86,12 @@ POOL = {"name": "one"}
         ({"gateway.extraEnv": [{"name": "A"}]}, "at '/gateway/extraEnv/0'"),
         ({"gateway.tolerations": [{"key": "a", "effect": "Never"}]}, "at '/gateway/tolerations/0/effect'"),
         ({"networkPolicy.hubCidrs": ["everywhere"]}, "at '/networkPolicy/hubCidrs/0'"),
+        ({"networkPolicy.extraEgress": {"trainor": []}}, "at '/networkPolicy/extraEgress': additional properties 'trainor' not allowed"),
+        ({"networkPolicy.extraEgress": {"trainer": [{}]}}, "at '/networkPolicy/extraEgress/trainer/0': minProperties: got 0, want 1"),
+        (
+            {"networkPolicy.extraEgress": {"trainer": [{"from": [{"podSelector": {}}]}]}},
+            "at '/networkPolicy/extraEgress/trainer/0': additional properties 'from' not allowed",
+        ),
         ({"monitoring.mode": "prometheus"}, "at '/monitoring/mode': value must be one of 'auto', 'operator', 'annotations', 'off'"),
         # What no schema can say.
         ({"serving.pools": [POOL | {"baseModel": "Lama"}]}, 'serving.pools[one].baseModel: got "Lama", wanted one of baseModels.models'),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
 import pytest
-from chart_rendering import CASES, Manifests
+import yaml
+from chart_rendering import CASES, CHART_DIR, Manifests
 
 FINERYS = ("gateway", "dataprep", "trainer", "converter", "serving", "worker", "base-weights", "test")
 INNER = ("dataprep", "trainer", "converter", "serving")
@@ -148,6 +151,38 @@ def test_the_way_out_is_open_for_the_hub_and_the_cluster_only(render):
     assert {caller for caller in FINERYS if reaches(closed, pod_of(caller), OUTSIDE, 443)} == {"trainer"}
     assert reaches(render(CASES["external"]), pod_of("worker"), OUTSIDE, 443)  # to S3
     assert all(reaches(manifests, pod_of(caller), OUTSIDE, 53) for caller in FINERYS)
+
+
+def test_further_ways_out_are_added_as_they_are_to_the_component_that_is_named(render):
+    before, after = render(CASES["default"]).of("NetworkPolicy"), render(CASES["other ways out"]).of("NetworkPolicy")
+    extra = CASES["other ways out"]["networkPolicy"]["extraEgress"]
+    assert before.keys() == after.keys()
+    for name, policy in after.items():
+        plain = before[name]["spec"]
+        rules = extra.get(name.removeprefix("demo-finery-"), [])
+        assert policy["spec"] == plain | ({"egress": [*plain["egress"], *rules]} if rules else {}), name
+    manifests: Manifests = render(CASES["other ways out"])
+    for port, callers in ((9900, {"worker"}), (16443, {"trainer"}), (5353, {"trainer"})):
+        assert {caller for caller in FINERYS if reaches(manifests, pod_of(caller), OUTSIDE, port)} == callers
+
+
+def test_every_component_with_a_policy_can_be_given_further_ways_out(render):
+    policies = render(CASES["a group of nodes"]).of("NetworkPolicy")
+    components = {name.removeprefix("demo-finery-") for name in policies} - {"default-deny", "postgres", "minio"}
+    schema = json.loads((CHART_DIR / "values.schema.json").read_text())
+    assert set(schema["properties"]["networkPolicy"]["properties"]["extraEgress"]["properties"]) == components
+
+
+def test_the_readmes_ways_out_reach_all_users_of_the_store_and_the_trainer_the_api_server(render):
+    blocks = re.findall(r"```yaml\n(.+?)```", (CHART_DIR / "README.md").read_text(), re.DOTALL)
+    (values,) = (yaml.safe_load(block) for block in blocks if block.startswith("networkPolicy:"))
+    (cilium,) = (yaml.safe_load(block) for block in blocks if "CiliumNetworkPolicy" in block)
+    policies = render(values).of("NetworkPolicy")
+    (store,) = values["networkPolicy"]["extraEgress"]["worker"]
+    users = {name.removeprefix("demo-finery-") for name, policy in policies.items() if store in policy["spec"].get("egress", [])}
+    assert users == {"gateway", *INNER, "worker", "base-weights"}
+    labels = pod_of("trainer") | {"app.kubernetes.io/instance": "finery"}
+    assert (cilium["spec"]["endpointSelector"], cilium["spec"]["egress"]) == ({"matchLabels": labels}, [{"toEntities": ["kube-apiserver"]}])
 
 
 def test_the_gateway_is_open_or_to_those_who_are_named(render):

@@ -194,3 +194,14 @@ def test_prometheus_reads_its_configuration_and_scrapes_every_service():
         assert _mounts(SERVICES[name])["/var/lib/finery/prometheus"] == f"{name}-targets"
         assert mounts[f"{name}-targets"] in looked_at
         assert SERVICES[name]["environment"]["FINERY_METRICS_HOST"] == name
+
+
+def test_an_upgrade_restarts_what_keeps_an_old_file():
+    """A file that is mounted by itself stays the old one until the container starts anew; Finery's own do, by their new TAG."""
+    keeps = {
+        name
+        for name, service in SERVICES.items()
+        if name not in FINERY and any((FOLDER / source).is_file() for source in _mounts(service).values())
+    }
+    upgrade = (FOLDER / "README.md").read_text().partition("An upgrade, after a dump")[2].partition("The way back")[0]
+    assert keeps == set(re.findall(r"docker compose restart (\S+)", upgrade)) == {"prometheus"}

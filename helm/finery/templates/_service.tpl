@@ -136,6 +136,8 @@ metadata:
     {{- include "finery.labels" . | nindent 4 }}
 spec:
   maxUnavailable: 1
+  # One that is not ready, such as a vLLM that never loads, serves nobody and may go whenever a node is drained.
+  unhealthyPodEvictionPolicy: AlwaysAllow
   selector:
     matchLabels:
       {{- include "finery.selectorLabels" . | nindent 6 }}

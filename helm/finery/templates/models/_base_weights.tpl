@@ -10,7 +10,8 @@ spec:
   serviceAccountName: {{ $name }}
   automountServiceAccountToken: false
   enableServiceLinks: false
-  restartPolicy: OnFailure
+  # A pod that failed stays, and its log with it.
+  restartPolicy: Never
   securityContext:
     {{- include "finery.podSecurity" . | nindent 4 }}
   {{- include "finery.pullSecrets" . | nindent 2 }}
