@@ -100,6 +100,44 @@ def test_an_interrupted_command_says_how_to_go_on(asked, tmp_path, monkeypatch):
     assert f"finery artifacts download models/conv-1 --output {tmp_path / 'new'}" in said
 
 
+@pytest.mark.parametrize(("patience_s", "said"), [(60.0, "failed: not the same model"), (-1.0, "conv-1 goes on")])
+def test_a_service_that_is_started_again_does_not_end_the_command(asked, tmp_path, monkeypatch, patience_s, said):
+    parsed, answers = convert._parsed, iter(("created", "down"))
+
+    def flaky(answer: httpx.Response):
+        if next(answers, None) == "down":
+            raise httpx.ConnectError("refused")
+        return parsed(answer)
+
+    def passing(_: float) -> None:
+        if next(pauses, None) is None:
+            FAILED["state"] = "failed"
+
+    pauses = iter((1,))
+    monkeypatch.setitem(FAILED, "state", "running")
+    monkeypatch.setattr(convert.time, "sleep", passing)
+    monkeypatch.setattr(convert, "_parsed", flaky)
+    monkeypatch.setattr(convert, "_PATIENCE_S", patience_s)
+    done = run("convert", "ftjob-a", "--output", str(tmp_path / "new"))
+    assert done.exit_code != 0
+    assert said in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--scale", "nan", "--output", "{new}"), "--scale: got nan, wanted a number"),
+        (("--output", "{file}/new"), "cannot be made: Not a directory"),
+    ],
+)
+def test_what_cannot_be_sent_or_kept_is_said_before_anything_is_asked_for(asked, tmp_path, options, said):
+    (tmp_path / "file").touch()
+    places = {"new": str(tmp_path / "new"), "file": str(tmp_path / "file")}
+    done = run("convert", "ftjob-a", *(option.format(**places) for option in options))
+    assert (done.exit_code, asked) == (1, [])
+    assert said in " ".join(done.output.split())
+
+
 def test_what_is_being_done_is_said_where_no_bar_is_drawn(asked, tmp_path, monkeypatch):
     def passing(_: float) -> None:
         FAILED["state"] = "failed"

@@ -200,6 +200,7 @@ def _conflicts(spec: ConversionSpec) -> Iterator[tuple[bool, str, str]]:
     yield combines and len(spec.adapters) < 2, "adapters", "got one, wanted two or more; a single one goes into adapter"
     names = [item.adapter for item in spec.adapters]
     yield len(names) > len(set(names)), "adapters", "got an adapter twice, wanted each once; add up its weights"
+    yield combines and not any(item.weight for item in spec.adapters), "adapters", "got a weight of 0 for each, wanted one that is not"
     yield spec.combination is not Combination.CAT and not combines, "combination", "got a way to combine without adapters; leave it out"
     yield keeps_some and spec.density is None, "density", f"got none with combination {spec.combination.value}, wanted 0 to 1, such as 0.5"
     yield (

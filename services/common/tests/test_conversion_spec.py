@@ -28,6 +28,7 @@ TWO = [{"adapter": ADAPTER}, {"adapter": OTHER, "weight": 0.5}]
         ({"adapter": ADAPTER, "format": "gguf", "type": "nf4"}, "type", "got nf4 with format gguf"),
         ({"adapters": TWO[:1]}, "adapters", "a single one goes into adapter"),
         ({"adapters": [TWO[0], TWO[0]]}, "adapters", "got an adapter twice"),
+        ({"adapters": [item | {"weight": 0.0} for item in TWO]}, "adapters", "got a weight of 0 for each"),
         ({"adapters": TWO, "combination": "ties"}, "density", "wanted 0 to 1"),
         ({"adapters": TWO, "density": 0.5}, "density", "cat, which keeps all"),
         ({"adapter": ADAPTER, "combination": "ties", "density": 0.5}, "combination", "without adapters"),

@@ -38,14 +38,17 @@ _KEPT_LINES = 30
 _SHOWN_ARCHITECTURES = 400
 
 
-def check_supported(model_dir: Path, *, converter_dir: Path, scratch_dir: Path) -> None:
-    """Lets the converter read configuration and tokenizer of `model_dir`, which takes seconds and tells what it does not know.
+def check_supported(model_dir: Path, *, converter_dir: Path, scratch_dir: Path) -> int:
+    """Lets the converter read configuration and tokenizer of `model_dir`, which takes seconds and tells what it does not know; answers the
+    bytes that a file has beside tensors.
 
     Raises UnimplementedError for an architecture or a tokenizer that GGUF lacks, FailedPreconditionError without the converter.
     """
     vocabulary = scratch_dir / "vocabulary.gguf"
     _run(SCRIPT, ["--vocab-only", "--outfile", str(vocabulary), str(model_dir)], converter_dir=converter_dir, on_progress=lambda _: None)
+    size_bytes = vocabulary.stat().st_size
     vocabulary.unlink()
+    return size_bytes
 
 
 def convert(

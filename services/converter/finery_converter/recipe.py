@@ -36,6 +36,7 @@ from finery_converter.weights import TensorWeights
 
 MODELFILE = "Modelfile"
 _SPARE_BYTES = 64 * 1024 * 1024
+_HEADER_SPARE_BYTES = 64 * 1024
 _IMPORTANCE_TOKENS = 16_384
 _DTYPES = {
     OutputType.F32: torch.float32,
@@ -270,20 +271,20 @@ class Recipe:
         self._judge(found, self._type.value, budget=replace(budget, max_mean_kl=min(budget.max_mean_kl, allowed)), name="gguf")
 
     def _check_whole_gguf(self, on_progress: Progress) -> None:
-        self._check_gguf(on_progress)
-        self._check_file_size()
+        self._check_file_size(self._check_gguf(on_progress))
 
-    def _check_file_size(self) -> None:
-        """That one file can hold the largest tensor. To the byte that is known once it is written."""
+    def _check_file_size(self, header_bytes: int) -> None:
+        """That one file can hold the largest tensor. To the byte that is known of quantized types once it is written."""
         max_bytes, bits = self.spec.max_file_size_bytes, re.search(r"\d+", self._type.value)
         assert bits is not None, "GGUF's types are named after the bits of a weight, to which most add scales"
         largest = max((tensor for tensors in self._plan.shards.values() for tensor in tensors.values()), key=num_elements)
-        least_bytes = int(bits[0]) * num_elements(largest) // 8
+        scales_bytes = 2 * num_elements(largest) // 32 if self._type is OutputType.Q8_0 else 0
+        least_bytes = int(bits[0]) * num_elements(largest) // 8 + scales_bytes + header_bytes + _HEADER_SPARE_BYTES
         if max_bytes is not None and least_bytes > max_bytes:
-            raise file_too_small(max_bytes, f"{largest.name} alone", least_bytes=least_bytes)
+            raise file_too_small(max_bytes, f"{largest.name} with the file's own data", least_bytes=least_bytes)
 
-    def _check_gguf(self, _: Progress) -> None:
-        hf_to_gguf.check_supported(self._base_dir, converter_dir=self._converter_dir, scratch_dir=self._scratch_dir)
+    def _check_gguf(self, _: Progress) -> int:
+        return hf_to_gguf.check_supported(self._base_dir, converter_dir=self._converter_dir, scratch_dir=self._scratch_dir)
 
     def _merge(self, on_progress: Progress) -> None:
         _check_room(self._needed_bytes, folder=self._output_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from finery_cli.output import Pulse, err, fail, say, show
 from finery_common.conversion_spec import OUTPUT_TYPES, BaseWeights, Combination, OutputFormat, OutputType
 
 _POLL_S = 0.5
+_PATIENCE_S = 60.0
 _FINAL = ("succeeded", "failed", "cancelled")
 COLUMNS = ("id", "state", "progress", "step", "source", "format", "type", "address", "create_time", "error")
 
@@ -93,6 +95,13 @@ def convert(
     body = {name: value for name, value in asked.items() if value is not None}
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         fail(f"--output: {output} is {'a folder that holds files' if output.is_dir() else 'no folder'}; name a new or an empty one.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output: {output} cannot be made: {error.strerror}; name another.")
+    for name, value in (("scale", scale), ("density", density), *(("weight", value) for value in weight or ())):
+        if value is not None and not math.isfinite(value):
+            fail(f"--{name}: got {value}, wanted a number")
     with connected() as gateway:
         source = _source(gateway, job_ids, step=step, weights=weight)
         done = _converted(gateway, source | body, output)
@@ -151,7 +160,7 @@ def _trained(gateway: Gateway, job_id: str, *, step: int | None) -> dict[str, ob
 def _finished(gateway: Gateway, conversion: _Conversion, output: Path) -> _Conversion:
     """The conversion at its end. Its id is said at once: it goes on whatever becomes of this command."""
     err.print(conversion.id)
-    pulse = Pulse()
+    pulse, answered_s = Pulse(), time.monotonic()
     with Progress(console=err, disable=not err.is_terminal) as progress:
         task = progress.add_task(conversion.state, total=1.0)
         try:
@@ -160,8 +169,14 @@ def _finished(gateway: Gateway, conversion: _Conversion, output: Path) -> _Conve
                 progress.update(task, completed=conversion.progress, description=doing)
                 pulse.beat(f"{doing}: {conversion.progress:.0%} of the whole")
                 time.sleep(_POLL_S)
-                conversion = _parsed(gateway.native.get(f"/conversions/{conversion.id}"))
-        except KeyboardInterrupt:
+                try:
+                    conversion, answered_s = _parsed(gateway.native.get(f"/conversions/{conversion.id}")), time.monotonic()
+                except (httpx.TransportError, httpx.HTTPStatusError) as error:
+                    # A service that is started again goes on with it.
+                    is_for_good = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+                    if is_for_good or time.monotonic() - answered_s > _PATIENCE_S:
+                        raise
+        except (KeyboardInterrupt, httpx.HTTPError):
             say(
                 f"{conversion.id} goes on; `finery conversions get {conversion.id}` shows it, `cancel` stops it, "
                 f"`finery artifacts download models/{conversion.id} --output {output}` fetches what it makes"
