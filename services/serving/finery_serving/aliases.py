@@ -74,6 +74,9 @@ class AliasStore:
         """Records that `adapter` of `base_model` shall serve under `alias`, which is made where it does not exist, or be its canary;
         `served` are the base models that there are replicas of.
 
+        Where `etag` is given, the alias has a new one from now on: of two who deploy over what they both have read, one does. A rollout
+        that is under way goes on all the same.
+
         The same request id and body answer the same rollout's alias. Raises InvalidArgumentError, AlreadyExistsError (the request id was
         used for something else), NotFoundError (repeated after the alias was deleted; or another project's adapter), AbortedError
         (`etag`), FailedPreconditionError (a base model that is not served; a canary beside nothing, beside itself or beside another base
@@ -112,6 +115,8 @@ class AliasStore:
                 if not row.version and row.base_model != base_model:
                     row.base_model, row.pinned = base_model, False
                 row.rollout_number = rollout.number
+                if etag:
+                    row.etag = new_etag()
                 row.updated_at = now
                 made = alias_of(row, rollout)
         except IntegrityError as error:
@@ -155,14 +160,14 @@ class AliasStore:
         """Notes how far the rollout is. Raises AbortedError where it has ended meanwhile: rolled back, or its alias was deleted."""
         await self._update(rollout, states=BEFORE_FLIP, state=to)
 
-    async def flip(self, rollout: Rollout, *, etag: str, swap_s: float) -> None:
-        """Puts the rollout's version under its alias if that still has `etag`; the rollout is DRAINING then. Raises AbortedError if not.
+    async def flip(self, rollout: Rollout, *, epoch: int, swap_s: float) -> None:
+        """Puts the rollout's version under its alias if that is still at `epoch`; the rollout is DRAINING then. Raises AbortedError if not.
 
         A canary is dropped: the version has the whole alias. Where its base model is another than before, a pin ends: it was for a place
         among the versions of that one.
         """
         async with changing(self._db) as session:
-            row = await _unchanged(session, rollout, etag=etag)
+            row = await _unchanged(session, rollout, epoch=epoch)
             values: dict[str, object] = {"state": RolloutState.DRAINING, "swap_s": swap_s, "replaced": row.version}
             await _update_rollout(session, rollout, states=BEFORE_FLIP, values=values)
             await drop_canary(session, row)
@@ -170,14 +175,14 @@ class AliasStore:
             serve(row, Served(rollout.version, rollout.job_id, rollout.adapter, rollout.base_model))
         self._changes.notify()
 
-    async def start_canary(self, rollout: Rollout, *, etag: str, swap_s: float) -> None:
-        """Makes the rollout's version its alias' canary if that still has `etag`; the rollout is CANARY then. Raises AbortedError if not,
-        FailedPreconditionError where it is the version that serves, or nothing serves, or a version of another base model.
+    async def start_canary(self, rollout: Rollout, *, epoch: int, swap_s: float) -> None:
+        """Makes the rollout's version its alias' canary if that is still at `epoch`; the rollout is CANARY then. Raises AbortedError if
+        not, FailedPreconditionError where it is the version that serves, or nothing serves, or a version of another base model.
 
         It takes the place of an earlier canary.
         """
         async with changing(self._db) as session:
-            row = await _unchanged(session, rollout, etag=etag)
+            row = await _unchanged(session, rollout, epoch=epoch)
             _check_canary(row, alias=rollout.alias, version=rollout.version, base_model=rollout.base_model)
             await drop_canary(session, row)
             await _update_rollout(session, rollout, states=BEFORE_FLIP, values={"state": RolloutState.CANARY, "swap_s": swap_s})
@@ -323,10 +328,10 @@ async def _update_rollout(session: AsyncSession, rollout: Rollout, *, states: li
         raise AbortedError(f"The rollout of {rollout.version} under {rollout.alias} has ended: it was rolled back, or the alias deleted.")
 
 
-async def _unchanged(session: AsyncSession, rollout: Rollout, *, etag: str) -> AliasRow:
-    """The rollout's alias, locked. Raises AbortedError unless it has `etag`."""
+async def _unchanged(session: AsyncSession, rollout: Rollout, *, epoch: int) -> AliasRow:
+    """The rollout's alias, locked. Raises AbortedError unless it serves what it did at `epoch`."""
     row = await session.get(AliasRow, (rollout.project, rollout.alias), with_for_update=True)
-    if row is None or row.etag != etag:
+    if row is None or row.epoch != epoch:
         raise AbortedError(f"{rollout.alias} was changed by something else during this rollout; deploy again.")
     return row
 

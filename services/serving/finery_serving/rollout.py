@@ -207,11 +207,11 @@ class RolloutRunner:
         rollout, before = work.rollout, work.before
         swap_s = max(0.0, time.monotonic() - work.staged_at_s)
         if rollout.canary_weight:
-            await self._store.start_canary(rollout, etag=before.etag, swap_s=swap_s)
+            await self._store.start_canary(rollout, epoch=before.epoch, swap_s=swap_s)
             SWAPS.labels("canary").inc()
             log.info("canary started", alias=rollout.alias, version=rollout.version, weight=rollout.canary_weight, beside=before.version)
             return
-        await self._store.flip(rollout, etag=before.etag, swap_s=swap_s)
+        await self._store.flip(rollout, epoch=before.epoch, swap_s=swap_s)
         SWAP_SECONDS.observe(swap_s)
         SWAPS.labels("flipped").inc()
         log.info("alias flipped", alias=rollout.alias, version=rollout.version, replaced=before.version, swap_s=round(swap_s, 3))

@@ -57,7 +57,7 @@ async def test_a_rollout_that_a_crash_cut_short_is_carried_out(running, agent_da
 async def test_a_flip_outlives_a_crash_and_its_version_is_loaded_again(running, agent_database, project, publish):
     before = AliasStore(agent_database, changes=Changes())
     made = await deploy(before, project, publish())
-    await before.flip(made.rollout, etag=made.etag, swap_s=0.1)
+    await before.flip(made.rollout, epoch=made.epoch, swap_s=0.1)
     async with running() as here:
         assert (await until(here, project, "m", RolloutState.READY)).epoch == 1
         async with asyncio.timeout(30):

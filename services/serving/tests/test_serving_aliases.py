@@ -35,7 +35,7 @@ async def deploy(store, alias="m", *, project="alpha", request_id="r1", ref=None
 
 async def flip(store, deployed):
     alias = await store.get(deployed.project, deployed.alias)
-    await store.flip(deployed.rollout, etag=alias.etag, swap_s=0.5)
+    await store.flip(deployed.rollout, epoch=alias.epoch, swap_s=0.5)
     return await store.get(deployed.project, deployed.alias)
 
 
@@ -75,9 +75,9 @@ async def test_a_flip_counts_epochs_and_changes_the_etag(store):
     assert [alias.alias for alias in (await store.snapshot()).desired] == ["m"]
 
 
-async def test_of_two_flips_with_one_etag_one_wins(store):
+async def test_of_two_flips_at_one_epoch_one_wins(store):
     first, second = await deploy(store), await deploy(store, request_id="r2", ref=adapter(40))
-    flips = [store.flip(item.rollout, etag=first.etag, swap_s=0.1) for item in (first, second)]
+    flips = [store.flip(item.rollout, epoch=first.epoch, swap_s=0.1) for item in (first, second)]
     results = await asyncio.gather(*flips, return_exceptions=True)
     assert sorted(type(result) for result in results if result) == [AbortedError]
     alias = await store.get("alpha", "m")
@@ -95,6 +95,28 @@ async def test_a_deploy_with_a_stale_etag_is_aborted(store):
         await deploy(store, "new", request_id="r3", etag="x")
     current = await store.get("alpha", "m")
     assert (await deploy(store, request_id="r4", ref=adapter(40), etag=current.etag)).rollout.version == "ftjob-1-40-aaaaaaaa"
+
+
+async def test_of_two_deploys_with_one_etag_one_wins(store):
+    before = await flip(store, await deploy(store))
+    deploys = [deploy(store, request_id=f"d{step}", ref=adapter(step), etag=before.etag) for step in (40, 60)]
+    results = await asyncio.gather(*deploys, return_exceptions=True)
+    [won] = [result for result in results if not isinstance(result, BaseException)]
+    assert sorted(type(result).__name__ for result in results if result is not won) == ["AbortedError"]
+    assert (won.version, won.epoch, won.etag != before.etag) == (before.version, before.epoch, True)
+    assert await store.get("alpha", "m") == won
+    # Repeated, it is the one that won; and what it answers is good for the next.
+    step = 40 if won.rollout.version.startswith("ftjob-1-40-") else 60
+    assert await deploy(store, request_id=f"d{step}", ref=adapter(step), etag=before.etag) == won
+    await deploy(store, request_id="next", ref=adapter(80), etag=won.etag)
+
+
+async def test_a_deploy_with_an_etag_leaves_the_rollout_before_it_its_turn(store):
+    first = await deploy(store)
+    second = await deploy(store, request_id="r2", ref=adapter(40), etag=first.etag)
+    await store.flip(first.rollout, epoch=first.epoch, swap_s=0.1)
+    alias = await flip(store, second)
+    assert (alias.version, alias.epoch) == (second.rollout.version, 2)
 
 
 async def test_a_failed_rollout_leaves_what_serves(store):
@@ -119,7 +141,7 @@ async def test_a_deleted_alias_is_gone_and_its_rollout_ends(store):
     with pytest.raises(AbortedError):
         await store.advance(made.rollout, RolloutState.LOADING)
     with pytest.raises(AbortedError):
-        await store.flip(made.rollout, etag=made.etag, swap_s=0.1)
+        await store.flip(made.rollout, epoch=made.epoch, swap_s=0.1)
     assert (await store.snapshot()).rollouts == ()
     with pytest.raises(NotFoundError, match="fresh request_id"):
         await deploy(store)

@@ -62,14 +62,14 @@ async def deploy(store, step, *, alias="m", weight=None, etag="", project="alpha
 async def serving(store, step, *, alias="m"):
     """Rolls `step` out as the whole alias."""
     made = await deploy(store, step, alias=alias)
-    await store.flip(made.rollout, etag=made.etag, swap_s=0.1)
+    await store.flip(made.rollout, epoch=made.epoch, swap_s=0.1)
     await store.finish((await store.get("alpha", alias)).rollout)
     return await store.get("alpha", alias)
 
 
 async def canary(store, step, *, weight=10):
     made = await deploy(store, step, weight=weight)
-    await store.start_canary(made.rollout, etag=made.etag, swap_s=0.1)
+    await store.start_canary(made.rollout, epoch=made.epoch, swap_s=0.1)
     return await store.get("alpha", "m")
 
 
@@ -128,7 +128,7 @@ async def test_a_canary_may_follow_a_first_rollout_that_is_under_way_and_fails_w
     second = await deploy(store, 2, weight=10)
     await store.finish(first.rollout, error={"code": "x", "message": "no"})
     with pytest.raises(FailedPreconditionError, match="Nothing serves"):
-        await store.start_canary(second.rollout, etag=second.etag, swap_s=0.1)
+        await store.start_canary(second.rollout, epoch=second.epoch, swap_s=0.1)
 
 
 @pytest.mark.parametrize("weight", [-1, 0, 100])
@@ -175,7 +175,7 @@ async def test_a_canary_whose_alias_was_changed_meanwhile_is_aborted(store, rele
     await promote(releases)
     for start in (store.start_canary, store.flip):
         with pytest.raises(AbortedError, match="changed by something else"):
-            await start(made.rollout, etag=made.etag, swap_s=0.1)
+            await start(made.rollout, epoch=made.epoch, swap_s=0.1)
     assert await state_of(store, made.rollout) == RolloutState.PENDING
 
 
@@ -306,7 +306,7 @@ async def test_rolling_back_without_a_canary_rolls_the_version_before_out_and_on
         assert (begun.version, begun.rollout.version, begun.rollout.state) == (version(replaced), version(wanted), RolloutState.PENDING)
         assert (begun.rollout.adapter, begun.epoch) == (adapter(wanted), before.epoch + number)
         assert begun.etag != before.etag
-        await store.flip(begun.rollout, etag=begun.etag, swap_s=0.1)
+        await store.flip(begun.rollout, epoch=begun.epoch, swap_s=0.1)
         after = await store.get("alpha", "m")
         assert (after.version, after.previous.version) == (version(wanted), version(replaced))
         await store.finish(after.rollout)
@@ -328,7 +328,7 @@ async def test_rolling_back_ends_a_rollout_under_way_and_what_serves_goes_on(sto
     await store.advance(made.rollout, RolloutState.LOADING)
     after = await roll_back(releases)
     assert (after.version, after.epoch, after.rollout.state) == (version(2), before.epoch, RolloutState.ROLLED_BACK)
-    for call in (store.advance(made.rollout, RolloutState.PROBING), store.start_canary(made.rollout, etag=after.etag, swap_s=0.1)):
+    for call in (store.advance(made.rollout, RolloutState.PROBING), store.start_canary(made.rollout, epoch=after.epoch, swap_s=0.1)):
         with pytest.raises(AbortedError, match="has ended"):
             await call
 

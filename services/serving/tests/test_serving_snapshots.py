@@ -54,7 +54,7 @@ async def deploy(store, step, *, alias="m", weight=None):
 
 
 async def flip(store, made):
-    await store.flip(made.rollout, etag=(await store.get("alpha", made.alias)).etag, swap_s=0.1)
+    await store.flip(made.rollout, epoch=(await store.get("alpha", made.alias)).epoch, swap_s=0.1)
 
 
 async def test_each_change_of_each_kind_shows_in_the_next_snapshot(store, database, changes):
@@ -62,7 +62,7 @@ async def test_each_change_of_each_kind_shows_in_the_next_snapshot(store, databa
 
     async def canary():
         made = await deploy(store, 3, weight=10)
-        await store.start_canary(made.rollout, etag=made.etag, swap_s=0.1)
+        await store.start_canary(made.rollout, epoch=made.epoch, swap_s=0.1)
 
     async def finish():
         await store.finish((await store.get("alpha", "m")).rollout)
