@@ -127,7 +127,7 @@ class _Seen:
     replica: Replica
     beat: int
     changed_s: float
-    """When its beat was first seen as it is."""
+    """When its beat was first seen as it is; later by what this agent could not look since."""
     is_believed: bool = False
     """It was seen to move."""
 
@@ -156,7 +156,7 @@ class Registry:
         self._counts: dict[str, int] = {}
         self._counted_s = 0.0
         self._count_after_s = 0.0
-        self._looked_s = 0.0
+        self._looked_s = time.monotonic()
         self._written: Replica | None = None
         self._beat = 0
         self._beaten_s = 0.0
@@ -330,8 +330,10 @@ class Registry:
             revision = await session.scalar(select(RevisionRow.number)) or 0
             rows = (await session.scalars(select(ReplicaRow))).all()
             asked = (await session.scalars(select(LoadRequestRow).where(LoadRequestRow.replica_id == own_id))).all()
-        now_s = self._looked_s = time.monotonic()
-        self._others = {row.id: self._seen(row, now_s) for row in rows if row.id != own_id}
+        now_s = time.monotonic()
+        # Where the database was gone, it was so for those others as well, who now need a moment to tell of themselves.
+        missed_s, self._looked_s = max(0.0, now_s - self._looked_s - _BEAT_S), now_s
+        self._others = {row.id: self._seen(row, now_s, missed_s=missed_s) for row in rows if row.id != own_id}
         self.loads_asked = {row.version: ArtifactRef.model_validate(row.adapter) for row in asked}
         # Who has fallen silent since the last look is news as well.
         view = (revision, self.live[1:])
@@ -344,10 +346,10 @@ class Registry:
                 log.warning("a replica is gone", replica=replica_id)
                 await self._forget(replica_id)
 
-    def _seen(self, row: ReplicaRow, now_s: float) -> _Seen:
+    def _seen(self, row: ReplicaRow, now_s: float, *, missed_s: float) -> _Seen:
         known = self._others.get(row.id)
         if known is not None and known.beat == row.beat:
-            return known
+            return replace(known, changed_s=known.changed_s + missed_s)
         replica = replace(_REPLICA.validate_python(row.state), base_model=row.base_model)
         return _Seen(replica, row.beat, now_s, is_believed=known is not None)
 

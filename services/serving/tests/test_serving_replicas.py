@@ -131,6 +131,29 @@ async def test_an_agent_that_cannot_look_knows_of_no_others_death(two, monkeypat
     assert len(two[0].registry.live) == 2
 
 
+async def test_an_agent_that_can_look_again_gives_the_others_time_to_tell_of_themselves(two, monkeypatch):
+    monkeypatch.setattr(registry, "HEALTH_INTERVAL_S", 1.5)
+    monkeypatch.setattr(registry, "_FORGOTTEN_S", 2.0)
+    here, there = (item.registry for item in two)
+    look, lived = here._look, []
+
+    async def fail():
+        raise UnavailableError("The database cannot be reached.")
+
+    async def look_and_count():
+        await look()
+        lived.append((len(here.live), len(here._others)))
+
+    monkeypatch.setattr(here, "_look", fail)
+    monkeypatch.setattr(there, "_tell", fail)
+    await asyncio.sleep(3)
+    monkeypatch.setattr(here, "_look", look_and_count)
+    await until(two, lambda: lived)
+    assert lived[0] == (2, 1)
+    # This one never does.
+    await until(two, lambda: len(here.live) == 1 and not here._others)
+
+
 async def test_an_agent_whose_vllm_hangs_tells_of_itself_and_looks_all_the_same(two, monkeypatch):
     monkeypatch.setattr(registry, "HEALTH_INTERVAL_S", 3.0)
 
