@@ -199,6 +199,31 @@ async def test_a_restarted_postgresql_connection_is_replaced(postgres_url: str) 
             assert await session.scalar(sa.text("SELECT current_schema()")) == "test"
 
 
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["SET TRANSACTION READ ONLY", "CREATE TABLE refused (x int)"],
+        ["SET LOCAL statement_timeout = 50", "SELECT pg_sleep(10)"],
+        ["SET LOCAL idle_in_transaction_session_timeout = 50", "SELECT 1"],
+        ["DO $$ BEGIN RAISE EXCEPTION 'disk' USING ERRCODE = '58030'; END $$"],
+    ],
+)
+async def test_what_postgresql_refuses_for_the_moment_is_unavailable(postgres_url: str, statements: list[str]) -> None:
+    db = await Database.open(postgres_url, schema="test")
+    async with _closing(db):
+
+        async def run_all() -> None:
+            async with db.begin() as session:
+                for statement in statements:
+                    await session.execute(sa.text(statement))
+                    await asyncio.sleep(0.3)
+
+        with pytest.raises(UnavailableError, match=r"25006|57014|25P03|58030"):
+            await run_all()
+        async with db.begin() as session:
+            assert await session.scalar(sa.text("SELECT 1")) == 1
+
+
 async def test_a_full_disk_is_named_and_nothing_is_saved(tmp_path: Path, package: str) -> None:
     db = await Database.open(f"sqlite:///{tmp_path / 'a.sqlite'}", schema="test")
     async with _closing(db):
