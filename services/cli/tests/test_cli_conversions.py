@@ -134,7 +134,7 @@ def test_what_cannot_be_sent_or_kept_is_said_before_anything_is_asked_for(asked,
     (tmp_path / "file").touch()
     places = {"new": str(tmp_path / "new"), "file": str(tmp_path / "file")}
     done = run("convert", "ftjob-a", *(option.format(**places) for option in options))
-    assert (done.exit_code, asked) == (1, [])
+    assert (done.exit_code, asked, (tmp_path / "new").exists()) == (1, [], False)
     assert said in " ".join(done.output.split())
 
 

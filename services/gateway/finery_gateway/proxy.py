@@ -335,7 +335,7 @@ async def _failure(response: Answer, generation: Generation, *, version: str) ->
         return ResourceExhaustedError(message or "The model has too many requests; try again.", retry_after_s=2)
     if response.status == 501:
         return InvalidArgumentError(message or "The model does not offer this.", param=param, code="not_supported")
-    if response.status == 503 or _is_retired(response):
+    if _is_retired(response):
         return _not_there(generation.model)
     log.error("vLLM failed", status=response.status, model=generation.model, error=message)
     return InternalError(f"{generation.model} failed on this request; the operator's log says more. Try again, or change the request.")

@@ -95,13 +95,13 @@ def convert(
     body = {name: value for name, value in asked.items() if value is not None}
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         fail(f"--output: {output} is {'a folder that holds files' if output.is_dir() else 'no folder'}; name a new or an empty one.")
+    for name, value in (("scale", scale), ("density", density), *(("weight", value) for value in weight or ())):
+        if value is not None and not math.isfinite(value):
+            fail(f"--{name}: got {value}, wanted a number")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--output: {output} cannot be made: {error.strerror}; name another.")
-    for name, value in (("scale", scale), ("density", density), *(("weight", value) for value in weight or ())):
-        if value is not None and not math.isfinite(value):
-            fail(f"--{name}: got {value}, wanted a number")
     with connected() as gateway:
         source = _source(gateway, job_ids, step=step, weights=weight)
         done = _converted(gateway, source | body, output)
