@@ -81,6 +81,11 @@ def test_what_cannot_be_combined_is_said_before_anything_is_asked_for(asked, tmp
     assert message in done.output
 
 
+def test_what_a_type_cost_is_shown():
+    parity = {"type": "nf4", "difference": {"mean_kl": 0.0432, "top1": 0.915}, "perplexity": {"adapter": 12.25, "converted": "inf"}}
+    assert convert._measured({"parity": parity}) == "perplexity adapter 12.25, converted inf; nf4: KL 0.0432 nats, top-1 91.5%"
+
+
 def test_a_folder_with_files_is_refused_before_anything_is_asked_for(asked, tmp_path):
     (tmp_path / "notes.txt").touch()
     done = run("convert", "ftjob-a", "--output", str(tmp_path))

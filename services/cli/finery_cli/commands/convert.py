@@ -192,6 +192,8 @@ def _measured(report: dict[str, Any]) -> str:
     if perplexity := parity.get("perplexity"):
         # What JSON cannot say as a number is there in words.
         said.append("perplexity " + ", ".join(f"{name} {float(value):.4g}" for name, value in perplexity.items()))
+    if found := parity.get("difference"):
+        said.append(f"{parity['type']}: KL {found['mean_kl']:.3g} nats, top-1 {found['top1']:.1%}")
     for name in ("gguf", "quantized"):
         if found := report.get(name):
             said.append(f"{found['type']}: KL {found['mean_kl']:.3g} nats, top-1 {found['top1_agreement']:.1%}")
