@@ -148,6 +148,8 @@ def test_a_pool_over_several_nodes_is_a_group_with_one_agent(render):
     group = spec["leaderWorkerTemplate"]
     assert (spec["replicas"], group["size"], group["restartPolicy"]) == (1, 2, "RecreateGroupOnPodRestart")
     leader, follower = (group[role]["spec"] for role in ("leaderTemplate", "workerTemplate"))
+    # A container that starts again in its pod is what the group is made anew for.
+    assert all(role.get("restartPolicy", "Always") == "Always" for role in (leader, follower))
     assert limits(leader) == limits(follower) == {"nvidia.com/gpu": 8}
     names = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_MODEL_LEN", "TENSOR_PARALLEL_SIZE", "VLLM_NODES", "VLLM_MASTER_ADDRESS", "CACHE_DIR")
     alike = {f"FINERY_{name}": environment(leader)[f"FINERY_{name}"] for name in names}

@@ -83,11 +83,13 @@ async def _serve(settings: ServingSettings) -> None:
         await server.start()
         telling = asyncio.create_task(tell_readiness(server, agent), name="readiness")
         stack.callback(telling.cancel)
-        await until_stopped([supervising, telling, *services.tasks])
-        await agent.drain(timeout_s=settings.drain_s)
-        # Watches never end by themselves and would take up the whole time for draining.
-        servicer.end_watches()
-        await server.stop(drain_s=_DRAIN_S)
+        try:
+            await until_stopped([supervising, telling, *services.tasks])
+            await agent.drain(timeout_s=settings.drain_s)
+        finally:
+            # Watches never end by themselves and would take up the whole time for draining.
+            servicer.end_watches()
+            await server.stop(drain_s=_DRAIN_S)
 
 
 async def tell_readiness(server: RpcServer, agent: Agent) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 import structlog
 
-from finery_common.errors import FailedPreconditionError
+from finery_common.errors import FailedPreconditionError, UnavailableError
 from finery_common.leash import leashed
 from finery_serving.metrics import VLLM_READY, VLLM_START_SECONDS, VLLM_STARTS
 from finery_serving.middleware import finery_vllm_middleware
@@ -238,7 +238,10 @@ class VllmProcess:
         self.on_change()
 
     async def run(self) -> None:
-        """Starts vLLM, and again after every end with growing pauses, until cancelled; then stops it."""
+        """Starts vLLM, and again after every end with growing pauses, until cancelled; then stops it.
+
+        Raises UnavailableError where a vLLM that runs on several machines has ended.
+        """
         await asyncio.to_thread(self._prepare)
         # A vLLM that never comes up is to be seen as well.
         VLLM_READY.labels(self.runtime.replica_id, self.config.base_model).set(0)
@@ -252,6 +255,11 @@ class VllmProcess:
                     self.last_failure = str(error)
                     log.error("cannot run vLLM", reason=self.last_failure)
                     healthy_s = 0.0
+                if self.config.nodes > 1:
+                    # The processes on the other machines belong to the vLLM that is gone, and none of a new one could join them.
+                    raise UnavailableError(
+                        f"vLLM ended, which runs on {self.config.nodes} machines; the agent ends as well, so that all of them begin anew."
+                    )
                 backoff_s = _FIRST_BACKOFF_S if healthy_s > _HEALTHY_FOR_S else min(backoff_s * 2, _MAX_BACKOFF_S)
                 log.warning("vLLM ended; starting it again", healthy_s=round(healthy_s, 1), backoff_s=backoff_s)
                 await asyncio.sleep(backoff_s)
