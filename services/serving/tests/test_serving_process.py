@@ -448,6 +448,7 @@ def test_a_tls_port_wants_its_certificate_and_where_it_is_reached(tmp_path, vllm
     assert endpoint.address == "https://10.0.0.7:8443"
     assert endpoint.options[:4] == ["--host", "::", "--port", "8443"]
     runtime = make_runtime(tmp_path, xdg_runtime_dir=None, tls=endpoint)
-    assert runtime.endpoint is endpoint
+    assert runtime.endpoint.address == endpoint.address
+    assert runtime.endpoint.options[5::2][:2] == [str(runtime.folder / "vllm-tls.crt"), str(runtime.folder / "vllm-tls.key")]
     with pytest.raises(ValueError, match="vllm_listen_address"):
         ServingSettings(vllm_listen_address="8443")
