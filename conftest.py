@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -178,8 +178,18 @@ def base_model_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def make_vllm_certificate() -> Callable[[Path], tuple[Path, Path]]:
+    """Makes (certificate, key) of a vLLM's TLS port in a folder, each its own authority."""
+    return _make_vllm_certificate
+
+
+@pytest.fixture(scope="session")
 def vllm_certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(certificate, key) of a vLLM's TLS port, which is its own authority."""
+    return _make_vllm_certificate(tmp_path_factory.mktemp("certificate"))
+
+
+def _make_vllm_certificate(folder: Path) -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP256R1())
     name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, VLLM_NAME)]), datetime.now(UTC)
     made = (
@@ -187,7 +197,7 @@ def vllm_certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(VLLM_NAME)]), critical=False)
         .sign(key, hashes.SHA256())
     )
-    folder, pem = tmp_path_factory.mktemp("certificate"), serialization.Encoding.PEM
+    pem = serialization.Encoding.PEM
     files = folder / "tls.crt", folder / "tls.key"
     private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     for file, content in zip(files, (made.public_bytes(pem), private), strict=True):

@@ -57,12 +57,12 @@ def test_a_job_that_no_node_can_hold_is_refused_by_the_trainer(case, count, rend
 
 
 @pytest.mark.parametrize(("case", "gpus"), [("eight-gpus", 8), ("two-models", 4)])
-def test_the_largest_job_fits_beside_the_vllms_of_an_example_with_one_node(case, gpus, render):
+def test_a_job_may_have_what_the_vllms_of_an_example_with_one_node_leave(case, gpus, render):
     manifests: Manifests = render(CASES[case])
     pools = [item["spec"] for item in manifests.of("StatefulSet").values()]
     served = sum(pool["replicas"] * limits(pool["template"]["spec"]).get("nvidia.com/gpu", 0) for pool in pools)
     trainer = environment(manifests.one("Deployment", "demo-finery-trainer")["spec"]["template"]["spec"])
-    assert 0 < int(trainer["FINERY_KUBERNETES_MAX_GPUS"]) <= gpus - served
+    assert int(trainer["FINERY_KUBERNETES_MAX_GPUS"]) == gpus - served
     # As many jobs of one GPU as there are left.
     assert int(trainer["FINERY_MAX_WORKERS"]) == gpus - served
 
@@ -148,6 +148,8 @@ def test_a_pool_over_several_nodes_is_a_group_with_one_agent(render):
     group = spec["leaderWorkerTemplate"]
     assert (spec["replicas"], group["size"], group["restartPolicy"]) == (1, 2, "RecreateGroupOnPodRestart")
     leader, follower = (group[role]["spec"] for role in ("leaderTemplate", "workerTemplate"))
+    # A container that starts again in its pod is what the group is made anew for.
+    assert all(role.get("restartPolicy", "Always") == "Always" for role in (leader, follower))
     assert limits(leader) == limits(follower) == {"nvidia.com/gpu": 8}
     names = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_MODEL_LEN", "TENSOR_PARALLEL_SIZE", "VLLM_NODES", "VLLM_MASTER_ADDRESS", "CACHE_DIR")
     alike = {f"FINERY_{name}": environment(leader)[f"FINERY_{name}"] for name in names}

@@ -149,6 +149,30 @@ def test_dataprep_and_converter_scale_by_queued_jobs(render):
         assert metric["external"]["metric"] == {"name": family.name, "selector": {"matchLabels": {"state": "QUEUED"}}}
 
 
+@pytest.mark.parametrize("component", ["dataprep", "converter"])
+def test_where_keda_scales_a_pool_it_scales_queues_too_and_nothing_else_wants_external_metrics(component, render):
+    autoscaling = {"enabled": True, "minReplicas": 2, "maxReplicas": 5, "queuedPerReplica": 3}
+    manifests: Manifests = render(values_with("external", {f"{component}.autoscaling": autoscaling}))
+    metrics = [metric["type"] for item in manifests.of("HorizontalPodAutoscaler").values() for metric in item["spec"]["metrics"]]
+    assert "External" not in metrics
+    spec = manifests.one("ScaledObject", f"demo-finery-{component}")["spec"]
+    assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": f"demo-finery-{component}"}
+    assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (2, 5)
+    (trigger,) = spec["triggers"]
+    assert (trigger["type"], trigger["metricType"]) == ("prometheus", "AverageValue")
+    assert trigger["metadata"] == {
+        "serverAddress": "http://prometheus-operated.monitoring.svc:9090",
+        "query": f'max(finery_{component}_jobs{{namespace="ml",pod=~"demo-finery-{component}-.+",state="QUEUED"}})',
+        "threshold": "3",
+    }
+
+
+def test_an_address_of_prometheus_alone_asks_for_no_keda(render):
+    manifests: Manifests = render(CASES["scaled by load"] | {"monitoring": {"prometheusUrl": "http://prometheus:9090"}})
+    assert manifests.of("ScaledObject") == {}
+    assert {"demo-finery-dataprep", "demo-finery-converter"} <= set(manifests.of("HorizontalPodAutoscaler"))
+
+
 def test_no_pod_without_metrics_is_scraped(render):
     for where, template in render(CASES["a group of nodes"]).pods:
         ports = {port["name"] for container in template["spec"]["containers"] for port in container.get("ports", ())}

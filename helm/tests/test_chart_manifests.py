@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import helm_python
 import kubernetes_validate
 import pytest
+import yaml
 from chart_rendering import CASES, CHART_DIR, Manifests
 
 KUBERNETES = "1.37.0"
@@ -222,6 +224,12 @@ def test_a_folder_of_base_weights_is_one_that_the_node_has(render):
         for volume in template["spec"]["volumes"]:
             if volume["name"] == "models":
                 assert volume["hostPath"] == {"path": "/srv/models", "type": "Directory"}, where
+
+
+def test_a_node_keeps_room_for_scratch_where_the_readme_says_how(render):
+    (block,) = re.findall(r"```yaml\n(((?!```).)*ephemeral-storage.+?)```", (CHART_DIR / "README.md").read_text(), re.DOTALL)
+    requests = render(yaml.safe_load(block[0])).worker_job["spec"]["template"]["spec"]["containers"][0]["resources"]["requests"]
+    assert requests == {"cpu": "4", "memory": "16Gi", "ephemeral-storage": "100Gi"}
 
 
 def test_the_notes_tell_the_next_commands(render):

@@ -1,5 +1,5 @@
 {{/*
-One inner service of one kind of pod: its Deployment, Service, PodDisruptionBudget and HorizontalPodAutoscaler.
+One inner service of one kind of pod: its Deployment, Service, PodDisruptionBudget and what scales it.
 {root, component, values, env?, sources?, config?, single?, serviceAccount?}
 */}}
 {{- define "finery.innerService" -}}
@@ -99,6 +99,20 @@ spec:
 {{- end }}
 {{- if $scaled }}
 ---
+{{ include (ternary "finery.queueScaledObject" "finery.queueAutoscaler" (eq "true" (include "finery.usesKeda" .root))) . }}
+{{- end }}
+{{- end -}}
+
+{{/* "true" where a pool is scaled, by KEDA: of external metrics a cluster takes one server, so that no adapter for Prometheus can be there as well. */}}
+{{- define "finery.usesKeda" -}}
+{{- $uses := false -}}
+{{- range .Values.serving.pools }}{{ if (.autoscaling | default dict).enabled }}{{ $uses = true }}{{ end }}{{ end -}}
+{{- if $uses }}true{{ end -}}
+{{- end -}}
+
+{{/* {root, component, values}: more replicas for more queued jobs, by an adapter for Prometheus. */}}
+{{- define "finery.queueAutoscaler" -}}
+{{- $name := printf "%s-%s" (include "finery.fullname" .root) .component -}}
 apiVersion: autoscaling/v2
 kind: HorizontalPodAutoscaler
 metadata:
@@ -123,7 +137,34 @@ spec:
   behavior:
     scaleDown:
       stabilizationWindowSeconds: 300
-{{- end }}
+{{- end -}}
+
+{{/* {root, component, values}: the same by KEDA. */}}
+{{- define "finery.queueScaledObject" -}}
+{{- $name := printf "%s-%s" (include "finery.fullname" .root) .component -}}
+apiVersion: keda.sh/v1alpha1
+kind: ScaledObject
+metadata:
+  name: {{ $name }}
+  labels:
+    {{- include "finery.labels" . | nindent 4 }}
+spec:
+  scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: {{ $name }}}
+  minReplicaCount: {{ .values.autoscaling.minReplicas }}
+  maxReplicaCount: {{ .values.autoscaling.maxReplicas }}
+  pollingInterval: 15
+  advanced:
+    horizontalPodAutoscalerConfig:
+      behavior:
+        scaleDown:
+          stabilizationWindowSeconds: 300
+  triggers:
+    - type: prometheus
+      metricType: AverageValue
+      metadata:
+        serverAddress: {{ .root.Values.monitoring.prometheusUrl }}
+        query: max(finery_{{ .component }}_jobs{namespace="{{ .root.Release.Namespace }}",pod=~"{{ $name }}-.+",state="QUEUED"})
+        threshold: {{ .values.autoscaling.queuedPerReplica | quote }}
 {{- end -}}
 
 {{/* {root, component, name, labels?}: at most one replica is evicted at a time. */}}

@@ -21,6 +21,7 @@ from finery_common.rpc.tokens import TokenSigner
 from finery_common.service import run_service, until_stopped
 from finery_common.telemetry import serve_metrics
 from finery_serving.agent import Agent
+from finery_serving.certificates import keep_copied
 from finery_serving.metrics import ReplicaCollector
 from finery_serving.preflight import BaseModel, base_shapes
 from finery_serving.server import ServingServicer, servicer_of
@@ -47,14 +48,14 @@ async def _serve(settings: ServingSettings) -> None:
     store = await asyncio.to_thread(ArtifactStore.connect, settings.s3())
     entry = base_entry(settings)
     base_dir = await asyncio.to_thread(materialize, entry, cache_dir=settings.artifact_cache_dir, store=store)
-    runtime = make_runtime(
-        settings.runtime_dir,
-        xdg_runtime_dir=os.environ.get("XDG_RUNTIME_DIR"),
-        secret=settings.token_secret(),
-        tls=settings.tls(),
-    )
+    tls = settings.tls()
+    xdg_runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
+    runtime = make_runtime(settings.runtime_dir, xdg_runtime_dir=xdg_runtime_dir, secret=settings.token_secret(), tls=tls)
     async with AsyncExitStack() as stack:
         stack.callback(runtime.remove)
+        copying = [asyncio.create_task(keep_copied(tls, copies=runtime.tls), name="certificates")] if tls and runtime.tls else []
+        for task in copying:
+            stack.callback(task.cancel)
         agent = Agent(
             vllm_config(settings, entry=entry, base_dir=base_dir),
             runtime=runtime,
@@ -83,11 +84,13 @@ async def _serve(settings: ServingSettings) -> None:
         await server.start()
         telling = asyncio.create_task(tell_readiness(server, agent), name="readiness")
         stack.callback(telling.cancel)
-        await until_stopped([supervising, telling, *services.tasks])
-        await agent.drain(timeout_s=settings.drain_s)
-        # Watches never end by themselves and would take up the whole time for draining.
-        servicer.end_watches()
-        await server.stop(drain_s=_DRAIN_S)
+        try:
+            await until_stopped([supervising, telling, *copying, *services.tasks])
+            await agent.drain(timeout_s=settings.drain_s)
+        finally:
+            # Watches never end by themselves and would take up the whole time for draining.
+            servicer.end_watches()
+            await server.stop(drain_s=_DRAIN_S)
 
 
 async def tell_readiness(server: RpcServer, agent: Agent) -> None:

@@ -1,6 +1,7 @@
 """`python -m finery_serving.follower`: this machine's share of a vLLM that runs on several, where another machine has agent and API.
 
-Owns the command alone: the process becomes vLLM's. It ends with its group, and whoever runs the pods starts all of it anew.
+Owns the command alone: the process becomes vLLM's. It ends with its group, as the agent does, and whoever runs the pods starts all of it
+anew.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class UnixEndpoint:
 
 @dataclass(frozen=True)
 class TlsEndpoint:
-    """A port that other hosts reach. Addresses are `host:port`; the certificate is read again when its file changes."""
+    """A port that other hosts reach. Addresses are `host:port`; vLLM reads the certificate again when its file is written over."""
 
     listen_address: str
     advertise_address: str

@@ -25,8 +25,9 @@ from pathlib import Path
 import psutil
 import structlog
 
-from finery_common.errors import FailedPreconditionError
+from finery_common.errors import FailedPreconditionError, UnavailableError
 from finery_common.leash import leashed
+from finery_serving.certificates import copied_into
 from finery_serving.metrics import VLLM_READY, VLLM_START_SECONDS, VLLM_STARTS
 from finery_serving.middleware import finery_vllm_middleware
 from finery_serving.vllm_client import VllmClient
@@ -78,7 +79,7 @@ class VllmConfig:
 
 @dataclass(frozen=True)
 class Runtime:
-    """The folder (mode 700) with vLLM's socket and the middleware's configuration, and the secrets of this replica.
+    """The folder (mode 700) with vLLM's socket or certificate and the middleware's configuration, and the secrets of this replica.
 
     `secret` is the installation's, from which the agents make each other's tokens, so that none has to be written down.
     """
@@ -88,7 +89,7 @@ class Runtime:
     secret: str = field(repr=False)
     admin_token: str = field(repr=False)
     tls: TlsEndpoint | None = None
-    """Where vLLM listens; None: on a socket in `folder`."""
+    """Where vLLM listens, with certificate and key in `folder`; None: on a socket there."""
 
     @property
     def replica_token(self) -> str:
@@ -115,7 +116,9 @@ def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None, secret: st
     """A fresh runtime folder under `parent`, the user's runtime folder or /tmp. Without `secret`, one of its own: nobody else can make
     the replica's token then.
 
-    Raises FailedPreconditionError where a socket's path would be too long there.
+    Of `tls`, which is where vLLM is to listen, it gets copies of certificate and key.
+
+    Raises FailedPreconditionError where a socket's path would be too long there, and where `tls` has no certificate with its key.
     """
     candidates = (
         [parent] if parent else [Path(item) for item in (xdg_runtime_dir, tempfile.gettempdir()) if item and os.access(item, os.W_OK)]
@@ -124,7 +127,13 @@ def make_runtime(parent: Path | None, *, xdg_runtime_dir: str | None, secret: st
         candidate.mkdir(parents=True, exist_ok=True)
         if len(os.fsencode(candidate)) + len("/finery-xxxxxxxx/vllm.sock") <= MAX_SOCKET_PATH:
             folder = Path(tempfile.mkdtemp(prefix="finery-", dir=candidate))
-            return Runtime(folder, f"replica-{secrets.token_hex(4)}", secret or secrets.token_urlsafe(32), secrets.token_urlsafe(32), tls)
+            try:
+                copies = copied_into(folder, mounted=tls) if tls else None
+            except FailedPreconditionError:
+                shutil.rmtree(folder)
+                raise
+            token, admin_token = secret or secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+            return Runtime(folder, f"replica-{secrets.token_hex(4)}", token, admin_token, copies)
     raise FailedPreconditionError(
         f"FINERY_RUNTIME_DIR: got {candidates[0]}, but a socket's path may have {MAX_SOCKET_PATH} characters; set it to a shorter folder"
     )
@@ -238,7 +247,10 @@ class VllmProcess:
         self.on_change()
 
     async def run(self) -> None:
-        """Starts vLLM, and again after every end with growing pauses, until cancelled; then stops it."""
+        """Starts vLLM, and again after every end with growing pauses, until cancelled; then stops it.
+
+        Raises UnavailableError where a vLLM that runs on several machines has ended.
+        """
         await asyncio.to_thread(self._prepare)
         # A vLLM that never comes up is to be seen as well.
         VLLM_READY.labels(self.runtime.replica_id, self.config.base_model).set(0)
@@ -252,6 +264,11 @@ class VllmProcess:
                     self.last_failure = str(error)
                     log.error("cannot run vLLM", reason=self.last_failure)
                     healthy_s = 0.0
+                if self.config.nodes > 1:
+                    # The processes on the other machines belong to the vLLM that is gone, and none of a new one could join them.
+                    raise UnavailableError(
+                        f"vLLM ended, which runs on {self.config.nodes} machines; the agent ends as well, so that all of them begin anew."
+                    )
                 backoff_s = _FIRST_BACKOFF_S if healthy_s > _HEALTHY_FOR_S else min(backoff_s * 2, _MAX_BACKOFF_S)
                 log.warning("vLLM ended; starting it again", healthy_s=round(healthy_s, 1), backoff_s=backoff_s)
                 await asyncio.sleep(backoff_s)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from prometheus_client import REGISTRY
 
-from finery_common.errors import FailedPreconditionError
+from finery_common.errors import FailedPreconditionError, UnavailableError
 from finery_serving.__main__ import base_entry, vllm_config
 from finery_serving.follower import follower_command
 from finery_serving.settings import ServingSettings
@@ -202,6 +202,43 @@ async def test_a_failed_start_shows_the_last_lines_and_is_tried_again(config, pr
     assert (process.ready, process.generation) == (False, 0)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_vllm_on_several_machines_is_not_started_again_without_them(config, process):
+    python_that(config, "exit 3")
+    process.config = replace(config, nodes=2, master_address="leader")
+    async with asyncio.timeout(20):
+        with pytest.raises(UnavailableError, match="runs on 2 machines"):
+            await process.run()
+    assert len(list((process.runtime.folder.parent / "state" / "logs").glob("vllm-*.log"))) == 1
+    assert process.pid is None
+
+
+def test_the_agent_ends_with_a_vllm_on_several_machines(config, tmp_path, base_model_dir, object_store):
+    python_that(config, "exit 3")
+    (tmp_path / "catalogue.yaml").write_text(f"models: [{{name: m, path: {base_model_dir}, max_sequence_length: 64}}]")
+    (tmp_path / "secret").write_text("s" * 40)
+    s3 = object_store.settings
+    settings = {
+        "VLLM_PYTHON": config.python,
+        "VLLM_NODES": 2,
+        "VLLM_MASTER_ADDRESS": "leader",
+        "STATE_DIR": tmp_path / "state",
+        "GRPC_ADDRESS": "127.0.0.1:0",
+        "METRICS_PORT": 0,
+        "S3_ENDPOINT": s3.endpoint,
+        "S3_ACCESS_KEY": s3.access_key,
+        "S3_SECRET_KEY": s3.secret_key,
+        "S3_BUCKET": s3.bucket,
+        "TOKEN_SECRET_FILE": tmp_path / "secret",
+        "CATALOGUE": tmp_path / "catalogue.yaml",
+    }
+    environment = {**os.environ, **{f"FINERY_{name}": str(value) for name, value in settings.items()}}
+    command = [sys.executable, "-m", "finery_serving"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        1, "finery_serving: vLLM ended, which runs on 2 machines; the agent ends as well, so that all of them begin anew."
+    ), done.stderr  # fmt: skip
 
 
 async def test_a_stop_ends_the_whole_group(config, process, tmp_path):
@@ -411,6 +448,7 @@ def test_a_tls_port_wants_its_certificate_and_where_it_is_reached(tmp_path, vllm
     assert endpoint.address == "https://10.0.0.7:8443"
     assert endpoint.options[:4] == ["--host", "::", "--port", "8443"]
     runtime = make_runtime(tmp_path, xdg_runtime_dir=None, tls=endpoint)
-    assert runtime.endpoint is endpoint
+    assert runtime.endpoint.address == endpoint.address
+    assert runtime.endpoint.options[5::2][:2] == [str(runtime.folder / "vllm-tls.crt"), str(runtime.folder / "vllm-tls.key")]
     with pytest.raises(ValueError, match="vllm_listen_address"):
         ServingSettings(vllm_listen_address="8443")
