@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -347,6 +348,49 @@ async def test_a_request_is_sent_again_where_no_token_of_its_answer_came(client,
     assert RETRIED.labels("connection")._value.get() - before == 1
     assert world.gateway.proxy._suspects
     assert [upstream.num_in_flight for upstream in world.gateway.proxy._upstreams.values()] == [0]
+
+
+@pytest.fixture
+async def ending(tmp_path):
+    """A replica that is to end, with the number of its requests: it refuses all, whatever their version."""
+    here = SimpleNamespace(address=f"unix://{tmp_path}/ending.sock", num_asked=0)
+
+    async def refuse(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.partition(b"content-length: ")[2].split()[0]))
+        here.num_asked += 1
+        writer.write(b"HTTP/1.1 409 Conflict\r\nx-finery-retired: 1\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}")
+        writer.close()
+
+    async with await asyncio.start_unix_server(refuse, here.address.removeprefix("unix://")):
+        yield here
+
+
+@pytest.mark.parametrize("alias", ["", "m"])
+async def test_a_replica_that_is_to_end_is_asked_once_though_its_route_stays(client, world, ending, alias):
+    """Agents that have not heard of it yet go on to name it, and it has the fewest requests."""
+    world.vllm.admitted.add("v1")
+    world.serving.flip(world.project, "m", "v1")
+    world.vllm.endless = True
+    stream = await _chat(client, stream=True)
+    await anext(aiter(stream))
+    world.serving.more_addresses = [ending.address]
+    world.gateway.proxy._routes._known.clear()
+    assert (await _chat(client, model=alias or BASE)).model == (alias or BASE)
+    assert ending.num_asked == 1
+    await stream.close()
+
+
+async def test_a_base_model_whose_replica_ends_is_asked_for_anew(client, world, ending):
+    living, world.serving.address = world.serving.address, ending.address
+    asking = asyncio.create_task(_chat(client))
+    async with asyncio.timeout(5):
+        while not ending.num_asked:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    world.serving.address = living
+    assert (await asking).model == BASE
+    await _chat(client)
+    assert world.serving.resolved == [BASE] * (ending.num_asked + 1)
 
 
 async def test_a_replica_that_lives_is_found_among_many_that_are_gone(client, world):

@@ -84,7 +84,7 @@ async def _serve(settings: ServingSettings) -> None:
         telling = asyncio.create_task(tell_readiness(server, agent), name="readiness")
         stack.callback(telling.cancel)
         await until_stopped([supervising, telling, *services.tasks])
-        await agent.drain(timeout_s=settings.drain_s)
+        await agent.drain(services.registry, timeout_s=settings.drain_s)
         # Watches never end by themselves and would take up the whole time for draining.
         servicer.end_watches()
         await server.stop(drain_s=_DRAIN_S)
