@@ -181,6 +181,20 @@ class Residency:
                 del self._draining[version]
             self._changes.notify()
 
+    async def drop_strays(self) -> None:
+        """Unloads what vLLM has and nobody here knows of: what it has finished loading after whoever wanted it gave up.
+
+        Nobody asks for such a version, since none is let in that is not known here. A load of ours that is at work has the lock.
+        """
+        async with self._lock:
+            if not self._process.ready:
+                return
+            known = self.versions
+            for version, adapter in (await self._client.state()).adapters.items():
+                if version not in known:
+                    await self._client.unload(version, adapter_id=adapter.id)
+                    log.warning("an adapter that vLLM had loaded too late was unloaded", version=version)
+
     async def _try_drop(self, version: str, drop: object) -> bool:
         async with self._lock:
             if self._pins[version] or self._draining.get(version) is not drop or version not in self.versions:
