@@ -213,6 +213,9 @@ class Proxy:
             headers[TRACEPARENT] = trace
         upstream = self._upstreams.get(replica.address)
         if upstream is None:
+            # Every start of an agent has an address of its own: what is left of those that are gone goes when another comes.
+            for address in [address for address, other in self._upstreams.items() if other.is_spent]:
+                self._upstreams.pop(address).close()
             upstream = self._upstreams[replica.address] = Upstream(replica.address, timeout_s=self._timeout_s, tls=self._tls)
         return await upstream.post(generation.path, headers=headers, body=json.dumps(body).encode())
 

@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY
 
 from finery.common.v1 import job_pb2
 from finery.training.v1 import spec_pb2, training_pb2
-from finery_gateway import http_server
+from finery_gateway import http_server, upstream
 from finery_gateway.client import ServingClient, UnreachableServiceError
 from finery_gateway.metrics import RETRIED
 from finery_gateway.proxy import Proxy
@@ -437,6 +437,32 @@ async def test_requests_go_to_the_replica_with_the_fewest_in_flight(world):
     assert {proxy._least_busy(replicas).address for _ in range(20)} == {"unix:///a"}
     proxy._suspect("unix:///a")
     assert len({proxy._least_busy(replicas).address for _ in range(50)}) == 2
+
+
+async def test_what_is_kept_of_a_replica_goes_after_its_last_request(client, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(upstream, "IDLE_S", 0.0)
+    upstreams, first = world.gateway.proxy._upstreams, world.serving.address
+
+    async def asked_at_another(name):
+        (tmp_path / name).symlink_to(first.removeprefix("unix://"))
+        world.serving.address = f"unix://{tmp_path / name}"
+        world.gateway.proxy._routes._known.clear()
+        await _chat(client)
+        return world.serving.address
+
+    world.vllm.endless = True
+    stream = await _chat(client, stream=True)
+    await anext(aiter(stream))
+    # Broken for another request.
+    world.gateway.proxy._suspect(first)
+    second = await asked_at_another("second.sock")
+    assert set(upstreams) == {first, second}
+    await stream.close()
+    async with asyncio.timeout(5):
+        while upstreams[first].num_in_flight:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    third = await asked_at_another("third.sock")
+    assert set(upstreams) == {third}
 
 
 async def test_a_request_is_in_flight_until_its_answer_is_closed(client, world):
