@@ -106,9 +106,10 @@ class Proxy:
     async def open(self, generation: Generation) -> tuple[Answer, bytes]:
         """vLLM's answer and the first bytes of its body, the rest still to be read; the caller closes it.
 
-        Tries again, at another replica where one has not answered and there is another: a retired version, a restarted vLLM and a broken
-        connection all mean that the route is no longer good. Each has its number of tries; of those for a version that stays retired, none
-        but the second begins after the time in which a model has to be there. Raises FineryError where there is no answer with status 200.
+        Tries again, where there is another replica at one that has neither failed nor refused: a retired version, a restarted vLLM and a
+        broken connection all mean that the route is no longer good. Each has its number of tries; of those for a version that stays
+        retired, none but the second begins after the time in which a model has to be there. Raises FineryError where there is no answer
+        with status 200.
         """
         give_up_s = time.monotonic() + self._routes.cold_wait_s
         failure: FineryError | None = None
@@ -144,6 +145,8 @@ class Proxy:
                     self._count(generation, version, "refused" if failure.http_status < 500 else "failed")
                     raise failure
                 cause = "retired" if _is_retired(response) else "token"
+                # It may be about to end, which the agent that is asked next need not have heard of.
+                failed_at.add(replica.address)
             num_failed[cause] += 1
             RETRIED.labels(cause).inc()
             self._routes.forget(generation.project, generation.model, route=known)
@@ -210,6 +213,9 @@ class Proxy:
             headers[TRACEPARENT] = trace
         upstream = self._upstreams.get(replica.address)
         if upstream is None:
+            # Every start of an agent has an address of its own: what is left of those that are gone goes when another comes.
+            for address in [address for address, other in self._upstreams.items() if other.is_spent]:
+                self._upstreams.pop(address).close()
             upstream = self._upstreams[replica.address] = Upstream(replica.address, timeout_s=self._timeout_s, tls=self._tls)
         return await upstream.post(generation.path, headers=headers, body=json.dumps(body).encode())
 

@@ -45,6 +45,8 @@ class Routes:
         self._clock = clock
         self._known: dict[_Key, tuple[Route, float]] = {}
         self._asking: dict[_Key, asyncio.Task[Route]] = {}
+        # The latest that was heard of aliases while they are being asked for: the answer may be of before. None: gone, or maybe missed.
+        self._heard: dict[_Key, Alias | None] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
         self.reports = VersionReports()
 
@@ -82,6 +84,7 @@ class Routes:
 
     def _asked(self, key: _Key, done: asyncio.Task[Route]) -> None:
         self._asking.pop(key, None)
+        self._heard.pop(key, None)
         if not done.cancelled():
             done.exception()  # Seen, though everybody who waited may have left.
 
@@ -109,9 +112,10 @@ class Routes:
                 if self._clock() >= give_up_s:
                     raise self._too_slow(model) from None
             await asyncio.sleep(_ASK_AGAIN_S)
-        if len(self._known) >= _MAX_ROUTES:
-            self._known.clear()
-        self._known[key] = (route, self._clock() + ROUTE_TTL_S)
+        if key not in self._heard or _is_split_as(self._heard[key], route):
+            if len(self._known) >= _MAX_ROUTES:
+                self._known.clear()
+            self._known[key] = (route, self._clock() + ROUTE_TTL_S)
         return route
 
     async def _all_versions(self, project: str) -> dict[str, Set[str]]:
@@ -145,17 +149,23 @@ class Routes:
             log.info("the watch of aliases ended; starting it again", project=project)
             for key in [key for key in self._known if key[0] == project]:
                 del self._known[key]
+            self._heard.update({key: None for key in self._asking if key[0] == project})
             await asyncio.sleep(_WATCH_AGAIN_S)
 
     def _changed(self, project: str, event: AliasEvent) -> None:
         key = (project, event.alias.alias)
+        alias = None if event.deleted else event.alias
+        if key in self._asking:
+            self._heard[key] = alias
         known = self._known.get(key)
-        if known is not None and (event.deleted or not _is_split_as(event.alias, known[0])):
+        if known is not None and not _is_split_as(alias, known[0]):
             del self._known[key]
-        self.reports.keep(project, event.alias.alias, frozenset() if event.deleted else _versions(event.alias))
+        self.reports.keep(project, event.alias.alias, frozenset() if alias is None else _versions(alias))
 
 
-def _is_split_as(alias: Alias, route: Route) -> bool:
+def _is_split_as(alias: Alias | None, route: Route) -> bool:
+    if alias is None:
+        return False
     return [(item.version, item.weight) for item in targets_of(alias)] == [(item.version, item.weight) for item in route.targets]
 
 

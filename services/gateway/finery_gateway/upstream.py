@@ -115,6 +115,11 @@ class Upstream:
         else:
             connection.abort()
 
+    @property
+    def is_spent(self) -> bool:
+        """Nothing is in flight and no connection is left that would be used again."""
+        return not self.num_in_flight and not any(_is_fresh(connection) for connection in self._idle)
+
     def close(self) -> None:
         """Closes the idle connections."""
         while self._idle:
@@ -124,7 +129,7 @@ class Upstream:
         while self._idle:
             # The newest first, so that those beyond the need grow old.
             connection = self._idle.pop()
-            if connection.is_reusable and time.monotonic() - connection.idle_since_s < IDLE_S:
+            if _is_fresh(connection):
                 return connection
             connection.abort()
         return None
@@ -375,3 +380,7 @@ class _Connection(asyncio.Protocol):
         self._state = "idle"
         self._stop_watch()
         self._wake()
+
+
+def _is_fresh(connection: _Connection) -> bool:
+    return connection.is_reusable and time.monotonic() - connection.idle_since_s < IDLE_S

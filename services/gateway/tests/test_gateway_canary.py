@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from finery.common.v1 import job_pb2
 from finery.serving.v1 import serving_pb2, serving_pb2_grpc
+from finery_gateway.client import ServingClient
 from finery_gateway.resources import RouteTarget
 from finery_gateway.splits import chosen
 from finery_gateway.version_reports import VersionReports
@@ -109,6 +110,50 @@ async def test_a_weight_alone_is_a_change(client, world, split):
     assert await _version(client, user=caller) == "v1"
     split(60)
     await _until(lambda: _gets(client, "v2", user=caller))
+
+
+async def test_a_weight_that_changes_while_its_route_is_asked_for_is_not_missed(client, world, split, monkeypatch):
+    resolve, answered, may_arrive = ServingClient.resolve, asyncio.Event(), asyncio.Event()
+    routes, heard = world.gateway.proxy._routes, []
+    changed = routes._changed
+
+    async def held_back(self, *args, **fields):
+        route = await resolve(self, *args, **fields)
+        answered.set()
+        await may_arrive.wait()
+        return route
+
+    def listening(project, event):
+        changed(project, event)
+        heard.append(event.alias.canary.weight)
+
+    monkeypatch.setattr(ServingClient, "resolve", held_back)
+    monkeypatch.setattr(routes, "_changed", listening)
+    split(1)
+    caller = _caller_of(world, "m", "v2", weight=60, but_not=1)
+    asking = asyncio.create_task(_version(client, user=caller))
+    await answered.wait()
+    split(60)
+    async with asyncio.timeout(5):
+        while 60 not in heard:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    may_arrive.set()
+    assert await asking == "v1"
+    assert [await _version(client, user=caller) for _ in range(3)] == ["v2"] * 3
+    assert world.serving.resolved == ["m", "m"]
+
+
+async def test_a_route_is_kept_where_what_is_heard_while_it_is_asked_for_is_what_it_says(client, world, split):
+    split(1)
+    world.serving.loading = asyncio.Event()
+    asking = asyncio.create_task(_chat(client))
+    async with asyncio.timeout(5):
+        while not world.gateway.proxy._routes._heard:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    world.serving.loading.set()
+    await asking
+    await _chat(client)
+    assert world.serving.resolved == ["m"]
 
 
 async def test_a_canary_that_is_retired_under_way_costs_its_callers_nothing(client, world, split):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -12,7 +13,7 @@ from prometheus_client import REGISTRY
 
 from finery.common.v1 import job_pb2
 from finery.training.v1 import spec_pb2, training_pb2
-from finery_gateway import http_server
+from finery_gateway import http_server, upstream
 from finery_gateway.client import ServingClient, UnreachableServiceError
 from finery_gateway.metrics import RETRIED
 from finery_gateway.proxy import Proxy
@@ -349,6 +350,49 @@ async def test_a_request_is_sent_again_where_no_token_of_its_answer_came(client,
     assert [upstream.num_in_flight for upstream in world.gateway.proxy._upstreams.values()] == [0]
 
 
+@pytest.fixture
+async def ending(tmp_path):
+    """A replica that is to end, with the number of its requests: it refuses all, whatever their version."""
+    here = SimpleNamespace(address=f"unix://{tmp_path}/ending.sock", num_asked=0)
+
+    async def refuse(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.partition(b"content-length: ")[2].split()[0]))
+        here.num_asked += 1
+        writer.write(b"HTTP/1.1 409 Conflict\r\nx-finery-retired: 1\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}")
+        writer.close()
+
+    async with await asyncio.start_unix_server(refuse, here.address.removeprefix("unix://")):
+        yield here
+
+
+@pytest.mark.parametrize("alias", ["", "m"])
+async def test_a_replica_that_is_to_end_is_asked_once_though_its_route_stays(client, world, ending, alias):
+    """Agents that have not heard of it yet go on to name it, and it has the fewest requests."""
+    world.vllm.admitted.add("v1")
+    world.serving.flip(world.project, "m", "v1")
+    world.vllm.endless = True
+    stream = await _chat(client, stream=True)
+    await anext(aiter(stream))
+    world.serving.more_addresses = [ending.address]
+    world.gateway.proxy._routes._known.clear()
+    assert (await _chat(client, model=alias or BASE)).model == (alias or BASE)
+    assert ending.num_asked == 1
+    await stream.close()
+
+
+async def test_a_base_model_whose_replica_ends_is_asked_for_anew(client, world, ending):
+    living, world.serving.address = world.serving.address, ending.address
+    asking = asyncio.create_task(_chat(client))
+    async with asyncio.timeout(5):
+        while not ending.num_asked:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    world.serving.address = living
+    assert (await asking).model == BASE
+    await _chat(client)
+    assert world.serving.resolved == [BASE] * (ending.num_asked + 1)
+
+
 async def test_a_replica_that_lives_is_found_among_many_that_are_gone(client, world):
     gone = [f"unix:///nowhere/{number}.sock" for number in range(4)]
     world.serving.more_addresses, world.serving.address = [*gone[1:], world.serving.address], gone[0]
@@ -393,6 +437,32 @@ async def test_requests_go_to_the_replica_with_the_fewest_in_flight(world):
     assert {proxy._least_busy(replicas).address for _ in range(20)} == {"unix:///a"}
     proxy._suspect("unix:///a")
     assert len({proxy._least_busy(replicas).address for _ in range(50)}) == 2
+
+
+async def test_what_is_kept_of_a_replica_goes_after_its_last_request(client, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(upstream, "IDLE_S", 0.0)
+    upstreams, first = world.gateway.proxy._upstreams, world.serving.address
+
+    async def asked_at_another(name):
+        (tmp_path / name).symlink_to(first.removeprefix("unix://"))
+        world.serving.address = f"unix://{tmp_path / name}"
+        world.gateway.proxy._routes._known.clear()
+        await _chat(client)
+        return world.serving.address
+
+    world.vllm.endless = True
+    stream = await _chat(client, stream=True)
+    await anext(aiter(stream))
+    # Broken for another request.
+    world.gateway.proxy._suspect(first)
+    second = await asked_at_another("second.sock")
+    assert set(upstreams) == {first, second}
+    await stream.close()
+    async with asyncio.timeout(5):
+        while upstreams[first].num_in_flight:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    third = await asked_at_another("third.sock")
+    assert set(upstreams) == {third}
 
 
 async def test_a_request_is_in_flight_until_its_answer_is_closed(client, world):

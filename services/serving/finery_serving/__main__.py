@@ -86,7 +86,7 @@ async def _serve(settings: ServingSettings) -> None:
         stack.callback(telling.cancel)
         try:
             await until_stopped([supervising, telling, *copying, *services.tasks])
-            await agent.drain(timeout_s=settings.drain_s)
+            await agent.drain(services.registry, timeout_s=settings.drain_s)
         finally:
             # Watches never end by themselves and would take up the whole time for draining.
             servicer.end_watches()

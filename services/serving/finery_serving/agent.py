@@ -33,7 +33,7 @@ from finery_serving.vllm_client import VllmClient
 from finery_serving.vllm_process import Runtime, VllmConfig, VllmProcess
 
 _HEARD_S = 0.5
-"""By then gateways have heard of a change."""
+"""By then the other agents have heard of a change, and tell gateways that ask."""
 
 log = structlog.get_logger(__name__)
 
@@ -69,25 +69,47 @@ class Agent:
         finally:
             await self.client.close()
 
-    async def drain(self, *, timeout_s: float) -> None:
-        """Takes this replica out of every route and waits until its requests are answered, or for `timeout_s` seconds."""
+    async def drain(self, registry: Registry, *, timeout_s: float) -> None:
+        """Takes this replica out of every route and waits until its requests are answered, or for `timeout_s` seconds.
+
+        Gateways remember routes for longer: once `registry` has told all agents, vLLM refuses whoever still comes, who then asks for a
+        route that leads elsewhere.
+        """
         if not self.process.ready:
             return
         self.process.retire()
-        # Gateways have to hear of it first.
-        await asyncio.sleep(min(_HEARD_S, timeout_s))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, timeout_s - _HEARD_S)):
-                while await self._is_busy():  # noqa: ASYNC110  vLLM signals nobody
+            async with asyncio.timeout(timeout_s):
+                refuses = False
+                while True:
+                    # The other agents have to hear of it first.
                     await asyncio.sleep(_HEARD_S)
-                return
+                    refuses = refuses or (not registry.is_told_ready and await self._refuses())
+                    if not await self._is_busy():
+                        return
         log.warning("ending with requests in flight", waited_s=timeout_s)
+
+    async def _refuses(self) -> bool:
+        """Has vLLM let no more requests in, and answers whether it does. Where it does not, those that come are still answered."""
+        try:
+            await self.client.drain()
+        except FineryError as error:
+            log.warning("vLLM could not be told to refuse requests", reason=error.message)
+            return False
+        except Exception:
+            log.exception("vLLM could not be told to refuse requests, as nobody expected")
+            return False
+        return True
 
     async def _is_busy(self) -> bool:
         try:
             return any((await self.client.state()).in_flight.values())
         except FineryError:
             return False
+        except Exception:
+            # Maybe there are; the time for them ends in any case.
+            log.exception("vLLM did not say as expected whether requests are in flight")
+            return True
 
     @asynccontextmanager
     async def reconciling(self, database: Database, *, store: ArtifactStore, base: BaseModel, cache_dir: Path) -> AsyncIterator[Services]:

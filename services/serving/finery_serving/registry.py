@@ -244,6 +244,11 @@ class Registry:
             rates.update(replica.rates)
         return rates
 
+    @property
+    def is_told_ready(self) -> bool:
+        """Whether this replica's row says that its vLLM answers, so that others send requests here."""
+        return self._written is not None and self._written.is_ready
+
     def token_of(self, replica: Replica) -> str:
         """What a request to `replica` has to carry."""
         return self._process.runtime.token_of(replica.id)
@@ -293,6 +298,9 @@ class Registry:
             await asyncio.shield(self._write(replace(own, is_ready=False, versions={})) if is_last else self._forget(own.id))
         except FineryError as error:
             log.warning("this replica's row stays for others to remove", reason=error.message)
+        except Exception:
+            # vLLM is still to be stopped in order.
+            log.exception("this replica's row stays for others to remove")
 
     async def _count_requests(self) -> None:
         """Every 10 s, half of the rate is the latest 10 s'. A vLLM that does not answer is not waited for: others want to hear of it."""

@@ -60,6 +60,8 @@ class Residency:
         self._failed: set[str] = set()
         self._pins: Tally[str] = Tally()
         self._kept: frozenset[str] = frozenset()
+        # What vLLM had that nobody here knew of.
+        self._strays: frozenset[str] = frozenset()
         self._lock = asyncio.Lock()
 
     @property
@@ -180,6 +182,22 @@ class Residency:
             if self._draining.get(version) is own:
                 del self._draining[version]
             self._changes.notify()
+
+    async def drop_strays(self) -> None:
+        """Unloads what vLLM has and nobody here knows of: what it has finished loading after whoever wanted it gave up.
+
+        Only what the call before this saw as well, so that whoever loads and unloads past the agent is left alone. Nobody asks for such a
+        version, since none is let in that is not known here. A load of ours that is at work has the lock.
+        """
+        async with self._lock:
+            if not self._process.ready:
+                return
+            known, seen = self.versions, self._strays
+            strays = {version: adapter.id for version, adapter in (await self._client.state()).adapters.items() if version not in known}
+            self._strays = frozenset(strays)
+            for version in seen & strays.keys():
+                await self._client.unload(version, adapter_id=strays[version])
+                log.warning("an adapter that vLLM had loaded too late was unloaded", version=version)
 
     async def _try_drop(self, version: str, drop: object) -> bool:
         async with self._lock:

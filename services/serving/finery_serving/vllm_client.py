@@ -104,6 +104,10 @@ class VllmClient:
         """Lets none in any more; answers how many are still in flight."""
         return int((await self._call("POST", "/finery/retire", json={"version": version})).json()["in_flight"])
 
+    async def drain(self) -> None:
+        """Lets none in any more, for no version: whoever comes is told to resolve the model again. Those in flight go on."""
+        await self._call("POST", "/finery/drain")
+
     async def probe(self, version: str, *, alias: str) -> None:
         """One greedy token by the way that requests take. Raises FailedPreconditionError where it does not come, or under another name."""
         headers = {"x-finery-replica-token": self._replica_token, "x-finery-version": version, "x-finery-alias": alias}

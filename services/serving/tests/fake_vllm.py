@@ -1,6 +1,7 @@
 """A stand-in for vLLM's process: our real middleware around an app that loads folders by name and answers at once.
 
-Run as vLLM is, with `--uds` and `--served-model-name`. An adapter folder with a file `refuse` is refused; one with `die` kills the process.
+Run as vLLM is, with `--uds` and `--served-model-name`. An adapter folder with a file `refuse` is refused; one with `die` kills the process;
+one with `slow` takes a second.
 """
 
 import asyncio
@@ -40,6 +41,8 @@ async def respond(path, body):
     if path == "/v1/models":
         return 200, {"data": [{"id": BASE, "max_model_len": 128}]}
     if path == "/v1/load_lora_adapter":
+        if (Path(body["lora_path"]) / "slow").exists():
+            await asyncio.sleep(1)
         return load(body["lora_name"], Path(body["lora_path"]))
     if path == "/v1/unload_lora_adapter":
         LORAS.pop(body["lora_name"], None)

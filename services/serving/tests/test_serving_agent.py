@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from finery_common.errors import FailedPreconditionError, NotFoundError, UnavailableError
 from finery_common.rpc.server import RpcServer, token_authenticator
 from finery_common.rpc.tokens import TokenSigner
+from finery_serving import reconcile, vllm_client
 from finery_serving.__main__ import tell_readiness
 from finery_serving.aliases import AliasStore
 from finery_serving.changes import Changes
@@ -145,6 +146,28 @@ async def test_a_version_under_two_aliases_stays_while_one_has_it(running, proje
         assert (await ask(route, alias="n")).status_code == 200
         await here.store.delete(project, "n")
         await unloaded(here, route.version)
+
+
+async def test_an_adapter_that_vllm_has_loaded_after_its_agent_gave_up_goes_again(running, monkeypatch, tmp_path):
+    monkeypatch.setattr(vllm_client, "_LOAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(reconcile, "_INTERVAL_S", 0.1)
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "slow").touch()
+    async with running() as here:
+        await here.routes.resolve("p", model=BASE, after_epoch=0, timeout_s=30)
+        unload, unloaded = here.agent.client.unload, []
+
+        async def noted(version, *, adapter_id):
+            await unload(version, adapter_id=adapter_id)
+            unloaded.append(version)
+
+        monkeypatch.setattr(here.agent.client, "unload", noted)
+        with pytest.raises(UnavailableError):
+            await here.residency.ensure("late", path=tmp_path / "late", deadline_s=0.0)
+        async with asyncio.timeout(10):
+            while not unloaded:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert (unloaded, (await here.agent.client.state()).adapters) == (["late"], {})
 
 
 async def test_what_cannot_be_answered_in_time_says_why(running, project, publish):

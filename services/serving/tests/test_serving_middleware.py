@@ -305,6 +305,7 @@ async def test_what_is_not_on_the_list_is_not_there_whatever_the_tokens(method, 
         ("GET", "/finery/state"),
         ("GET", "/finery/held"),
         ("POST", "/finery/remove"),
+        ("POST", "/finery/drain"),
     ],
 )
 async def test_the_agents_paths_need_the_admin_token(method, path):
@@ -353,6 +354,27 @@ async def test_a_request_is_in_flight_until_its_last_byte_and_survives_retiremen
     app.may_end.set()
     assert (await running).status == 200
     assert (await admin(middleware, "POST", "/finery/retire", {"version": VERSION}))[1] == {"in_flight": 0}
+
+
+@pytest.mark.parametrize("model", [BASE, VERSION])
+async def test_a_vllm_that_is_to_end_lets_no_request_in_and_finishes_those_it_has(model):
+    app = App(b"data: {}\n\n", b"", content_type="text/event-stream")
+    middleware = await admitted(app)
+    # A vLLM that comes after it may have tools.
+    headers = {"x-finery-replica-token": "r" * 8, "x-finery-version": model, "x-finery-alias": ALIAS, "x-finery-needs": "tools"}
+    app.may_end.clear()
+    running = asyncio.create_task(call(middleware))
+    while not app.paths:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert await admin(middleware, "POST", "/finery/drain") == (200, {"in_flight": 1})
+    answer = await call(middleware, headers=headers)
+    assert (answer.status, answer.headers[b"x-finery-retired"], len(app.paths)) == (409, b"1", 1)
+    # A load that was under way.
+    await admin(middleware, "POST", "/finery/admit", {"version": VERSION})
+    assert (await call(middleware)).status == 409
+    app.may_end.set()
+    assert (await running).status == 200
+    assert (await admin(middleware, "GET", "/finery/state"))[1]["in_flight"] == {}
 
 
 async def test_a_request_whose_client_left_is_not_in_flight():

@@ -120,6 +120,15 @@ async def test_an_agent_goes_on_after_what_nobody_expected(running, project, pub
         await ended(here, project)
 
 
+async def test_an_agent_whose_row_cannot_be_taken_out_ends_in_order(running, monkeypatch):
+    async with running(name="a") as here:
+
+        async def fail(*_):
+            raise RuntimeError("as nobody expected")
+
+        monkeypatch.setattr(here.registry, "_write", fail)
+
+
 async def test_an_agent_that_cannot_look_knows_of_no_others_death(two, monkeypatch):
     monkeypatch.setattr(registry, "HEALTH_INTERVAL_S", 1.0)
 
@@ -250,7 +259,7 @@ async def test_a_replica_that_is_to_end_leaves_every_route_and_answers_what_it_h
     async with asyncio.timeout(STEP_S):
         while not (await a.agent.client.state()).in_flight:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    await a.agent.drain(timeout_s=STEP_S)
+    await a.agent.drain(a.registry, timeout_s=STEP_S)
     assert request.done()
     assert await request == 200
     await until([b], lambda: [replica.id for replica in b.registry.ready] == [of_b.replica_id])
@@ -260,7 +269,80 @@ async def test_a_replica_that_is_to_end_leaves_every_route_and_answers_what_it_h
     async with asyncio.timeout(STEP_S):
         while not (await b.agent.client.state()).in_flight:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    await b.agent.drain(timeout_s=0.6)
+    await b.agent.drain(b.registry, timeout_s=0.6)
     assert not late.done()
     late.cancel()
     await asyncio.gather(late, return_exceptions=True)
+
+
+async def drained_under_way(here, address, token, **fields):
+    """A drain that has begun, and a request in flight that it waits for."""
+    request = asyncio.create_task(answers(address, token, "base", **fields))
+    async with asyncio.timeout(STEP_S):
+        while not (await here.agent.client.state()).in_flight:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return asyncio.create_task(here.agent.drain(here.registry, timeout_s=STEP_S)), request
+
+
+async def test_a_replica_that_is_to_end_refuses_whoever_comes_by_an_old_route(two, project):
+    a, b = two
+    [target] = (await b.routes.resolve(project, model="base", after_epoch=0, timeout_s=STEP_S)).targets
+    runtime = a.agent.process.runtime
+    old = (runtime.endpoint.address, runtime.replica_token)
+    assert old in target.replicas
+    draining, request = await drained_under_way(a, *old, user="3")
+    async with asyncio.timeout(STEP_S):
+        while (status := await answers(*old, "base")) == 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert status == 409
+    [target] = (await b.routes.resolve(project, model="base", after_epoch=0, timeout_s=STEP_S)).targets
+    assert old not in target.replicas
+    assert await request == 200
+    await draining
+
+
+async def test_a_replica_whose_row_cannot_say_that_it_is_to_end_answers_until_it_does(two, monkeypatch):
+    """Whoever is refused would be sent there again."""
+    a = two[0]
+    runtime = a.agent.process.runtime
+    told = asyncio.Event()
+    write = a.registry._write
+
+    async def write_late(own):
+        await told.wait()
+        await write(own)
+
+    monkeypatch.setattr(a.registry, "_write", write_late)
+    old = (runtime.endpoint.address, runtime.replica_token)
+    draining, request = await drained_under_way(a, *old, user="4")
+    await asyncio.sleep(1.2)
+    assert await answers(*old, "base") == 200
+    told.set()
+    async with asyncio.timeout(STEP_S):
+        while await answers(*old, "base") == 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert await request == 200
+    await draining
+
+
+@pytest.mark.parametrize("error", [UnavailableError("vLLM did not answer"), RuntimeError("as nobody expected")])
+async def test_a_replica_drains_though_its_vllm_cannot_be_told(running, monkeypatch, error):
+    async with running(name="a") as here:
+        await until([here], lambda: here.registry.ready)
+        runtime = here.agent.process.runtime
+        state, failures = here.agent.client.state, iter([error])
+
+        async def fail():
+            raise error
+
+        async def fail_once():
+            if failure := next(failures, None):
+                raise failure
+            return await state()
+
+        monkeypatch.setattr(here.agent.client, "drain", fail)
+        draining, request = await drained_under_way(here, runtime.endpoint.address, runtime.replica_token, user="2")
+        if isinstance(error, RuntimeError):
+            monkeypatch.setattr(here.agent.client, "state", fail_once)
+        await draining
+        assert await request == 200

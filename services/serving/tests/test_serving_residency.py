@@ -312,3 +312,46 @@ async def test_an_adapter_whose_admission_was_answered_to_nobody_counts_and_can_
     assert (residency.versions, residency.serves("a")) == (("a",), False)
     await residency.drop("a")
     assert (vllm.adapters, vllm.engine, residency.versions) == ({}, set(), ())
+
+
+async def test_what_vllm_holds_and_nobody_knows_of_is_unloaded(vllm, residency):
+    await ensure(residency, "a")
+    await vllm.load("late", path=Path("/cache/late"))
+    await residency.drop_strays()
+    # Somebody may be about to unload it.
+    assert set(vllm.adapters) == {"a", "late"}
+    await residency.drop_strays()
+    assert (set(vllm.adapters), len(vllm.engine), residency.versions) == ({"a"}, 1, ("a",))
+    assert residency.serves("a")
+    # A vLLM that was started anew, with what the one before it held.
+    vllm.start()
+    await vllm.load("a", path=Path("/cache/a"))
+    await residency.drop_strays()
+    await residency.drop_strays()
+    assert (vllm.adapters, vllm.engine) == ({}, set())
+
+
+async def test_a_load_that_is_at_work_is_no_stray(vllm, residency, monkeypatch):
+    load, loaded, noted = vllm.load, asyncio.Event(), asyncio.Event()
+
+    async def load_and_answer_late(version, *, path):
+        await load(version, path=path)
+        loaded.set()
+        await noted.wait()
+
+    monkeypatch.setattr(vllm, "load", load_and_answer_late)
+    task = asyncio.create_task(ensure(residency, "a"))
+    await loaded.wait()
+    dropping = [asyncio.create_task(residency.drop_strays()) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    noted.set()
+    await asyncio.gather(task, *dropping)
+    assert (vllm.loads, set(vllm.adapters), residency.serves("a")) == (["a"], {"a"}, True)
+
+
+async def test_a_vllm_that_is_to_end_keeps_what_it_answers_from(vllm, residency):
+    await ensure(residency, "a")
+    vllm.ready = False
+    for _ in range(2):
+        await residency.drop_strays()
+    assert set(vllm.adapters) == {"a"}

@@ -18,8 +18,9 @@ Answers are vLLM's, with the alias wherever it says `model`, in JSON and in ever
 nothing of vLLM's inside. Beyond them:
 
     400                              tools are needed, and this vLLM was not started for them.
-    409 with `x-finery-retired: 1`   the version is not admitted here (swapped out, evicted, or not loaded again after a restart). Nothing
-                                     was started: resolve the model again and repeat the request.
+    409 with `x-finery-retired: 1`   the version is not admitted here (swapped out, evicted, or not loaded again after a restart), or this
+                                     vLLM is to end, whatever the version. Nothing was started: resolve the model again and repeat the
+                                     request, elsewhere where there is another replica.
     401                              the token is not this replica's, which also happens after its agent restarted: resolve again as well.
     404                              the path is not open.
     503                              vLLM's engine has ended and is started again; within a stream an error of code `stream_broken`.
@@ -37,6 +38,7 @@ The agent's contract (header `x-finery-admin-token`)
     GET  /finery/held                   {"adapter_ids": [...]}: what the engine's caches have, registered or not
     POST /finery/admit   {"version"}    lets requests for it in; answers {"adapter": {"id", "path"}}, 400 where none is registered so
     POST /finery/retire  {"version"}    lets none in any more; answers {"in_flight"}: 0 means that vLLM is done with it
+    POST /finery/drain                  lets none in any more for whatever version, until vLLM's end; answers {"in_flight"} of all
     POST /finery/remove  {"adapter_id"} drops an unloaded adapter from the engine's caches; answers {"removed"}
 
 A version counts as in flight from before vLLM sees the request until the last byte went out or the client left.
@@ -106,6 +108,7 @@ class FineryMiddleware:
         self._base_model = config["base_model"]
         self._has_tools = config["tools"]
         self._admitted = {self._base_model}
+        self._is_draining = False
         self._in_flight: dict[str, int] = {}
         # Of each version: how many requests came, and when the latest did.
         self._requests: dict[str, tuple[int, float]] = {}
@@ -143,13 +146,13 @@ class FineryMiddleware:
         if not version or not alias:
             await _refuse(send, 400, "x-finery-version and x-finery-alias are wanted.")
             return
+        if self._is_draining or version not in self._admitted:
+            await _refuse(send, 409, "The version is not served here; resolve the model again.", headers=[(b"x-finery-retired", b"1")])
+            return
         if headers.get(b"x-finery-needs") == b"tools" and not self._has_tools:
             await _refuse(send, 400, _NO_TOOLS, param="tools")
             return
-        if version not in self._admitted:
-            await _refuse(send, 409, "The version is not served here; resolve the model again.", headers=[(b"x-finery-retired", b"1")])
-            return
-        # No await between the check above and this count: retiring and then seeing 0 means that nothing is or comes in.
+        # No await between the checks above and this count: retiring and then seeing 0 means that nothing is or comes in.
         self._in_flight[version] = self._in_flight.get(version, 0) + 1
         self._requests[version] = (self._requests.get(version, (0, 0.0))[0] + 1, time.monotonic())
         renamed = _Renamed(send, version=version, alias=alias, private_paths=self._private_paths, is_dead=lambda: _is_dead(scope))
@@ -177,6 +180,9 @@ class FineryMiddleware:
                 self._admitted.add(body["version"])
             elif action == ("POST", "/finery/retire"):
                 answer = {"in_flight": self._retire(body["version"])}
+            elif action == ("POST", "/finery/drain"):
+                self._is_draining = True
+                answer = {"in_flight": sum(self._in_flight.values())}
             elif action == ("POST", "/finery/remove"):
                 answer = {"removed": await scope["app"].state.engine_client.remove_lora(int(body["adapter_id"]))}
             else:
