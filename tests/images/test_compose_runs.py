@@ -1,11 +1,13 @@
 """compose.yaml runs: our images as it says, with this machine's store, database and Prometheus in the places of others' images.
 
+Without Docker, in chroots; `FINERY_TEST_DOCKER=1` has Docker do the same, and restart what is killed.
 Grafana is not there, nor what the profile `gpu` adds.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +16,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from images import substitutes
+from images import docker_host, substitutes
 from images.compose_host import PROGRAMS, ComposeHost, forbidden_network, prepare
 from images.containers import Image, absent
+from images.docker_host import DockerHost
 
 from finery_cli.local.ports import free_ports
 from finery_common.probe import trouble
@@ -24,26 +27,42 @@ from finery_common.probe import trouble
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 OURS = ("gateway", "dataprep", "converter")
 OTHERS = {"minio": substitutes.store, "postgres": substitutes.postgres, "prometheus": substitutes.prometheus}
+Host = ComposeHost | DockerHost
 MODEL = "Qwen3-8B"
 ROWS = 20 * '{"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A row."}]}\n'
 
 
 @pytest.fixture(scope="module")
-def host(image_of: Callable[[str], Image], base_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComposeHost]:
+def host(request: pytest.FixtureRequest, base_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """The running system, started as README.md of deploy/compose says."""
+    folder = tmp_path_factory.mktemp("compose")
+    make = _by_docker if os.environ.get(docker_host.WANTED) else _in_chroots
+    host = make(request, folder, base_model_dir)
+    with host.network():
+        host.up()
+        yield host
+
+
+def _in_chroots(request: pytest.FixtureRequest, folder: Path, base_model_dir: Path) -> ComposeHost:
+    image_of: Callable[[str], Image] = request.getfixturevalue("image_of")
     images = {name: image_of(name) for name in OURS}
     if programs := absent((*PROGRAMS, "prometheus", "pg_isready")):
         pytest.fail(f"{', '.join(programs)} missing; `make setup-system` installs them", pytrace=False)
     if reason := forbidden_network():
         pytest.skip(f"compose.yaml cannot be run: {reason}")
-    folder = tmp_path_factory.mktemp("compose")
     compose = prepare(folder)
     _choose(compose, base_model_dir)
     others = {name: make(folder / "substitutes" / name) for name, make in OTHERS.items()}
-    host = ComposeHost(compose, others | images, state=folder)
-    with host.network():
-        host.up()
-        yield host
+    return ComposeHost(compose, others | images, state=folder)
+
+
+def _by_docker(request: pytest.FixtureRequest, folder: Path, base_model_dir: Path) -> DockerHost:
+    compose = prepare(folder)
+    _choose(compose, base_model_dir)
+    images = docker_host.load_images(request.getfixturevalue("image_store"), folder)
+    with (compose / ".env").open("a") as env:
+        env.writelines(f"{name}={image}\n" for name, image in images.items())
+    return DockerHost(compose, (*OURS, *OTHERS))
 
 
 def _choose(compose: Path, base_model_dir: Path) -> None:
@@ -59,7 +78,7 @@ def _choose(compose: Path, base_model_dir: Path) -> None:
 
 
 @pytest.fixture
-def client(host: ComposeHost) -> Iterator[openai.OpenAI]:
+def client(host: Host) -> Iterator[openai.OpenAI]:
     """At the published port, with the key that the gateway made at its first start."""
     key = host.containers["gateway"].execute("cat", "/var/lib/finery/api_key").stdout.strip()
     with openai.OpenAI(base_url=f"http://{host.published('gateway', 8080)}/v1", api_key=key, max_retries=0, timeout=30) as client:
@@ -119,3 +138,16 @@ def test_a_file_and_its_dataset_are_there_after_all_have_ended_with_0_and_starte
     host.up()
     assert native.get(f"datasets/{made['id']}").json() == before
     assert client.files.content(file.id).text == ROWS
+
+
+@pytest.mark.skipif(not os.environ.get(docker_host.WANTED), reason=f"Docker's part, which {docker_host.WANTED}=1 asks for")
+def test_what_is_killed_is_started_again(host, client, native):
+    made = client.files.create(file=("rows.jsonl", ROWS.encode()), purpose="fine-tune")
+    for name in (*OURS, "postgres"):
+        host.containers[name].kill()
+    host.up()
+    assert made.id in [item.id for item in client.files.list()]
+    # The converter reads its own rows, and dataprep prepares.
+    assert native.get("conversions").json()["data"] == []
+    dataset = native.post("datasets", json={"file": made.id, "base_model": MODEL, "max_sequence_length": 512}).json()
+    assert "succeeded" in native.get(f"datasets/{dataset['id']}/events").text
