@@ -12,7 +12,10 @@ umask 022
 find secrets/hub_tokens -type d -exec chmod 755 {} +
 
 random() { # NAME BYTES
-    [ -e "secrets/$1" ] || openssl rand -hex "$2" >"secrets/$1"
+    [ -s "secrets/$1" ] && return
+    # Under its name only when it is whole.
+    openssl rand -hex "$2" >secrets/.new || { echo "prepare.sh cannot make secrets/$1" >&2; exit 1; }
+    mv -f secrets/.new "secrets/$1"
 }
 random s3_access_key 10
 random s3_secret_key 32
@@ -25,7 +28,7 @@ random grafana_password 16
 tls="secrets/vllm_ca secrets/vllm_tls_cert secrets/vllm_tls_key"
 missing=
 for file in $tls; do
-    [ -e "$file" ] || missing="$missing $file"
+    [ -s "$file" ] || missing="$missing $file"
 done
 if [ -n "$missing" ]; then
     work=$(mktemp -d)

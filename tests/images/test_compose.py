@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import stat
@@ -125,6 +126,21 @@ def test_prepare_makes_every_file_that_is_mounted_and_changes_nothing_the_second
     subprocess.run(["sh", str(prepared / "prepare.sh")], check=True, timeout=60)
     assert {path: path.read_bytes() for path in _files(prepared / "secrets")} == before
     assert (prepared / ".env").read_text() == "TAG=mine\n"
+
+
+def test_prepare_that_was_cut_off_leaves_no_secret_that_is_empty(tmp_path):
+    folder = tmp_path / "compose"
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("secrets", "models", ".env"))
+    (tmp_path / "openssl").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "openssl").chmod(0o755)
+    prepare = ["sh", str(folder / "prepare.sh")]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    failed = subprocess.run(prepare, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False, timeout=60)
+    assert (failed.returncode, failed.stderr) == (1, "prepare.sh cannot make secrets/s3_access_key\n")
+    # One that an older prepare.sh left.
+    (folder / "secrets" / "s3_secret_key").touch()
+    subprocess.run(prepare, check=True, timeout=60)
+    assert [file for file in _files(folder / "secrets") if not file.stat().st_size or file.name.startswith(".")] == []
 
 
 def test_secrets_are_random_long_enough_and_behind_a_closed_folder(prepared, tmp_path):

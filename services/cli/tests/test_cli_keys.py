@@ -35,3 +35,13 @@ def test_what_is_not_said_is_not_handed_on(tmp_path, monkeypatch):
         ([*gateway, "update", "--project", "alpha", "--id", "key-1", *limits], str(tmp_path)),
         ([*gateway, "list", "--project", "default"], str(tmp_path)),
     ]
+
+
+def test_keys_of_another_installation_are_not_made_in_this_ones_database(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("FINERY_URL", "http://finery.example:8080")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _keys("create", "--project", "alpha") == 1
+    assert list(tmp_path.rglob("*.sqlite")) == []
+    assert _keys("create", "--project", "alpha", "--state-dir", str(tmp_path)) == 0
+    assert capfd.readouterr().out.count("sk-finery-") == 1

@@ -81,7 +81,8 @@ class Catalogue:
     def load(cls, path: Path) -> Self:
         """Reads the catalogue file. Raises FailedPreconditionError that says which entry is wrong."""
         try:
-            content = cast("object", yaml.safe_load(path.read_text()))
+            with path.open() as file:
+                content = cast("object", yaml.safe_load(file))
             models = _CatalogueFile.model_validate(content).models
         except OSError as error:
             raise FailedPreconditionError(
@@ -152,6 +153,15 @@ def check_folder(folder: Path, *, name: str) -> None:
 
     A folder that is not there is a NotFoundError, any other fault a FailedPreconditionError.
     """
+    try:
+        _check_files(folder, name=name)
+    except PermissionError as error:
+        raise FailedPreconditionError(
+            f"Base model {name}: {error.filename} may not be read by the user of this process; `chmod -R a+rX` it."
+        ) from error
+
+
+def _check_files(folder: Path, *, name: str) -> None:
     if not folder.is_dir():
         raise NotFoundError(f"Base model {name}: there is no folder {folder}; correct its path in the catalogue.")
     if not (folder / "config.json").is_file():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finery_common.catalogue import BaseModelEntry, Catalogue, folder_sha256, materialize, read_config, remembered_sha256
+from finery_common.catalogue import BaseModelEntry, Catalogue, check_folder, folder_sha256, materialize, read_config, remembered_sha256
 from finery_common.errors import FailedPreconditionError, NotFoundError, UnavailableError
 
 
@@ -176,3 +177,13 @@ def test_a_configuration_that_is_none_is_refused(tmp_path, model, object_store, 
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(kind, match="Base model tiny: .*config.json"):
         read_config(BaseModelEntry(name="tiny", path=model, max_sequence_length=64), cache_dir=tmp_path, store=object_store)
+
+
+def test_a_folder_that_may_not_be_read_says_so(model, monkeypatch):
+    def refused(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(model))
+
+    # root may read everything.
+    monkeypatch.setattr(Path, "is_dir", refused)
+    with pytest.raises(FailedPreconditionError, match=r"tiny may not be read .* `chmod -R a\+rX` it"):
+        check_folder(model, name="tiny")

@@ -36,6 +36,7 @@ from finery_common.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from finery_common.text_forms import text_form
 
 _URL_LIFETIME = timedelta(hours=1)
 _READ_BYTES = 1 << 20
@@ -45,7 +46,7 @@ _REFUSED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Auth
 _FULL = {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded", "InsufficientStorage", "507"}
 
 
-PUBLIC_ENDPOINT = r"^(https?://[A-Za-z0-9.\-\[\]:]+)?$"
+PUBLIC_ENDPOINT = text_form(r"^(https?://[A-Za-z0-9.\-\[\]:]+)?$", "http:// or https:// and a host, with its port where it has one")
 """A scheme, a host and maybe a port: a path would be part of what is signed."""
 
 
