@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import structlog
 from pydantic import ValidationError
 
 from finery_common.artifacts import ArtifactRef, ArtifactStore, DownloadUrl, S3Settings
@@ -209,3 +210,10 @@ def test_a_store_that_fails_otherwise_is_not_called_full(answering, project):
     store = answering(400, "<Error><Code>InvalidRequest</Code><Message>no</Message></Error>")
     with store.writer(f"{project}models/m/", kind="model", size_bytes=1) as writer, pytest.raises(UnavailableError, match="InvalidRequest"):
         writer.put_bytes("weights", data=b"x")
+
+
+def test_a_store_that_speaks_no_tls_is_told_of_at_once_and_its_setting_named(answering):
+    settings = answering(503, b"")._client.settings.model_copy(update={"secure": True})
+    with structlog.testing.capture_logs() as logs, pytest.raises(UnavailableError, match=r"for 1 s .*SSLError.* FINERY_S3_SECURE is true"):
+        ArtifactStore.connect(settings)
+    assert [(entry["event"], entry["reason"]) for entry in logs] == [("the object store does not answer; trying again", "SSLError")]

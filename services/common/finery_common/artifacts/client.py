@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 from xml.sax.saxutils import escape
 
+import structlog
 import urllib3
 from minio import Minio
 from minio.deleteobjects import DeleteObject
@@ -37,6 +38,8 @@ from finery_common.errors import (
     UnavailableError,
 )
 from finery_common.text_forms import text_form
+
+log = structlog.get_logger(__name__)
 
 _URL_LIFETIME = timedelta(hours=1)
 _READ_BYTES = 1 << 20
@@ -99,7 +102,14 @@ class _DeadlineRetry(Retry):
         _pool: ConnectionPool | None = None,
         _stacktrace: TracebackType | None = None,
     ) -> Self:
-        if self.first_failure_s is not None and time.monotonic() - self.first_failure_s > self.deadline_s:
+        if self.first_failure_s is None:
+            # A redirect comes here as well.
+            if response is None or response.status >= 500:
+                reason = type(error).__name__ if response is None else f"HTTP {response.status}"
+                log.warning(
+                    "the object store does not answer; trying again", host=_pool and _pool.host, reason=reason, for_s=self.deadline_s
+                )
+        elif time.monotonic() - self.first_failure_s > self.deadline_s:
             return super(_DeadlineRetry, self.new(total=0)).increment(method, url, response, error, _pool, _stacktrace)
         return super().increment(method, url, response, error, _pool, _stacktrace)
 
@@ -318,9 +328,11 @@ class S3Client:
         except S3Error as error:
             raise _error(error.code or "", error.message or "", endpoint=endpoint, bucket=bucket, key=error.object_name or "") from error
         except (HTTPError, OSError, ServerError, InvalidResponseError) as error:
+            cause = _cause(error)
+            hint = f" FINERY_S3_SECURE is {str(self.settings.secure).lower()}; it has to be as the store is." if cause == "SSLError" else ""
             raise UnavailableError(
-                f"The object store at {endpoint} did not answer for {self.settings.retry_deadline_s:.0f} s ({operation}: {_cause(error)}). "
-                "Check that it runs and can be reached, then repeat the request."
+                f"The object store at {endpoint} did not answer for {self.settings.retry_deadline_s:.0f} s ({operation}: {cause}). "
+                f"Check that it runs and can be reached, then repeat the request.{hint}"
             ) from error
         except MinioException as error:
             message = f"The object store at {endpoint} failed ({operation}: {type(error).__name__}); repeat the request."
@@ -352,7 +364,7 @@ def _error(code: str, message: str, *, endpoint: str, bucket: str, key: str) -> 
     if code in _REFUSED:
         return FailedPreconditionError(
             f"The object store at {endpoint} refused the keys ({code}: {message}). "
-            "Check FINERY_S3_ACCESS_KEY, FINERY_S3_SECRET_KEY and its policy."
+            "Check FINERY_S3_ACCESS_KEY, FINERY_S3_SECRET_KEY, or the files that they are read from, and its policy."
         )
     if code in _FULL:
         return ResourceExhaustedError(
