@@ -203,11 +203,15 @@ def _check_complete(config: Mapping[str, object], modules: Collection[str], *, b
     """Raises where the configuration speaks of modules whose tensors are not there: a file of which a part was lost."""
     lost = [name for name in _names(config, "modules_to_save") if not any(_is_of(module, [name]) for module in modules)]
     if not any(config.get(name) is not None for name in ("layers_to_transform", "layers_pattern", "exclude_modules")):
-        targets = _names(config, "target_modules")
-        # Alike but for their numbers: other parts of a model, such as one for images, may have layers of the same name.
+        # Alike but for their numbers, or of a name that no other has: other parts of a model, such as one for images, may have layers of
+        # the same name.
         alike = {re.sub(r"\d+", "#", module) for module in modules}
-        for module in (name.removesuffix(".weight") for name in base if name.endswith(".weight")):
-            if _is_of(module, targets) and module not in modules and re.sub(r"\d+", "#", module) in alike:
+        last_names = {module.rpartition(".")[2] for module in modules}
+        for module in (
+            name.removesuffix(".weight") for name, tensor in base.items() if name.endswith(".weight") and len(tensor.shape) == 2
+        ):
+            is_own = re.sub(r"\d+", "#", module) in alike or module.rpartition(".")[2] not in last_names
+            if is_own and module not in modules and _is_target(module, config):
                 lost.append(module)
     if lost:
         raise InvalidArgumentError(
@@ -263,6 +267,17 @@ def _names(config: Mapping[str, object], field: str) -> list[str]:
     """A list of names of modules; none where the field is a regular expression or missing."""
     names = config.get(field) or []
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _is_target(module: str, config: Mapping[str, object]) -> bool:
+    """Whether `target_modules`, a list of names or a regular expression, speaks of `module`."""
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        try:
+            return re.fullmatch(targets, module) is not None
+        except re.error as error:
+            raise InvalidArgumentError(f"{CONFIG_FILE}: target_modules is {targets!r}, which is no regular expression") from error
+    return _is_of(module, _names(config, "target_modules"))
 
 
 def _is_of(module: str, names: Sequence[str]) -> bool:

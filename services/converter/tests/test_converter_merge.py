@@ -304,6 +304,21 @@ def test_a_pair_that_was_lost_is_an_error(base, make_adapter, tmp_path):
     assert caught.value.code == "missing_adapter_tensor"
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], r".*\.(q_proj|up_proj)"])
+def test_a_kind_of_module_that_was_lost_is_an_error(base, make_adapter, tmp_path, targets):
+    adapter = make_adapter(base, target_modules=targets)
+    plan_merge(base, adapter, stored_as=torch.bfloat16)
+
+    def lose(tensors):
+        for name in [name for name in tensors if "up_proj" in name]:
+            del tensors[name]
+
+    changed = _copy_adapter(adapter, tmp_path / "adapter", change=lose)
+    with pytest.raises(InvalidArgumentError, match=r"lacks the tensors of 2 modules .* model\.layers\.0\.mlp\.up_proj") as caught:
+        plan_merge(base, changed, stored_as=torch.bfloat16)
+    assert caught.value.code == "missing_adapter_tensor"
+
+
 def test_an_adapter_of_some_layers_only_is_no_error(base, make_adapter, adapter_on_base, tmp_path):
     adapter = make_adapter(base, target_modules=["q_proj", "up_proj"], layers_to_transform=[1])
     exact = adapter_on_base(base, adapter).merge_and_unload().state_dict()
