@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import socket
 import time
 from collections.abc import Mapping
 from typing import cast
@@ -25,6 +26,15 @@ _MAX_HEAD_BYTES = 64 * 1024
 # A client that reads slowly slows vLLM's writing down instead of filling memory.
 _MAX_WAITING_BYTES = 1024 * 1024
 _UNIX = re.compile(r"unix://(/.+)")
+# A host that is gone, which closes nothing, is noticed within half a minute: by probes where we wait, by what is not acknowledged where we
+# have sent. vLLM's own silence, however long, answers probes.
+_DEAD_HOST = {
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE): 10,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): 5,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): 3,
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT): 25_000,
+}
 
 
 class UpstreamError(Exception):
@@ -247,6 +257,10 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no asyncio.Transport, but do the same.
         self._transport = cast("asyncio.Transport", transport)
+        own: socket.socket = transport.get_extra_info("socket")
+        if own.family != socket.AF_UNIX:
+            for (level, option), value in _DEAD_HOST.items():
+                own.setsockopt(level, option, value)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._state == "to the end" and exc is None:

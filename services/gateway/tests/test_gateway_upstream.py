@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import shutil
 import ssl
+import subprocess
+import sys
 
 import certifi
 import pytest
@@ -219,3 +221,41 @@ async def test_a_slow_reader_holds_the_server_back_and_gets_everything(server, c
     answer.close()
     assert size == 20_000_000
     assert longest < 1_000_000
+
+
+_GONE = """
+import asyncio, subprocess, sys
+from finery_gateway import upstream
+
+async def main():
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    asked = asyncio.Event()
+
+    async def serve(reader, writer):
+        await reader.readuntil(b"\\r\\n\\r\\n")
+        asked.set()
+        await asyncio.sleep(60)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    client = upstream.Upstream(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout_s=30)
+    waiting = asyncio.create_task(client.post("/", headers={}, body=b""))
+    await asked.wait()
+    # From here on no packet arrives, and nobody says so.
+    subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+    try:
+        await waiting
+    except upstream.UpstreamError as error:
+        print(type(error).__name__)
+
+for (level, option), value in upstream._DEAD_HOST.items():
+    upstream._DEAD_HOST[level, option] = min(value, 1000 if value > 1000 else 1)
+asyncio.run(main())
+"""
+
+
+def test_a_host_that_is_gone_without_a_word_is_noticed():
+    program = ["unshare", "--net", sys.executable, "-c", _GONE]
+    if subprocess.run(["unshare", "--net", "ip", "link"], capture_output=True, check=False).returncode:
+        pytest.skip("no network of its own for the test here")
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "UpstreamError\n"), done.stderr

@@ -160,7 +160,7 @@ class AliasStore:
         """Notes how far the rollout is. Raises AbortedError where it has ended meanwhile: rolled back, or its alias was deleted."""
         await self._update(rollout, states=BEFORE_FLIP, state=to)
 
-    async def flip(self, rollout: Rollout, *, epoch: int, swap_s: float) -> None:
+    async def flip(self, rollout: Rollout, *, epoch: int, swap_s: float | None) -> None:
         """Puts the rollout's version under its alias if that is still at `epoch`; the rollout is DRAINING then. Raises AbortedError if not.
 
         A canary is dropped: the version has the whole alias. Where its base model is another than before, a pin ends: it was for a place
@@ -175,7 +175,7 @@ class AliasStore:
             serve(row, Served(rollout.version, rollout.job_id, rollout.adapter, rollout.base_model))
         self._changes.notify()
 
-    async def start_canary(self, rollout: Rollout, *, epoch: int, swap_s: float) -> None:
+    async def start_canary(self, rollout: Rollout, *, epoch: int, swap_s: float | None) -> None:
         """Makes the rollout's version its alias' canary if that is still at `epoch`; the rollout is CANARY then. Raises AbortedError if
         not, FailedPreconditionError where it is the version that serves, or nothing serves, or a version of another base model.
 

@@ -73,7 +73,7 @@ class Reconciler:
         # Of work that has failed, by name.
         self._pauses: dict[str, _Pause] = {}
         # When vLLM is next asked what it holds.
-        self._strays_after_s = 0.0
+        self._compared_after_s = 0.0
         # What is still to be loaded here, and when it is tried next.
         self._owed_s: dict[str, float] = {}
 
@@ -117,10 +117,10 @@ class Reconciler:
         for version in self._residency.versions:
             if version not in wanted:
                 self._spawn(f"drop {version}", self._residency.drop(version))
-        if time.monotonic() >= self._strays_after_s:
+        if time.monotonic() >= self._compared_after_s:
             # Its end is a change, which brings a pass.
-            self._strays_after_s = time.monotonic() + _INTERVAL_S
-            self._spawn("drop strays", self._residency.drop_strays())
+            self._compared_after_s = time.monotonic() + _INTERVAL_S
+            self._spawn("compare with vLLM", self._residency.reconcile())
         await self._sweep(aliases, rollouts)
 
     def _spawn_loads(self, aliases: Sequence[Alias], *, placed: Mapping[str, Sequence[str]]) -> None:

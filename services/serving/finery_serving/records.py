@@ -48,7 +48,8 @@ AT_WORK = [state for state in ACTIVE if state != RolloutState.CANARY]
 
 @dataclass(frozen=True)
 class Rollout:
-    """A version on its way to an alias. `swap_s` is from staged to flipped, in seconds.
+    """A version on its way to an alias. `swap_s` is from staged to flipped, in seconds; the flip's commit comes on top. None: not
+    yet, or staged by another replica than the one that flipped.
 
     `canary_weight` is the share that it asks for in percent, 0 for the whole alias; `replaced` what it took the alias from, or "".
     """

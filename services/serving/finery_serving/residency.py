@@ -60,6 +60,7 @@ class Residency:
         self._failed: set[str] = set()
         self._pins: Tally[str] = Tally()
         self._kept: frozenset[str] = frozenset()
+        self._loading: tuple[Path, ...] = ()
         # What vLLM had that nobody here knew of.
         self._strays: frozenset[str] = frozenset()
         self._lock = asyncio.Lock()
@@ -82,7 +83,7 @@ class Residency:
     @property
     def paths(self) -> tuple[Path, ...]:
         """The folders that vLLM may read."""
-        return tuple(self._resident[version].path for version in self.versions)
+        return (*(self._resident[version].path for version in self.versions), *self._loading)
 
     def serves(self, version: str) -> bool:
         """Whether requests for `version` are let in; marks it as used now."""
@@ -183,21 +184,27 @@ class Residency:
                 del self._draining[version]
             self._changes.notify()
 
-    async def drop_strays(self) -> None:
-        """Unloads what vLLM has and nobody here knows of: what it has finished loading after whoever wanted it gave up.
+    async def reconcile(self) -> None:
+        """Brings what is known here and what vLLM has together; a load of ours that is at work has the lock.
 
-        Only what the call before this saw as well, so that whoever loads and unloads past the agent is left alone. Nobody asks for such a
-        version, since none is let in that is not known here. A load of ours that is at work has the lock.
+        What vLLM has finished loading after whoever wanted it gave up is unloaded: nobody asks for such a version, since none is let in
+        that is not known here. Only what the call before this saw as well, so that whoever loads and unloads past the agent is left alone.
+        What vLLM no longer has is cold, and is loaded again when it is asked for.
         """
         async with self._lock:
             if not self._process.ready:
                 return
-            known, seen = self.versions, self._strays
-            strays = {version: adapter.id for version, adapter in (await self._client.state()).adapters.items() if version not in known}
-            self._strays = frozenset(strays)
+            known, held = self.versions, (await self._client.state()).adapters
+            strays = {version: adapter.id for version, adapter in held.items() if version not in known}
+            seen, self._strays = self._strays, frozenset(strays)
             for version in seen & strays.keys():
                 await self._client.unload(version, adapter_id=strays[version])
                 log.warning("an adapter that vLLM had loaded too late was unloaded", version=version)
+            for version in known:
+                if version not in held:
+                    await self._client.retire(version)
+                    del self._resident[version]
+                    log.warning("an adapter was no longer in vLLM", version=version)
 
     async def _try_drop(self, version: str, drop: object) -> bool:
         async with self._lock:
@@ -220,7 +227,11 @@ class Residency:
             is_new = version not in self._resident
             if is_new and len(self._resident) >= self._max_resident and not await self._make_room():
                 return False
-            await self._load(version, path=path)
+            self._loading = (path,)
+            try:
+                await self._load(version, path=path)
+            finally:
+                self._loading = ()
             return True
 
     async def _load(self, version: str, *, path: Path) -> None:

@@ -9,7 +9,6 @@ order, to `reconcile`, and draining and unloading, the last two, too: they go on
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -48,10 +47,15 @@ class _Work:
     before: Alias
     """The alias as it was when the work began; flipping compares with it."""
     path: Path | None = None
-    staged_at_s: float = math.inf
-    """When the latest attempt here had the files; the swap is measured from then."""
+    staged_at_s: float | None = None
+    """When the latest attempt here had the files; the swap is measured from then. None: others had them."""
     attempts: int = 0
     reached: RolloutState = RolloutState.PENDING
+
+    @property
+    def swap_s(self) -> float | None:
+        """Seconds since then."""
+        return None if self.staged_at_s is None else time.monotonic() - self.staged_at_s
 
 
 class RolloutRunner:
@@ -205,16 +209,16 @@ class RolloutRunner:
 
     async def _flip(self, work: _Work) -> None:
         rollout, before = work.rollout, work.before
-        swap_s = max(0.0, time.monotonic() - work.staged_at_s)
         if rollout.canary_weight:
-            await self._store.start_canary(rollout, epoch=before.epoch, swap_s=swap_s)
+            await self._store.start_canary(rollout, epoch=before.epoch, swap_s=work.swap_s)
             SWAPS.labels("canary").inc()
             log.info("canary started", alias=rollout.alias, version=rollout.version, weight=rollout.canary_weight, beside=before.version)
             return
-        await self._store.flip(rollout, epoch=before.epoch, swap_s=swap_s)
-        SWAP_SECONDS.observe(swap_s)
+        await self._store.flip(rollout, epoch=before.epoch, swap_s=work.swap_s)
+        if (swap_s := work.swap_s) is not None:
+            SWAP_SECONDS.observe(swap_s)
         SWAPS.labels("flipped").inc()
-        log.info("alias flipped", alias=rollout.alias, version=rollout.version, replaced=before.version, swap_s=round(swap_s, 3))
+        log.info("alias flipped", alias=rollout.alias, version=rollout.version, replaced=before.version, swap_s=swap_s and round(swap_s, 3))
 
     async def _fail(self, rollout: Rollout, error: Mapping[str, object]) -> None:
         """Not so where it is over: flipped, of which the reconciler had not heard, or ended by somebody."""

@@ -202,8 +202,11 @@ def engine_arguments(config: VllmConfig, *, node_rank: int = 0) -> list[str]:
 
 
 def vllm_environment(inherited: Mapping[str, str], *, config: VllmConfig, middleware_config: Path) -> dict[str, str]:
-    """The environment of vLLM: what was inherited less our settings and Python's, so that no secret and no module of ours gets in."""
-    kept = {key: value for key, value in inherited.items() if not key.startswith(("FINERY_", "PYTHON", "VIRTUAL_ENV"))}
+    """The environment of vLLM: what was inherited less our settings and Python's, so that no secret and no module of ours gets in, and
+    less what has vLLM load adapters by itself or ask for a key of its own.
+    """
+    refused = ("FINERY_", "PYTHON", "VIRTUAL_ENV", "VLLM_LORA_RESOLVER", "VLLM_API_KEY")
+    kept = {key: value for key, value in inherited.items() if not key.startswith(refused)}
     return kept | {
         "PYTHONPATH": str(Path(finery_vllm_middleware.__file__).parent),
         "PYTHONSAFEPATH": "1",

@@ -110,8 +110,13 @@ def test_no_secret_and_no_module_of_ours_reaches_vllm(config):
         "PYTHONPATH": "/ours",
         "PYTHONSAFEPATH": "",
         "HOME": "/h",
+        # Adapters that vLLM finds by itself, and a key that the agent does not have.
+        "VLLM_LORA_RESOLVER_CACHE_DIR": "/anything",
+        "VLLM_LORA_RESOLVER_HF_REPO_LIST": "any/thing",
+        "VLLM_API_KEY": "k",
     }
     made = vllm_environment(inherited, config=config, middleware_config=Path("/run/m.json"))
+    assert [key for key in made if key.startswith(("VLLM_LORA_RESOLVER", "VLLM_API_KEY"))] == []
     assert {key for key in made if key.startswith("FINERY_")} == {"FINERY_MIDDLEWARE_CONFIG"}
     assert [path.name for path in Path(made["PYTHONPATH"]).glob("*.py")] in (
         ["__init__.py", "finery_vllm_middleware.py"],

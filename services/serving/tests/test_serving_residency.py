@@ -317,17 +317,17 @@ async def test_an_adapter_whose_admission_was_answered_to_nobody_counts_and_can_
 async def test_what_vllm_holds_and_nobody_knows_of_is_unloaded(vllm, residency):
     await ensure(residency, "a")
     await vllm.load("late", path=Path("/cache/late"))
-    await residency.drop_strays()
+    await residency.reconcile()
     # Somebody may be about to unload it.
     assert set(vllm.adapters) == {"a", "late"}
-    await residency.drop_strays()
+    await residency.reconcile()
     assert (set(vllm.adapters), len(vllm.engine), residency.versions) == ({"a"}, 1, ("a",))
     assert residency.serves("a")
     # A vLLM that was started anew, with what the one before it held.
     vllm.start()
     await vllm.load("a", path=Path("/cache/a"))
-    await residency.drop_strays()
-    await residency.drop_strays()
+    await residency.reconcile()
+    await residency.reconcile()
     assert (vllm.adapters, vllm.engine) == ({}, set())
 
 
@@ -342,7 +342,7 @@ async def test_a_load_that_is_at_work_is_no_stray(vllm, residency, monkeypatch):
     monkeypatch.setattr(vllm, "load", load_and_answer_late)
     task = asyncio.create_task(ensure(residency, "a"))
     await loaded.wait()
-    dropping = [asyncio.create_task(residency.drop_strays()) for _ in range(2)]
+    dropping = [asyncio.create_task(residency.reconcile()) for _ in range(2)]
     await asyncio.sleep(0.05)
     noted.set()
     await asyncio.gather(task, *dropping)
@@ -353,5 +353,32 @@ async def test_a_vllm_that_is_to_end_keeps_what_it_answers_from(vllm, residency)
     await ensure(residency, "a")
     vllm.ready = False
     for _ in range(2):
-        await residency.drop_strays()
+        await residency.reconcile()
     assert set(vllm.adapters) == {"a"}
+
+
+async def test_what_vllm_no_longer_holds_is_cold_and_is_loaded_again(vllm, residency):
+    await ensure(residency, "a")
+    del vllm.adapters["a"]
+    assert residency.serves("a")
+    await residency.reconcile()
+    assert (residency.versions, vllm.admitted) == ((), set())
+    await ensure(residency, "a")
+    assert (vllm.loads, vllm.admitted) == (["a", "a"], {"a"})
+
+
+async def test_the_folder_of_a_load_that_is_at_work_may_be_read(vllm, residency, monkeypatch):
+    load, begun, may_end = vllm.load, asyncio.Event(), asyncio.Event()
+
+    async def slow(version, *, path):
+        begun.set()
+        await may_end.wait()
+        await load(version, path=path)
+
+    monkeypatch.setattr(vllm, "load", slow)
+    task = asyncio.create_task(ensure(residency, "a"))
+    await begun.wait()
+    during = residency.paths
+    may_end.set()
+    await task
+    assert during == residency.paths != ()
