@@ -240,3 +240,8 @@ def test_the_notes_tell_the_next_commands(render):
     assert "https://finery.example.org" in render(CASES["external"]).notes
     assert "single instances" not in render(CASES["external"]).notes
     assert "none is served" in render(CASES["no pools"]).notes
+
+
+def test_the_notes_tell_that_prometheus_misses_workers_where_nobody_is_named(render):
+    told = {case for case in CASES if "networkPolicy.monitoringFrom is empty" in render(CASES[case]).notes}
+    assert told == set(CASES) - {"external", "no policies", "no monitoring"}

@@ -85,7 +85,8 @@ def reaches(manifests: Manifests, caller: Mapping[str, str], called: Mapping[str
     leaving = [item for item in policies if caller and selects(item["podSelector"], caller)]
     entering = [item for item in policies if called and selects(item["podSelector"], called)]
     out = not leaving or any(is_let(item.get("egress", []), direction="to", labels=called, port=port) for item in leaving)
-    into = not entering or any(is_let(item.get("ingress", []), direction="from", labels=caller, port=port) for item in entering)
+    # A list without a rule is written as nothing.
+    into = not entering or any(is_let(item.get("ingress") or [], direction="from", labels=caller, port=port) for item in entering)
     return out and into
 
 
@@ -118,8 +119,12 @@ def test_nobody_reaches_a_worker_but_prometheus(render):
     policy = manifests.one("NetworkPolicy", "demo-finery-worker")["spec"]
     monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
     assert policy["ingress"] == [{"ports": [{"port": 9100}], "from": [monitoring]}]
-    unwatched: Manifests = render(CASES["no monitoring"])
-    assert not unwatched.one("NetworkPolicy", "demo-finery-worker")["spec"]["ingress"]
+    for case in ("default", "the operator", "no monitoring"):  # which name nobody
+        unnamed: Manifests = render(CASES[case])
+        assert not unnamed.one("NetworkPolicy", "demo-finery-worker")["spec"]["ingress"], case
+        assert not any(reaches(unnamed, caller, pod_of("worker"), 9100) for caller in (OUTSIDE, *map(pod_of, FINERYS))), case
+    # The others, which are asked by many, are open to every Prometheus.
+    assert all(reaches(render(CASES["default"]), OUTSIDE, pod_of(component), 9100) for component in ("gateway", *INNER))
 
 
 def test_services_reach_what_they_call_and_nothing_else(render):
