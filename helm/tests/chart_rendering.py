@@ -81,7 +81,7 @@ DRA_GPU = {"resourceClaims": [{"name": "gpu", "request": "one", "resourceClaimTe
 ROUTE = {"enabled": True, "parentRefs": [{"name": "public", "namespace": "gateways"}], "hostnames": ["finery.example.org"]}
 SWITCHES: dict[str, dict[str, Any]] = {
     "no pools": {"serving.pools": []},
-    "a group of nodes": {"serving.pools": [GROUP_POOL]},
+    "a group of nodes": {"serving.pools": [GROUP_POOL, GROUP_POOL | {"name": "huge"}, {"name": "one"}]},
     "a scaled group": {
         "serving.pools": [GROUP_POOL | {"autoscaling": {"enabled": True, "maxReplicas": 3}}],
         "monitoring.prometheusUrl": "http://prometheus:9090",
