@@ -125,6 +125,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "objectStore.publicEndpoint": "https://s3.example.org",
     },
     "digests": {"gateway.image.digest": f"sha256:{'a' * 64}", "image.registry": "registry.example.org/finery"},
+    "weights by their digest": {"baseModels.models": [{"name": "m", "maxSequenceLength": 64, "hubId": "o/m", "sha256": "12345678" * 8}]},
     "a name": {"fullnameOverride": "ours"},
 }
 """Switches that no example turns, by what they are."""
