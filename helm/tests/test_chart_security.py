@@ -182,7 +182,13 @@ def test_further_ways_out_are_added_as_they_are_to_the_component_that_is_named(r
 
 def test_every_component_with_a_policy_can_be_given_further_ways_out(render):
     policies = render(CASES["a group of nodes"]).of("NetworkPolicy")
-    components = {name.removeprefix("demo-finery-") for name in policies} - {"default-deny", "postgres", "minio", "serving-big-group", "serving-huge-group"}
+    components = {name.removeprefix("demo-finery-") for name in policies} - {
+        "default-deny",
+        "postgres",
+        "minio",
+        "serving-big-group",
+        "serving-huge-group",
+    }
     schema = json.loads((CHART_DIR / "values.schema.json").read_text())
     assert set(schema["properties"]["networkPolicy"]["properties"]["extraEgress"]["properties"]) == components
 
