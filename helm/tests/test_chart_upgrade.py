@@ -223,6 +223,24 @@ def test_alerts_name_runbooks_where_people_read_them(chart):
     assert all(url.startswith(f"{base}deploy/prometheus/runbooks.md#") for url in urls)
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_auto_makes_the_operators_kinds_where_the_cluster_has_them(is_there, chart, tmp_path):
+    """Rendering knows only Kubernetes' own APIs, so one of those stands for the operator's."""
+    copy = tmp_path / "finery"
+    shutil.copytree(CHART_DIR, copy)
+    names = copy / "templates/_names.tpl"
+    monitor = manifests_of(chart, CASES["the operator"]).one("PodMonitor", "demo-finery")
+    asked = f'.Capabilities.APIVersions.Has "{monitor["apiVersion"]}"'
+    assert asked in names.read_text()
+    names.write_text(names.read_text().replace(asked, asked.replace(monitor["apiVersion"], "apps/v1" if is_there else "apps/v0")))
+    values = values_with("default", {"monitoring.mode": "auto", "serving.tls.existingSecret": "own-tls"})
+    with helm_python.Chart.load(copy) as changed:
+        manifests = manifests_of(changed, values)
+    assert (bool(manifests.of("PodMonitor")), bool(manifests.of("PrometheusRule"))) == (is_there, is_there)
+    annotated = [where for where, template in manifests.pods if "prometheus.io/scrape" in template["metadata"].get("annotations", {})]
+    assert bool(annotated) is not is_there
+
+
 def test_a_package_has_the_chart_and_of_deploy_what_it_shows(tmp_path):
     with tarfile.open(helm_python.package(CHART_DIR, destination=tmp_path)) as archive:
         names = {name.removeprefix("finery/") for name in archive.getnames()}
