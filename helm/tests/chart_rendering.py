@@ -78,15 +78,31 @@ def values_with(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 GROUP_POOL = {"name": "big", "tensorParallelSize": 8, "nodes": 2, "adapterCacheClaim": "adapters", "replicas": 1}
 DRA_GPU = {"resourceClaims": [{"name": "gpu", "request": "one", "resourceClaimTemplateName": "single-gpu"}]}
+_GPU_NODES = [{"matchExpressions": [{"key": "nvidia.com/gpu.memory", "operator": "Gt", "values": ["40000"]}]}]
+PLACED_GPU = {
+    "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": _GPU_NODES}}},
+    "runtimeClassName": "nvidia",
+}
+OWN = {"podLabels": {"example.org/team": "ml"}, "podAnnotations": {"example.org/cost-centre": "42"}}
+"""What people put on pods of theirs."""
 ROUTE = {"enabled": True, "parentRefs": [{"name": "public", "namespace": "gateways"}], "hostnames": ["finery.example.org"]}
 SWITCHES: dict[str, dict[str, Any]] = {
     "no pools": {"serving.pools": []},
-    "a group of nodes": {"serving.pools": [GROUP_POOL]},
+    "a group of nodes": {"serving.pools": [GROUP_POOL, GROUP_POOL | {"name": "huge"}, {"name": "one"}]},
     "a scaled group": {
         "serving.pools": [GROUP_POOL | {"autoscaling": {"enabled": True, "maxReplicas": 3}}],
         "monitoring.prometheusUrl": "http://prometheus:9090",
     },
-    "claims": {"trainer.worker.gpu": DRA_GPU, "serving.pools": [{"name": "dra", "gpu": DRA_GPU}]},
+    "claims": {"trainer.worker.gpu": DRA_GPU, "converter.gpu": DRA_GPU, "serving.pools": [{"name": "dra", "gpu": DRA_GPU}]},
+    "GPUs of a place and a runtime": {
+        "trainer.worker.gpu": PLACED_GPU,
+        "converter.gpu": PLACED_GPU | {"count": 1},
+        "serving.pools": [{"name": "placed", "gpu": PLACED_GPU}],
+    },
+    "labels and annotations": {
+        **{f"{part}.{field}": OWN[field] for part in ("gateway", "dataprep", "trainer", "trainer.worker", "converter") for field in OWN},
+        "serving.pools": [OWN | {"name": "one"}, GROUP_POOL | OWN],
+    },
     "a queue": {"trainer.worker.queueName": "training"},
     "host path": {"baseModels.cache": {"kind": "hostPath", "hostPath": "/srv/models"}},
     "volumes for scratch": {"trainer.worker.scratch": {"size": "1Ti", "storageClassName": "fast"}},
@@ -125,6 +141,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "objectStore.publicEndpoint": "https://s3.example.org",
     },
     "digests": {"gateway.image.digest": f"sha256:{'a' * 64}", "image.registry": "registry.example.org/finery"},
+    "weights by their digest": {"baseModels.models": [{"name": "m", "maxSequenceLength": 64, "hubId": "o/m", "sha256": "12345678" * 8}]},
     "a name": {"fullnameOverride": "ours"},
 }
 """Switches that no example turns, by what they are."""

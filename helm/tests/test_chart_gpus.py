@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from chart_rendering import CASES, EXAMPLES, VALUES_FILES, Manifests, values_with
+from chart_rendering import CASES, EXAMPLES, PLACED_GPU, VALUES_FILES, Manifests, values_with
 
 
 def environment(pod: dict[str, Any]) -> dict[str, Any]:
@@ -130,10 +130,28 @@ def test_pods_that_ask_for_no_gpu_see_none(render):
 
 def test_claims_take_the_place_of_counts(render):
     manifests: Manifests = render(CASES["claims"])
-    for pod in (pool_pod(manifests, "dra"), manifests.worker_job["spec"]["template"]["spec"]):
+    converter = manifests.one("Deployment", "demo-finery-converter")["spec"]["template"]["spec"]
+    for pod in (pool_pod(manifests, "dra"), manifests.worker_job["spec"]["template"]["spec"], converter):
         assert limits(pod) == {}
         assert pod["resourceClaims"] == [{"name": "gpu", "resourceClaimTemplateName": "single-gpu"}]
         assert pod["containers"][0]["resources"]["claims"] == [{"name": "gpu", "request": "one"}]
+
+
+def test_claims_that_are_none_leave_the_count(render):
+    values = values_with("default", {"trainer.worker.gpu": {"resourceClaims": [], "count": 2, "resourceName": "amd.com/gpu"}})
+    assert limits(render(values).worker_job["spec"]["template"]["spec"]) == {"amd.com/gpu": 2}
+
+
+def test_a_gpus_affinity_and_runtime_are_those_of_every_pod_that_gets_one(render):
+    manifests: Manifests = render(CASES["GPUs of a place and a runtime"])
+    converter = manifests.one("Deployment", "demo-finery-converter")["spec"]["template"]["spec"]
+    placed = [pool_pod(manifests, "placed"), manifests.worker_job["spec"]["template"]["spec"], converter]
+    for pod in placed:
+        assert limits(pod) == {"nvidia.com/gpu": 1}
+        assert {name: pod[name] for name in PLACED_GPU} == PLACED_GPU
+    others = [template["spec"] for _, template in manifests.pods if template["spec"] not in placed]
+    assert others
+    assert not any(set(PLACED_GPU) & set(pod) for pod in others)
 
 
 def test_the_converter_gets_a_gpu_where_it_is_given_one(render):

@@ -60,6 +60,26 @@ def test_a_node_is_drained_one_ready_replica_at_a_time_and_of_others_at_once(cas
         assert (budget["spec"]["maxUnavailable"], budget["spec"]["unhealthyPodEvictionPolicy"]) == (1, "AlwaysAllow"), name
 
 
+def test_of_all_groups_of_a_pool_one_pod_is_evicted_at_a_time_leader_or_follower(render):
+    """One that goes takes its group along: one of each of two groups would end both."""
+    manifests: Manifests = render(CASES["a group of nodes"])
+    pods = {where: template["metadata"]["labels"] for where, template in manifests.pods}
+    for pool in ("big", "huge"):
+        name = f"demo-finery-serving-{pool}"
+        selector = manifests.one("PodDisruptionBudget", name)["spec"]["selector"]["matchLabels"]
+        selected = {where for where, labels in pods.items() if selector.items() <= labels.items()}
+        assert selected == {f"LeaderWorkerSet/{name}/{role}" for role in ("leaderTemplate", "workerTemplate")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_pod_of_a_budget_counts_towards_no_other(case, render):
+    """An eviction is refused where two budgets have a pod."""
+    manifests: Manifests = render(CASES[case])
+    selectors = [item["spec"]["selector"]["matchLabels"] for item in manifests.of("PodDisruptionBudget").values()]
+    for where, template in manifests.pods:
+        assert sum(selector.items() <= template["metadata"]["labels"].items() for selector in selectors) <= 1, where
+
+
 def test_replicas_have_names_that_stay(render):
     pool = render(CASES["default"]).one("StatefulSet", "demo-finery-serving-default")
     env = {entry["name"]: entry for entry in pool["spec"]["template"]["spec"]["containers"][0]["env"]}

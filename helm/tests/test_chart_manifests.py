@@ -12,7 +12,7 @@ import helm_python
 import kubernetes_validate
 import pytest
 import yaml
-from chart_rendering import CASES, CHART_DIR, Manifests
+from chart_rendering import CASES, CHART_DIR, OWN, Manifests
 
 KUBERNETES = "1.37.0"
 # Kinds that a cluster gets by other charts, with what each needs in its spec and may have there.
@@ -190,6 +190,19 @@ def test_images_are_pinned(case, render):
             assert container["resources"]["requests"], where
 
 
+def test_labels_and_annotations_of_ones_own_are_on_every_pod_of_finerys(render):
+    components = set()
+    for where, template in render(CASES["labels and annotations"]).pods:
+        component, metadata = template["metadata"]["labels"]["app.kubernetes.io/component"], template["metadata"]
+        if component not in {"base-weights", "postgres", "minio", "test"}:
+            components.add(component)
+            assert OWN["podLabels"].items() <= metadata["labels"].items(), where
+            assert OWN["podAnnotations"].items() <= metadata["annotations"].items(), where
+            # Beside what the chart puts there.
+            assert ("prometheus.io/scrape" in metadata["annotations"]) is (component != "serving-follower"), where
+    assert components == {"gateway", "dataprep", "trainer", "worker", "converter", "serving", "serving-follower"}
+
+
 def test_a_digest_wins_over_a_tag_and_the_registry_goes_before(render):
     images = {where: template["spec"]["containers"][0]["image"] for where, template in render(CASES["digests"]).pods}
     assert images["Deployment/demo-finery-gateway"] == f"registry.example.org/finery/finery-gateway@sha256:{'a' * 64}"
@@ -240,3 +253,8 @@ def test_the_notes_tell_the_next_commands(render):
     assert "https://finery.example.org" in render(CASES["external"]).notes
     assert "single instances" not in render(CASES["external"]).notes
     assert "none is served" in render(CASES["no pools"]).notes
+
+
+def test_the_notes_tell_that_prometheus_misses_workers_where_nobody_is_named(render):
+    told = {case for case in CASES if "networkPolicy.monitoringFrom is empty" in render(CASES[case]).notes}
+    assert told == set(CASES) - {"external", "no policies", "no monitoring"}

@@ -36,6 +36,11 @@ POOL = {"name": "one"}
             "at '/serving/pools/0/gpu/resourceName': value must be 'left out, since resourceClaims brings the GPUs'",
         ),
         ({"converter.gpu": DRA_GPU | {"resourceName": "a.b/c"}}, "at '/converter/gpu/resourceName'"),
+        (
+            {"trainer.worker.gpu": DRA_GPU | {"count": 1}},
+            "at '/trainer/worker/gpu/count': value must be 'left out, since resourceClaims brings the GPUs'",
+        ),
+        ({"converter.gpu": DRA_GPU | {"count": 0}}, "at '/converter/gpu/count': value must be 'left out, since resourceClaims"),
         ({"trainer.worker.gpu.resourceName": "gpu"}, "at '/trainer/worker/gpu/resourceName': 'gpu' does not match pattern"),
         ({"trainer.worker.gpu": {"resourceClaims": [{"name": "gpu"}]}}, "at '/trainer/worker/gpu/resourceClaims/0'"),
         (

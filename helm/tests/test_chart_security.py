@@ -85,7 +85,8 @@ def reaches(manifests: Manifests, caller: Mapping[str, str], called: Mapping[str
     leaving = [item for item in policies if caller and selects(item["podSelector"], caller)]
     entering = [item for item in policies if called and selects(item["podSelector"], called)]
     out = not leaving or any(is_let(item.get("egress", []), direction="to", labels=called, port=port) for item in leaving)
-    into = not entering or any(is_let(item.get("ingress", []), direction="from", labels=caller, port=port) for item in entering)
+    # A list without a rule is written as nothing.
+    into = not entering or any(is_let(item.get("ingress") or [], direction="from", labels=caller, port=port) for item in entering)
     return out and into
 
 
@@ -94,21 +95,30 @@ def pod_of(component: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("case", "callers"),
+    ("case", "pool", "group"),
     [
-        ("default", {"gateway"}),
-        ("external", {"gateway"}),
-        ("cpu", {"gateway"}),
-        # The pods of a group are parts of one vLLM, whose processes talk on any port.
-        ("a group of nodes", {"gateway", "serving", "serving-follower"}),
+        ("default", "default", set()),
+        ("external", "h100", set()),
+        ("cpu", "cpu", set()),
+        # The pods of a pool of groups are parts of one vLLM or of its like, whose processes talk on any port.
+        ("a group of nodes", "big", {"serving big", "serving-follower big"}),
+        ("a group of nodes", "huge", {"serving huge", "serving-follower huge"}),
+        ("a group of nodes", "one", set()),
     ],
 )
-def test_only_the_gateway_reaches_vllm(case, callers, render):
-    allowed = {caller for caller in (*FINERYS, "serving-follower") if reaches(render(CASES[case]), pod_of(caller), pod_of("serving"), 8443)}
-    assert allowed == callers
-    assert not reaches(render(CASES[case]), OUTSIDE, pod_of("serving"), 8443)
-    foreign = pod_of("gateway") | {"app.kubernetes.io/instance": "other"}
-    assert not reaches(render(CASES[case]), foreign, pod_of("serving"), 8443)
+def test_only_the_gateway_and_its_own_group_reach_a_vllm(case, pool, group, render):
+    manifests: Manifests = render(CASES[case])
+    callers = {component: pod_of(component) for component in FINERYS}
+    for where, template in manifests.pods:
+        if where.startswith(("StatefulSet/demo-finery-serving", "LeaderWorkerSet/")):
+            labels = template["metadata"]["labels"]
+            callers[f"{labels['app.kubernetes.io/component']} {labels['finery.dev/pool']}"] = labels
+    vllm = callers[f"serving {pool}"]
+    assert {name for name, labels in callers.items() if reaches(manifests, labels, vllm, 8443)} == {"gateway", *group}
+    assert {name for name, labels in callers.items() if reaches(manifests, labels, vllm, 29500)} == group
+    assert not reaches(manifests, OUTSIDE, vllm, 8443)
+    foreign = {"app.kubernetes.io/instance": "other"}
+    assert not any(reaches(manifests, labels | foreign, vllm, 8443) for labels in callers.values())
 
 
 def test_nobody_reaches_a_worker_but_prometheus(render):
@@ -118,8 +128,12 @@ def test_nobody_reaches_a_worker_but_prometheus(render):
     policy = manifests.one("NetworkPolicy", "demo-finery-worker")["spec"]
     monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
     assert policy["ingress"] == [{"ports": [{"port": 9100}], "from": [monitoring]}]
-    unwatched: Manifests = render(CASES["no monitoring"])
-    assert not unwatched.one("NetworkPolicy", "demo-finery-worker")["spec"]["ingress"]
+    for case in ("default", "the operator", "no monitoring"):  # which name nobody
+        unnamed: Manifests = render(CASES[case])
+        assert not unnamed.one("NetworkPolicy", "demo-finery-worker")["spec"]["ingress"], case
+        assert not any(reaches(unnamed, caller, pod_of("worker"), 9100) for caller in (OUTSIDE, *map(pod_of, FINERYS))), case
+    # The others, which are asked by many, are open to every Prometheus.
+    assert all(reaches(render(CASES["default"]), OUTSIDE, pod_of(component), 9100) for component in ("gateway", *INNER))
 
 
 def test_services_reach_what_they_call_and_nothing_else(render):
@@ -168,7 +182,13 @@ def test_further_ways_out_are_added_as_they_are_to_the_component_that_is_named(r
 
 def test_every_component_with_a_policy_can_be_given_further_ways_out(render):
     policies = render(CASES["a group of nodes"]).of("NetworkPolicy")
-    components = {name.removeprefix("demo-finery-") for name in policies} - {"default-deny", "postgres", "minio"}
+    components = {name.removeprefix("demo-finery-") for name in policies} - {
+        "default-deny",
+        "postgres",
+        "minio",
+        "serving-big-group",
+        "serving-huge-group",
+    }
     schema = json.loads((CHART_DIR / "values.schema.json").read_text())
     assert set(schema["properties"]["networkPolicy"]["properties"]["extraEgress"]["properties"]) == components
 

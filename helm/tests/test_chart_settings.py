@@ -157,6 +157,21 @@ def test_the_catalogue_and_the_sources_are_ones_that_finery_reads(render, tmp_pa
     assert (source.name, source.s3_prefix) == (entry.name, "projects/base/models/llama-3.1-8b-instruct/")
 
 
+def test_the_digest_of_base_weights_reaches_the_job_as_text(render, tmp_path):
+    """All digits is a digest as well, and no number."""
+    from finery_common.base_weights import read_sources
+
+    (model,) = CASES["weights by their digest"]["baseModels"]["models"]
+    manifests = render(CASES["weights by their digest"])
+    (tmp_path / "sources.yaml").write_text(manifests.one("ConfigMap", "demo-finery-catalogue")["data"]["sources.yaml"])
+    (source,) = read_sources(tmp_path / "sources.yaml")
+    assert (source.name, source.hub_id, source.sha256) == (model["name"], model["hubId"], model["sha256"])
+    (where,) = (where for where, _ in manifests.pods if where.startswith("Job/demo-finery-base-weights"))
+    pod = dict(manifests.pods)[where]["spec"]
+    assert pod["containers"][0]["command"][-2:] == ["/etc/finery/sources.yaml", "/models"]
+    assert "sources.yaml" in mounted_below("/etc/finery", dict(manifests.pods)[where])
+
+
 def test_authorities_of_ones_own_reach_every_pod(render):
     manifests = render(CASES["authorities of one's own"])
     for where, _, entries in environments(manifests):

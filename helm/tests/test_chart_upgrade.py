@@ -18,6 +18,7 @@ import yaml
 from chart_rendering import CASES, CHART_DIR, VALUES_FILES, Manifests, manifests_of, values_with
 
 SNAPSHOTS = ("default", "external")
+DEPLOY_DIR = Path(__file__).parents[2] / "deploy"
 SNAPSHOT_DIR = Path(__file__).parent / "snapshots"
 MODEL = {"name": "m", "maxSequenceLength": 64, "hubId": "o/m"}
 NEXT_VALUES: list[dict[str, Any]] = [
@@ -188,6 +189,56 @@ def test_rules_and_dashboards_come_along(tmp_path):
     assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert json.loads(config_map["data"]["fleet.json"]) == dashboard
     assert manifests.one("PrometheusRule", "demo-finery")["spec"]["groups"] == [{"name": "finery", "rules": [rule]}]
+
+
+@pytest.fixture(scope="module", params=["folder", "package"])
+def shipped(request, chart, tmp_path_factory) -> Iterator[helm_python.Chart]:
+    """The chart as it is, with what its link to `deploy` brings, and as it is handed on."""
+    if request.param == "folder":
+        yield chart
+        return
+    with helm_python.Chart.load(helm_python.package(CHART_DIR, destination=tmp_path_factory.mktemp("package"))) as packaged:
+        yield packaged
+
+
+def test_every_rule_and_dashboard_of_deploy_is_in_the_chart(shipped):
+    manifests = manifests_of(shipped, values_with("default", {"monitoring.mode": "operator", "serving.tls.existingSecret": "own-tls"}))
+    groups = yaml.safe_load((DEPLOY_DIR / "prometheus/rules.yaml").read_text())["groups"]
+    assert groups
+    assert manifests.one("PrometheusRule", "demo-finery")["spec"]["groups"] == groups
+    dashboards = {path.name: path.read_text() for path in (DEPLOY_DIR / "grafana").rglob("*.json")}
+    assert dashboards
+    shown = [item["data"] for name, item in manifests.of("ConfigMap").items() if name.startswith("demo-finery-dashboard-")]
+    assert len(shown) == len(dashboards)
+    assert {name: text for data in shown for name, text in data.items()} == dashboards
+
+
+def test_alerts_name_runbooks_where_people_read_them(chart):
+    base = "https://git.example.org/finery/blob/main/"
+    changes = {"monitoring.mode": "operator", "monitoring.runbookBaseUrl": base, "serving.tls.existingSecret": "own-tls"}
+    manifests = manifests_of(chart, values_with("default", changes))
+    rules = [rule for group in manifests.one("PrometheusRule", "demo-finery")["spec"]["groups"] for rule in group["rules"]]
+    urls = [rule["annotations"]["runbook_url"] for rule in rules if "alert" in rule]
+    assert urls
+    assert all(url.startswith(f"{base}deploy/prometheus/runbooks.md#") for url in urls)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_auto_makes_the_operators_kinds_where_the_cluster_has_them(is_there, chart, tmp_path):
+    """Rendering knows only Kubernetes' own APIs, so one of those stands for the operator's."""
+    copy = tmp_path / "finery"
+    shutil.copytree(CHART_DIR, copy)
+    names = copy / "templates/_names.tpl"
+    monitor = manifests_of(chart, CASES["the operator"]).one("PodMonitor", "demo-finery")
+    asked = f'.Capabilities.APIVersions.Has "{monitor["apiVersion"]}"'
+    assert asked in names.read_text()
+    names.write_text(names.read_text().replace(asked, asked.replace(monitor["apiVersion"], "apps/v1" if is_there else "apps/v0")))
+    values = values_with("default", {"monitoring.mode": "auto", "serving.tls.existingSecret": "own-tls"})
+    with helm_python.Chart.load(copy) as changed:
+        manifests = manifests_of(changed, values)
+    assert (bool(manifests.of("PodMonitor")), bool(manifests.of("PrometheusRule"))) == (is_there, is_there)
+    annotated = [where for where, template in manifests.pods if "prometheus.io/scrape" in template["metadata"].get("annotations", {})]
+    assert bool(annotated) is not is_there
 
 
 def test_a_package_has_the_chart_and_of_deploy_what_it_shows(tmp_path):

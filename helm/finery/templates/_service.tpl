@@ -167,7 +167,7 @@ spec:
         threshold: {{ .values.autoscaling.queuedPerReplica | quote }}
 {{- end -}}
 
-{{/* {root, component, name, labels?}: at most one replica is evicted at a time. */}}
+{{/* {root, component, name, labels?, selectorLabels?}: at most one pod is evicted at a time, of the component's with `labels`, or of those that `selectorLabels` select. */}}
 {{- define "finery.budget" -}}
 apiVersion: policy/v1
 kind: PodDisruptionBudget
@@ -181,8 +181,12 @@ spec:
   unhealthyPodEvictionPolicy: AlwaysAllow
   selector:
     matchLabels:
+      {{- if .selectorLabels }}
+      {{- .selectorLabels | nindent 6 }}
+      {{- else }}
       {{- include "finery.selectorLabels" . | nindent 6 }}
       {{- with .labels }}
       {{- toYaml . | nindent 6 }}
+      {{- end }}
       {{- end }}
 {{- end -}}

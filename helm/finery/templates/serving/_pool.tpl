@@ -5,6 +5,13 @@
 finery.dev/pool: {{ .pool.name }}
 {{- end -}}
 
+{{/* {root, pool}: all pods of a pool, agents and followers. */}}
+{{- define "finery.poolSelectorLabels" -}}
+app.kubernetes.io/name: finery
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+{{ include "finery.poolLabels" . }}
+{{- end -}}
+
 {{/* {root, pool}: what agent and followers read alike; both make vLLM's command of it. */}}
 {{- define "finery.env.pool" -}}
 {{- $pool := .pool -}}

@@ -5,6 +5,7 @@ token, the number of GPUs, and suspends it where a queue is named.
 {{- define "finery.workerJob" -}}
 {{- $name := include "finery.fullname" . -}}
 {{- $worker := .Values.trainer.worker -}}
+{{- $count := dig "gpu" "count" 1 $worker -}}
 apiVersion: batch/v1
 kind: Job
 metadata:
@@ -64,7 +65,7 @@ spec:
               value: /run/finery/token
             - name: FINERY_WORKER_TOLERANCE_S
               value: {{ $worker.toleranceSeconds | quote }}
-            {{- if and (eq (int $worker.gpu.count) 0) (empty $worker.gpu.resourceClaims) }}
+            {{- if and (eq (int $count) 0) (empty $worker.gpu.resourceClaims) }}
             {{- include "finery.env.noGpu" . | nindent 12 }}
             {{- end }}
             # The cache may still be being filled.
@@ -78,7 +79,7 @@ spec:
           ports:
             - {name: metrics, containerPort: 9100}
           resources:
-            {{- include "finery.resources" (dict "resources" $worker.resources "gpu" $worker.gpu "count" $worker.gpu.count) | nindent 12 }}
+            {{- include "finery.resources" (dict "resources" $worker.resources "gpu" $worker.gpu "count" $count) | nindent 12 }}
           volumeMounts:
             - {name: config, mountPath: /etc/finery, readOnly: true}
             - {name: token, mountPath: /run/finery, readOnly: true}
