@@ -367,18 +367,9 @@ async def test_what_vllm_no_longer_holds_is_cold_and_is_loaded_again(vllm, resid
     assert (vllm.loads, vllm.admitted) == (["a", "a"], {"a"})
 
 
-async def test_the_folder_of_a_load_that_is_at_work_may_be_read(vllm, residency, monkeypatch):
-    load, begun, may_end = vllm.load, asyncio.Event(), asyncio.Event()
-
-    async def slow(version, *, path):
-        begun.set()
-        await may_end.wait()
-        await load(version, path=path)
-
-    monkeypatch.setattr(vllm, "load", slow)
-    task = asyncio.create_task(ensure(residency, "a"))
-    await begun.wait()
+async def test_the_folder_of_a_load_that_is_at_work_may_be_read(residency, load_under_way):
+    task, goes_on = load_under_way
     during = residency.paths
-    may_end.set()
+    goes_on.set()
     await task
-    assert during == residency.paths != ()
+    assert (during, len(during)) == (residency.paths, 2)

@@ -121,8 +121,8 @@ def keys(
     state_dir: StateDir = None,
 ) -> None:
     """Manage API keys of this machine's gateway."""
-    layout, running = Layout.of(state_dir), Layout.of(state_dir).running()
-    url = os.environ.get("FINERY_URL")
+    layout = Layout.of(state_dir)
+    running, url = layout.running(), os.environ.get("FINERY_URL")
     if url and state_dir is None and (running is None or running.http_url != url.rstrip("/")):
         fail(
             f"FINERY_URL is {url}, but keys are made where the gateway's database is: run `python -m finery_gateway.keys {action} …` "
